@@ -1,0 +1,494 @@
+// The CPU implementations: tensors to pointers, checks, work shared out over threads.
+//
+// Every output element has one owner and every sum one order, whatever the number of threads: the same bits each
+// run, on one thread or many.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <numeric>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../ncmi_math.h"
+#include "kernels.h"
+
+namespace ncmi::cpu {
+
+const KernelTable& kernels() {
+  static const KernelTable& chosen = []() -> const KernelTable& {
+#if defined(__x86_64__)
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#else
+    const bool avx2 = false, avx512 = false;
+#endif
+    const char* asked = std::getenv("NCMI_CPU_CAPABILITY");
+    const std::string name = asked ? asked : avx512 ? "avx512" : avx2 ? "avx2" : "default";
+    if (name == "default") return kDefaultKernels;
+#if defined(__x86_64__)
+    if (name == "avx2" && avx2) return kAvx2Kernels;
+    if (name == "avx512" && avx512) return kAvx512Kernels;
+#endif
+    throw std::runtime_error("NCMI_CPU_CAPABILITY is '" + name +
+                             "', expected 'default', 'avx2' or 'avx512', and one that this processor has");
+  }();
+  return chosen;
+}
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// -------------------------------------------------------------------------------------------------------------
+// Tensors
+// -------------------------------------------------------------------------------------------------------------
+
+template <class T>
+constexpr ScalarType kScalarType = ScalarType::Undefined;
+template <>
+constexpr ScalarType kScalarType<float> = ScalarType::Float;
+template <>
+constexpr ScalarType kScalarType<double> = ScalarType::Double;
+template <>
+constexpr ScalarType kScalarType<int64_t> = ScalarType::Long;
+
+template <class T>
+constexpr bool kIsDouble = std::is_same_v<T, double>;
+
+// Uninitialised and contiguous, straight from the allocator: no trip through the dispatcher.
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  int64_t strides[3], stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(1, sizes.begin()[d]);
+  }
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(), 0,
+      &handle));
+  return Tensor(handle);
+}
+
+void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> sizes) {
+  const auto actual = t.sizes();
+  STD_TORCH_CHECK(actual.size() == sizes.size() && std::equal(sizes.begin(), sizes.end(), actual.begin()),
+                  "ncmi_kernels: ", name, " has an unexpected shape");
+}
+
+template <class T>
+const T* data(const Tensor& t, const char* name, std::initializer_list<int64_t> sizes) {
+  STD_TORCH_CHECK(t.scalar_type() == kScalarType<T>, "ncmi_kernels: ", name, " has an unexpected dtype");
+  STD_TORCH_CHECK(t.is_contiguous(), "ncmi_kernels: ", name, " must be contiguous");
+  check_shape(t, name, sizes);
+  return static_cast<const T*>(t.data_ptr());
+}
+
+template <class T>
+const T* data(const std::optional<Tensor>& t, const char* name, std::initializer_list<int64_t> sizes) {
+  return t ? data<T>(*t, name, sizes) : nullptr;
+}
+
+template <class T>
+T* output(Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+Dtype dtype_of(ScalarType dtype, const char* name) {
+  switch (dtype) {
+    case ScalarType::Float: return Dtype::kFloat32;
+    case ScalarType::Double: return Dtype::kFloat64;
+    case ScalarType::BFloat16: return Dtype::kBFloat16;
+    case ScalarType::Half: return Dtype::kFloat16;
+    default: STD_TORCH_CHECK(false, "ncmi_kernels: ", name, " must be float32, float64, bfloat16 or float16");
+  }
+}
+
+Matrix matrix(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2, "ncmi_kernels: ", name, " must have 2 dimensions");
+  return {t.data_ptr(), dtype_of(t.scalar_type(), name), t.stride(0), t.stride(1)};
+}
+
+// Targets, each checked to be a class or ignore_index.
+Targets targets(const Tensor& t, int64_t rows, int64_t ignore_index, int64_t classes) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long, "ncmi_kernels: target must be int64");
+  check_shape(t, "target", {rows});
+  const Targets target{static_cast<const int64_t*>(t.data_ptr()), t.stride(0), ignore_index};
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t y = target[i];
+    if (y != ignore_index && (y < 0 || y >= classes))  // surfaces as an IndexError, as in cross_entropy
+      throw std::out_of_range("target: value " + std::to_string(y) + " at row " + std::to_string(i) +
+                              " is out of range, expected a class in [0, " + std::to_string(classes) +
+                              ") or ignore_index (" + std::to_string(ignore_index) + ")");
+  }
+  return target;
+}
+
+template <class T>
+const Kernels<T>& kernels_for() {
+  if constexpr (std::is_same_v<T, float>) {
+    return kernels().f32;
+  } else {
+    return kernels().f64;
+  }
+}
+
+// Calls f<T>() with the arithmetic type, which `name` must have.
+template <class F>
+auto with_arithmetic_type(ScalarType dtype, const char* name, const F& f) {
+  if (dtype == ScalarType::Double) return f.template operator()<double>();
+  STD_TORCH_CHECK(dtype == ScalarType::Float, "ncmi_kernels: ", name, " must be float32 or float64");
+  return f.template operator()<float>();
+}
+
+// -------------------------------------------------------------------------------------------------------------
+// Threads
+// -------------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kElementsPerThread = 8192;  // about 10 us of work: below that a second thread does not pay
+
+template <class F>
+void parallel_rows(int64_t rows, int64_t columns, const F& f) {
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, columns)), f);
+}
+
+// Over columns, in units of a cache line of floats so that no two threads write to one.
+template <class F>
+void parallel_columns(int64_t columns, int64_t rows, const F& f) {
+  constexpr int64_t kUnit = 16;
+  const int64_t units = (columns + kUnit - 1) / kUnit;
+  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / (kUnit * std::max<int64_t>(1, rows)));
+  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+    f(begin * kUnit, std::min(columns, end * kUnit));
+  });
+}
+
+// -------------------------------------------------------------------------------------------------------------
+// Operators
+// -------------------------------------------------------------------------------------------------------------
+
+template <class T>
+Centroids<T> centroids(const Tensor& log_activation, const Tensor& activation, const Tensor& reference,
+                       const Tensor& norms, bool centroid_to_sample) {
+  STD_TORCH_CHECK(log_activation.dim() == 2, "ncmi_kernels: log_activation must have 2 dimensions");
+  const int64_t classes = log_activation.size(0), columns = log_activation.size(1);
+  const double* n = data<double>(norms, "norms", {2 * classes + 2});
+  return {classes,
+          columns,
+          centroid_to_sample,
+          data<T>(log_activation, "log_activation", {classes, columns}),
+          data<T>(activation, "activation", {centroid_to_sample ? classes : 0, columns}),
+          data<T>(reference, "reference", {2, columns}),
+          n,
+          n + classes,
+          n[2 * classes],
+          n[2 * classes + 1]};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_stats(const Tensor& logits, bool softmax,
+                                                          bool centroid_to_sample) {
+  const Matrix xi = matrix(logits, "centroid_logits");
+  const int64_t classes = logits.size(0), columns = logits.size(1);
+  STD_TORCH_CHECK(classes > 0 && columns > 0, "ncmi_kernels: centroid_logits must not be empty");
+  return with_arithmetic_type(logits.scalar_type(), "centroid_logits", [&]<class T>() {
+    const ScalarType dtype = logits.scalar_type();
+    Tensor log_activation = empty({classes, columns}, dtype);
+    Tensor activation = empty({centroid_to_sample ? classes : 0, columns}, dtype);
+    Tensor reference = empty({2, columns}, dtype);
+    Tensor norms = empty({2 * classes + 2}, ScalarType::Double);
+    std::vector<double> workspace(2 * columns);
+    double* n = output<double>(norms);
+    const CentroidStatsArgs<T> args{xi,
+                                    classes,
+                                    columns,
+                                    softmax,
+                                    centroid_to_sample,
+                                    output<T>(log_activation),
+                                    centroid_to_sample ? output<T>(activation) : nullptr,
+                                    n,
+                                    n + classes,
+                                    output<T>(reference),
+                                    workspace.data(),
+                                    workspace.data() + columns};
+    const Kernels<T>& kernel = kernels_for<T>();
+    parallel_rows(classes, columns, [&](int64_t begin, int64_t end) {
+      std::vector<T> scratch(columns);
+      kernel.centroid_rows(args, begin, end, scratch.data());
+    });
+    parallel_columns(columns, classes, [&](int64_t begin, int64_t end) { kernel.centroid_columns(args, begin, end); });
+
+    // `reference` was rounded to T. What that lost enters the mean under p; taken under the mean centroid instead
+    // it goes into a constant. The two differ where p is far from the centroids, and there the terms are large.
+    const T* compared = output<T>(reference);
+    const T* q_mean = compared + columns;
+    double weight_sum = 0, lost = 0, constant = 0;
+    if (centroid_to_sample) {
+      for (int64_t k = 0; k < columns; ++k) {
+        weight_sum += double(q_mean[k]);
+        lost += double(q_mean[k]) * args.residual[k];
+        constant += args.weighted_log_norm[k];
+      }
+    } else {
+      const double largest = double(*std::max_element(compared, compared + columns));
+      double total = 0;
+      for (int64_t k = 0; k < columns; ++k) {
+        const double w = std::exp(double(compared[k]) - largest);
+        total += w;
+        lost += w * args.residual[k];
+      }
+      weight_sum = 1;
+      lost /= total;
+      constant = std::accumulate(args.log_norm, args.log_norm + classes, 0.0) / double(classes);
+    }
+    n[2 * classes] = weight_sum;
+    n[2 * classes + 1] = constant - lost;
+    return std::make_tuple(log_activation, activation, reference, norms);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> terms(const Tensor& input, const Tensor& target,
+                                         const std::optional<Tensor>& center, const Tensor& log_activation,
+                                         const Tensor& activation, const Tensor& reference, const Tensor& norms,
+                                         double temperature, bool l2_normalize, bool softmax, bool centroid_to_sample,
+                                         int64_t ignore_index, bool with_directions) {
+  const Matrix z = matrix(input, "input");
+  return with_arithmetic_type(log_activation.scalar_type(), "log_activation", [&]<class T>() {
+    const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample);
+    const int64_t rows = input.size(0), columns = q.columns;
+    check_shape(input, "input", {rows, columns});
+    STD_TORCH_CHECK(z.dtype != Dtype::kFloat64 || kIsDouble<T>,
+                    "ncmi_kernels: float64 input needs float64 centroid_logits");
+    const ScalarType dtype = log_activation.scalar_type();
+    Tensor values = empty({2, rows}, ScalarType::Double);
+    Tensor row_stats = empty({3, rows}, ScalarType::Double);
+    Tensor directions = empty({2, rows, with_directions ? columns : 0}, dtype);
+    double* value = output<double>(values);
+    double* stats = output<double>(row_stats);
+    T* direction = with_directions ? output<T>(directions) : nullptr;
+    const TermsArgs<T> args{z,
+                            targets(target, rows, ignore_index, q.classes),
+                            data<T>(center, "center", {columns}),
+                            {temperature, l2_normalize, softmax},
+                            q,
+                            value,
+                            value + rows,
+                            stats,
+                            stats + rows,
+                            stats + 2 * rows,
+                            direction,
+                            direction ? direction + rows * columns : nullptr};
+    parallel_rows(rows, columns, [&](int64_t begin, int64_t end) {
+      std::unique_ptr<T[]> scratch(new T[kTermsScratchRows * columns]);
+      kernels_for<T>().terms(args, begin, end, scratch.get());
+    });
+    return std::make_tuple(values, row_stats, directions);
+  });
+}
+
+std::tuple<Tensor, Tensor> loss(const Tensor& terms, const Tensor& target, const std::optional<Tensor>& weight,
+                                bool batch_ratio, int64_t reduction, double eps, int64_t ignore_index,
+                                ScalarType dtype) {
+  constexpr int64_t kNone = 0, kMean = 1, kSum = 2;
+  STD_TORCH_CHECK(reduction == kNone || reduction == kMean || reduction == kSum, "ncmi_kernels: unknown reduction");
+  STD_TORCH_CHECK(!batch_ratio || reduction == kMean, "ncmi_kernels: ratio over the batch needs reduction mean");
+  const int64_t rows = target.numel();
+  return with_arithmetic_type(dtype, "dtype", [&]<class T>() {
+    const double* concentration = data<double>(terms, "terms", {2, rows});
+    const double* separation = concentration + rows;
+    const int64_t classes = weight ? weight->numel() : std::numeric_limits<int64_t>::max();
+    const T* class_weight = data<T>(weight, "weight", {classes});
+    const Targets y = targets(target, rows, ignore_index, classes);
+    const auto weight_of = [&](int64_t i) { return class_weight ? double(class_weight[y[i]]) : 1.0; };
+
+    Tensor result = reduction == kNone ? empty({rows}, dtype) : empty({}, dtype);
+    Tensor coefficients = empty({2, rows}, ScalarType::Double);
+    double* d_concentration = output<double>(coefficients);
+    double* d_separation = d_concentration + rows;
+
+    double weight_sum = 0, a = 0, g = 0;
+    for (int64_t i = 0; i < rows; ++i) {
+      if (y[i] == ignore_index) continue;
+      weight_sum += weight_of(i);
+      a += weight_of(i) * concentration[i];
+      g += weight_of(i) * separation[i];
+    }
+    const Ratio of_batch = ratio(a / weight_sum, g / weight_sum, eps);
+    double total = 0;
+    for (int64_t i = 0; i < rows; ++i) {
+      if (y[i] == ignore_index) {
+        d_concentration[i] = d_separation[i] = 0;
+        if (reduction == kNone) output<T>(result)[i] = T(0);
+        continue;
+      }
+      const double w = weight_of(i) / (reduction == kMean ? weight_sum : 1.0);
+      const Ratio r = batch_ratio ? of_batch : ratio(concentration[i], separation[i], eps);
+      d_concentration[i] = w * r.d_concentration;
+      d_separation[i] = w * r.d_separation;
+      total += w * r.value;
+      if (reduction == kNone) output<T>(result)[i] = T(w * r.value);
+    }
+    if (reduction == kMean && weight_sum == 0) total = std::numeric_limits<double>::quiet_NaN();  // 0 / 0
+    if (reduction != kNone) *output<T>(result) = T(batch_ratio ? of_batch.value : total);
+    return std::make_tuple(result, coefficients);
+  });
+}
+
+// d loss / d A and d loss / d G of each row [2, B], times the upstream gradient.
+std::vector<double> with_upstream(const Tensor& coefficients, const std::optional<Tensor>& upstream, int64_t rows) {
+  const double* c = data<double>(coefficients, "coefficients", {2, rows});
+  std::vector<double> result(c, c + 2 * rows);
+  if (!upstream) return result;
+  const bool by_row = upstream->dim() == 1;
+  STD_TORCH_CHECK(by_row ? upstream->size(0) == rows : upstream->dim() == 0, "ncmi_kernels: upstream must be a scalar or [B]");
+  const int64_t stride = by_row ? upstream->stride(0) : 0;
+  with_arithmetic_type(upstream->scalar_type(), "upstream", [&]<class T>() {
+    const T* up = static_cast<const T*>(upstream->data_ptr());
+    for (int64_t i = 0; i < rows; ++i) {
+      // An ignored row stays 0 whatever comes from above.
+      if (result[i] != 0) result[i] *= double(up[i * stride]);
+      if (result[rows + i] != 0) result[rows + i] *= double(up[i * stride]);
+    }
+  });
+  return result;
+}
+
+Tensor input_grad(const Tensor& directions, const Tensor& coefficients, const std::optional<Tensor>& upstream,
+                  ScalarType dtype) {
+  STD_TORCH_CHECK(directions.dim() == 3, "ncmi_kernels: directions must have 3 dimensions");
+  const int64_t rows = directions.size(1), columns = directions.size(2);
+  const std::vector<double> c = with_upstream(coefficients, upstream, rows);
+  Tensor grad = empty({rows, columns}, dtype);
+  with_arithmetic_type(directions.scalar_type(), "directions", [&]<class T>() {
+    const T* direction = data<T>(directions, "directions", {2, rows, columns});
+    const Dtype grad_dtype = dtype_of(dtype, "input");
+    STD_TORCH_CHECK((grad_dtype == Dtype::kFloat64) == kIsDouble<T>,
+                    "ncmi_kernels: float64 input and float64 directions go together");
+    const InputGradArgs<T> args{direction, direction + rows * columns, c.data(), c.data() + rows,
+                                columns,   grad.data_ptr(),            grad_dtype};
+    parallel_rows(rows, 8 * columns,
+                  [&](int64_t begin, int64_t end) { kernels_for<T>().input_grad(args, begin, end); });
+  });
+  return grad;
+}
+
+Tensor centroid_grad(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
+                     const Tensor& centroid_logits, const Tensor& log_activation, const Tensor& activation,
+                     const Tensor& reference, const Tensor& norms, const Tensor& row_stats,
+                     const Tensor& coefficients, const std::optional<Tensor>& upstream, bool softmax,
+                     bool centroid_to_sample, int64_t ignore_index) {
+  const Matrix z = matrix(input, "input"), xi = matrix(centroid_logits, "centroid_logits");
+  const int64_t rows = input.size(0);
+  Tensor grad = empty({centroid_logits.size(0), centroid_logits.size(1)}, centroid_logits.scalar_type());
+  with_arithmetic_type(centroid_logits.scalar_type(), "centroid_logits", [&]<class T>() {
+    const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample);
+    const Targets y = targets(target, rows, ignore_index, q.classes);
+    check_shape(input, "input", {rows, q.columns});
+    check_shape(centroid_logits, "centroid_logits", {q.classes, q.columns});
+    const double* stats = data<double>(row_stats, "rows", {3, rows});
+    const std::vector<double> c = with_upstream(coefficients, upstream, rows);
+
+    // Rows by class, in the order of the batch.
+    std::vector<int64_t> class_begin(q.classes + 1, 0), order(rows);
+    for (int64_t i = 0; i < rows; ++i)
+      if (y[i] != ignore_index) ++class_begin[y[i] + 1];
+    std::partial_sum(class_begin.begin(), class_begin.end(), class_begin.begin());
+    std::vector<int64_t> next(class_begin.begin(), class_begin.end() - 1);
+    for (int64_t i = 0; i < rows; ++i)
+      if (y[i] != ignore_index) order[next[y[i]]++] = i;
+    double separation_grad_sum = 0;
+    for (int64_t i = 0; i < rows; ++i)
+      if (y[i] != ignore_index) separation_grad_sum += c[rows + i];
+
+    std::unique_ptr<T[]> own_separation(centroid_to_sample ? new T[q.classes * q.columns] : nullptr);
+    std::vector<double> totals(q.columns);
+    const CentroidGradArgs<T> args{z,
+                                   data<T>(center, "center", {q.columns}),
+                                   softmax,
+                                   q,
+                                   xi,
+                                   stats,
+                                   stats + rows,
+                                   stats + 2 * rows,
+                                   c.data(),
+                                   c.data() + rows,
+                                   order.data(),
+                                   class_begin.data(),
+                                   output<T>(grad),
+                                   own_separation.get(),
+                                   totals.data(),
+                                   separation_grad_sum};
+    const Kernels<T>& kernel = kernels_for<T>();
+    parallel_columns(q.columns, rows, [&](int64_t begin, int64_t end) { kernel.centroid_sums(args, begin, end); });
+    parallel_rows(q.classes, q.columns, [&](int64_t begin, int64_t end) {
+      std::vector<T> scratch(q.columns);
+      kernel.centroid_grad(args, begin, end, scratch.data());
+    });
+  });
+  return grad;
+}
+
+Tensor update_center_(const Tensor& center, const Tensor& num_batches_tracked, const Tensor& input,
+                      const Tensor& target, double momentum, int64_t num_classes, int64_t ignore_index) {
+  const Matrix z = matrix(input, "input");
+  const int64_t rows = input.size(0), columns = input.size(1);
+  const Targets y = targets(target, rows, ignore_index, num_classes);
+  const int64_t count = [&] {
+    int64_t n = 0;
+    for (int64_t i = 0; i < rows; ++i) n += y[i] != ignore_index;
+    return n;
+  }();
+  Tensor copy = empty({columns}, center.scalar_type());
+  with_arithmetic_type(center.scalar_type(), "center", [&]<class T>() {
+    STD_TORCH_CHECK(z.dtype != Dtype::kFloat64 || kIsDouble<T>,
+                    "ncmi_kernels: float64 input needs a float64 center");
+    T* c = const_cast<T*>(data<T>(center, "center", {columns}));
+    int64_t* batches = const_cast<int64_t*>(data<int64_t>(num_batches_tracked, "num_batches_tracked", {}));
+    std::vector<double> mean(columns);
+    parallel_columns(columns, rows, [&](int64_t begin, int64_t end) {
+      kernels_for<T>().column_sums(z, y, rows, begin, end, mean.data());
+    });
+    bool finite = count > 0;
+    for (double& m : mean) {
+      m /= double(count);
+      finite = finite && std::isfinite(m);
+    }
+    // A batch without rows says nothing, and one NaN must not stay in the centre for good.
+    if (finite) {
+      const double keep = *batches == 0 ? 0.0 : momentum;
+      for (int64_t k = 0; k < columns; ++k) c[k] = T(keep == 0 ? mean[k] : keep * double(c[k]) + (1 - keep) * mean[k]);
+      ++*batches;
+    }
+    std::copy(c, c + columns, output<T>(copy));
+  });
+  return copy;
+}
+
+std::string cpu_capability() { return kernels().name; }
+
+}  // namespace
+}  // namespace ncmi::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(ncmi_kernels, CPU, m) {
+  m.impl("centroid_stats", TORCH_BOX(&ncmi::cpu::centroid_stats));
+  m.impl("terms", TORCH_BOX(&ncmi::cpu::terms));
+  m.impl("loss", TORCH_BOX(&ncmi::cpu::loss));
+  m.impl("input_grad", TORCH_BOX(&ncmi::cpu::input_grad));
+  m.impl("centroid_grad", TORCH_BOX(&ncmi::cpu::centroid_grad));
+  m.impl("update_center_", TORCH_BOX(&ncmi::cpu::update_center_));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ncmi_kernels, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&ncmi::cpu::cpu_capability));
+}

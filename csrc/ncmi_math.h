@@ -1,0 +1,172 @@
+// The scalar formulas of NCMI, written once for every backend.
+//
+// Everything here is plain arithmetic on one element: no memory, no loops over rows, no library type. The
+// CPU kernels inline these functions into loops that the compiler vectorises for several instruction sets; a
+// device compiler can inline the same ones into its kernels.
+//
+// Notation (arXiv 2601.02543, README "What is computed"): f is a centred, scaled feature, sigma the logistic
+// function, p = sigma(f) / S with S = sum_k sigma(f_k) the normalised sigmoid (NSF), q_y the own-class centroid.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__CUDACC__)
+#define NCMI_INLINE static __host__ __device__ __forceinline__
+#else
+#define NCMI_INLINE static inline __attribute__((always_inline))
+#endif
+
+namespace ncmi {
+
+template <class To, class From>
+NCMI_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast needs types of one size");
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Elementary functions. The float versions are branch-free so that a loop over them vectorises.
+// ---------------------------------------------------------------------------------------------------------
+
+NCMI_INLINE float absolute(float x) { return bit_cast<float>(bit_cast<uint32_t>(x) & 0x7fffffffu); }
+NCMI_INLINE double absolute(double x) { return fabs(x); }
+
+// e^-x for x >= 0. Past 86.5 the result stays at 2^-125: no denormals, and rows that small are rescaled by their
+// maximum before it matters. The bound is an integer minimum (non-negative floats order as integers), which no
+// compiler turns into a branch; it sends NaN there too, so callers see to NaN themselves.
+// Relative error under 1 ulp: -x = n ln 2 + r, e^r = 1 + r + r^2 Q(r), Q minimax (3e-9) on |r| <= ln(2) / 2.
+NCMI_INLINE float exp_minus(float x) {
+  const float kRoundToInt = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(x) in the low mantissa bits
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  x = bit_cast<float>(bits < 0x42ad0000u ? bits : 0x42ad0000u);  // 86.5
+  const float shifted = kRoundToInt - x * 1.44269504f;
+  const float n = shifted - kRoundToInt;
+  float r = -x - n * 0.693145751953125f;  // ln 2 in two parts, the first short enough that n times it is exact
+  r = r - n * 1.42860682e-6f;
+  float q = 1.39506030e-3f;
+  q = q * r + 8.36895350e-3f;
+  q = q * r + 4.16662041e-2f;
+  q = q * r + 1.66665183e-1f;
+  q = q * r + 5.00000010e-1f;
+  const float y = (q * (r * r) + r) + 1.0f;
+  return bit_cast<float>(bit_cast<uint32_t>(y) + (bit_cast<uint32_t>(shifted) << 23));  // y * 2^n
+}
+NCMI_INLINE double exp_minus(double x) { return exp(-x); }
+
+// log(u / 2) for u in [1, 2]. s = u / 2 - 1 is exact there, so this is the logarithm of the rounded u itself, and
+// near u = 2, that is f = 0, it is small with a small error. log(1 + s) = s + s^2 R(s), R minimax on [-1/2, 0],
+// relative error 4e-9: below what rounding the result costs.
+NCMI_INLINE float log_half(float u) {
+  const float s = u * 0.5f - 1.0f;
+  float r = -1.74594502f;
+  r = r * s - 2.48232513f;
+  r = r * s - 1.97671632f;
+  r = r * s - 0.595368491f;
+  r = r * s - 0.341047529f;
+  r = r * s + 0.175690033f;
+  r = r * s - 0.251888541f;
+  r = r * s + 0.333262151f;
+  r = r * s - 0.500000917f;
+  return r * (s * s) + s;
+}
+NCMI_INLINE double log_half(double u) { return log1p(u * 0.5 - 1.0); }
+
+// ---------------------------------------------------------------------------------------------------------
+// Activations: an unnormalised probability, its logarithm, and the slope that multiplies its gradient.
+//
+// The logarithm of NSF is taken of 2 a, so that f = 0 has logarithm 0: with features of length one f is near 0, and
+// everything is made of differences of these logarithms, where a constant drops out but its rounding would not.
+// ---------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct Activation {
+  T value;        // a, with p = a / sum a
+  T log;          // log a, or log 2 a for NSF
+  T slope;        // d log a / d f: 1 - sigma for NSF, 1 for softmax
+  T value_slope;  // a * slope
+};
+
+// NSF: a = sigma(f). sigma and log sigma come from the same rounded u = 1 + e^-|f|, so that they are an exact
+// pair of a slightly moved f: KL divergences between nearby distributions are of second order in log p - log q,
+// and an inconsistent pair would enter them in first order.
+template <class T>
+NCMI_INLINE Activation<T> nsf(T f) {
+  const T e = exp_minus(absolute(f));
+  const T u = T(1) + e;
+  const T r = T(1) / u;
+  const T er = e * r;
+  const bool negative = f < T(0);
+  return {negative ? er : r, (negative ? f : T(0)) - log_half(u), negative ? r : er, er * r};
+}
+
+// NSF of a row whose sum of sigma underflows (every f very negative): sigma(f) e^-shift with shift = max f < 0.
+template <class T>
+NCMI_INLINE Activation<T> nsf_shifted(T f, T shift) {
+  const T u = T(1) + exp_minus(absolute(f));
+  const T r = T(1) / u;
+  const T below = shift - f;
+  const T value = exp_minus(absolute(below)) * r;
+  return {value, -below - log_half(u), r, value * r};
+}
+
+// Softmax, the ablation: a = e^(f - shift) with shift = max f. (The rounding of a fused multiply-add can leave
+// f a hair above its own maximum, hence the absolute value.)
+template <class T>
+NCMI_INLINE Activation<T> softmax(T f, T shift) {
+  const T below = shift - f;
+  const T value = exp_minus(absolute(below));
+  return {value, -below, T(1), value};
+}
+
+// A row sum of sigma under this is recomputed with nsf_shifted. Elements that exp_minus cut off are then
+// 2^-85 or less of the sum.
+template <class T>
+NCMI_INLINE T smallest_plain_sum() {
+  return T(9.094947017729282e-13);  // 2^-40
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Loss: from the concentration A_i and the separation G_i of a row, and from their weighted means.
+// ---------------------------------------------------------------------------------------------------------
+
+struct Ratio {
+  double value;            // A / (G + eps)
+  double d_concentration;  // d value / d A
+  double d_separation;     // d value / d G
+};
+
+NCMI_INLINE Ratio ratio(double concentration, double separation, double eps) {
+  const double inverse = 1.0 / (separation + eps);
+  const double value = concentration * inverse;
+  return {value, inverse, -value * inverse};
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// Gradients with respect to f_j, before the upstream gradient and the chain rule of scaling.
+// ---------------------------------------------------------------------------------------------------------
+
+// d A / d f_j = (1 - sigma_j) p_j (log p_j - log q_yj - A). `own` is log a_j - log a_j(xi_y), `own_mean` its mean
+// under p: the log-normalisers are constant along the row and cancel.
+template <class T>
+NCMI_INLINE T concentration_gradient(T slope_p, T own, T own_mean) {
+  return slope_p * (own - own_mean);
+}
+
+// d G / d f_j for D = KL(p || q_v): mean over all classes less the own-class term. `all` is log a_j less the mean
+// over classes of log a_j(xi_c).
+template <class T>
+NCMI_INLINE T separation_gradient_sample(T slope_p, T all, T all_mean, T own, T own_mean, T inverse_classes) {
+  return slope_p * ((all - all_mean) - inverse_classes * (own - own_mean));
+}
+
+// d G / d f_j for D = KL(q_v || p), with q_mean the mean of q over classes.
+template <class T>
+NCMI_INLINE T separation_gradient_centroid(T slope, T p, T q_mean, T q_own, T inverse_classes) {
+  return slope * ((p - q_mean) + inverse_classes * (q_own - p));
+}
+
+}  // namespace ncmi

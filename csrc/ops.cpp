@@ -1,0 +1,49 @@
+// The operators of ncmi_kernels, declared once for every backend; csrc/cpu/ops_cpu.cpp implements them for the CPU.
+//
+// Only LibTorch's stable ABI is used, and no part of the CPython API: one binary serves every torch from 2.11 on
+// and every Python that those run on. The library is loaded with torch.ops.load_library.
+//
+// B rows, M columns, C classes. "Arithmetic type": float64 where centroid_logits are, else float32.
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(ncmi_kernels, m) {
+  // What the rows need to know of the centroids, from their logits [C, M] in the arithmetic type:
+  // log_activation [C, M]; activation [C, M], or [0, M] for sample_to_centroid; reference [2, M];
+  // norms [2 C + 2] float64.
+  m.def(
+      "centroid_stats(Tensor centroid_logits, bool softmax, bool centroid_to_sample)"
+      " -> (Tensor log_activation, Tensor activation, Tensor reference, Tensor norms)");
+
+  // By row: terms [2, B] = (concentration, separation), float64; rows [3, B] float64, what centroid_grad needs to
+  // form p again; directions [2, B, M] = d terms / d input, or [2, B, 0] where not asked for.
+  m.def(
+      "terms(Tensor input, Tensor target, Tensor? center, Tensor log_activation, Tensor activation,"
+      " Tensor reference, Tensor norms, float temperature, bool l2_normalize, bool softmax,"
+      " bool centroid_to_sample, int ignore_index, bool with_directions)"
+      " -> (Tensor terms, Tensor rows, Tensor directions)");
+
+  // The terms to the loss: a scalar, or [B] for reduction 0; coefficients [2, B] float64 = d loss / d terms.
+  // reduction: 0 none, 1 mean, 2 sum. dtype: the arithmetic type, which the loss has.
+  m.def(
+      "loss(Tensor terms, Tensor target, Tensor? weight, bool batch_ratio, int reduction, float eps,"
+      " int ignore_index, ScalarType dtype) -> (Tensor loss, Tensor coefficients)");
+
+  // Backward by row: [B, M] of `dtype`. `upstream` (a scalar or [B]) multiplies the coefficients.
+  m.def("input_grad(Tensor directions, Tensor coefficients, Tensor? upstream, ScalarType dtype) -> Tensor");
+
+  // The centroid sums: d loss / d centroid_logits [C, M].
+  m.def(
+      "centroid_grad(Tensor input, Tensor target, Tensor? center, Tensor centroid_logits, Tensor log_activation,"
+      " Tensor activation, Tensor reference, Tensor norms, Tensor rows, Tensor coefficients, Tensor? upstream,"
+      " bool softmax, bool centroid_to_sample, int ignore_index) -> Tensor");
+
+  // The running centre: set to the mean of the rows at the first batch, then momentum * center +
+  // (1 - momentum) * mean. Returns a copy of the new centre, for the graph to keep.
+  m.def(
+      "update_center_(Tensor(a!) center, Tensor(b!) num_batches_tracked, Tensor input, Tensor target,"
+      " float momentum, int num_classes, int ignore_index) -> Tensor");
+
+  // The instruction set that the CPU kernels use: "default", "avx2" or "avx512".
+  m.def("cpu_capability() -> str");
+}

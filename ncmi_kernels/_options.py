@@ -1,0 +1,77 @@
+"""The options of the loss, checked once."""
+
+import math
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Any
+
+ACTIVATIONS = ("nsf", "softmax")
+SEPARATIONS = ("sample_to_centroid", "centroid_to_sample")
+RATIOS = ("batch", "sample")
+REDUCTIONS = ("none", "mean", "sum")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything about the loss that is not a tensor. :func:`ncmi_kernels.ncmi_loss` documents each."""
+
+    temperature: float = 1.0
+    l2_normalize: bool = False
+    activation: str = "nsf"
+    separation: str = "sample_to_centroid"
+    ratio: str = "batch"
+    ignore_index: int = -100
+    reduction: str = "mean"
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "eps"):
+            check_positive(name, getattr(self, name))
+        for name, choices in (
+            ("activation", ACTIVATIONS),
+            ("separation", SEPARATIONS),
+            ("ratio", RATIOS),
+            ("reduction", REDUCTIONS),
+        ):
+            check_choice(name, getattr(self, name), choices)
+        if not isinstance(self.l2_normalize, bool):
+            raise TypeError(f"l2_normalize: got {self.l2_normalize!r}, expected True or False")
+        if not isinstance(self.ignore_index, Integral) or isinstance(self.ignore_index, bool):
+            raise TypeError(f"ignore_index: got {self.ignore_index!r}, expected an integer")
+        if self.ratio == "batch" and self.reduction != "mean":
+            raise ValueError(
+                f"reduction: got {self.reduction!r} with ratio='batch', which is one number for the whole batch; "
+                "expected 'mean' (or ratio='sample')"
+            )
+
+    @property
+    def softmax(self) -> bool:
+        """Whether the activation is softmax instead of NSF."""
+        return self.activation == "softmax"
+
+    @property
+    def centroid_to_sample(self) -> bool:
+        """Whether the separation is KL(q_v || p_i) instead of KL(p_i || q_v)."""
+        return self.separation == "centroid_to_sample"
+
+    @property
+    def batch_ratio(self) -> bool:
+        """Whether the loss is the ratio of the batch's means instead of the mean of the samples' ratios."""
+        return self.ratio == "batch"
+
+
+OPTION_NAMES = tuple(field.name for field in fields(Options))
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise TypeError or ValueError unless `value` is a finite number above zero."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, expected a number > 0")
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name}: got {value!r}, expected a finite number > 0")

@@ -1,0 +1,317 @@
+"""The functional API: arguments checked, shapes brought to [B, M], backend chosen."""
+
+import warnings
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ncmi_kernels import _backends, _ops, reference
+from ncmi_kernels._options import Options
+
+
+class DegenerateMinimumWarning(UserWarning):
+    """The settings have a minimum that the loss reaches without separating the classes."""
+
+
+def ncmi_loss(
+    input: Tensor,
+    target: Tensor,
+    centroid_logits: Tensor,
+    *,
+    center: Tensor | None = None,
+    temperature: float = 1.0,
+    l2_normalize: bool = False,
+    activation: str = "nsf",
+    separation: str = "sample_to_centroid",
+    ratio: str = "batch",
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    eps: float = 1e-8,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Normalized conditional mutual information of a batch, the ratio CMI / Gamma (arXiv 2601.02543).
+
+    With x = input - center, made of length one where `l2_normalize`, the distribution of a sample and of a
+    class are p = nsf(x / temperature) and q = nsf(centroid_logits), where nsf(f)_k = sigmoid(f_k) / sum_j
+    sigmoid(f_j). Each sample has a concentration and a separation,
+
+    .. math::
+        A_i = KL(p_i \| q_{y_i}), \qquad G_i = \frac{1}{C} \sum_{v \ne y_i} KL(p_i \| q_v)
+
+    and the loss is the ratio of their means, or the mean of their ratios. Costs O((B + C) M); nothing of size
+    B C is formed. Sums and normalisers are float64, everything else float32 (float64 for float64 arguments).
+
+    Args:
+        input: features or logits, [B, M], [M] or [B, M, d1, ...]; float32, float64, bfloat16 or float16.
+        target: class indices, int64, [B], [] or [B, d1, ...], each in [0, C) or `ignore_index`.
+        centroid_logits: [C, M], C >= 2; a floating dtype. Differentiable, as `input` is.
+        center: [M], subtracted from the features; never differentiated.
+        temperature: divides the features; > 0.
+        l2_normalize: divide each centred feature vector by max(its length, 1e-12) first.
+        activation: "nsf", or "softmax" for the ablation.
+        separation: "sample_to_centroid", KL(p_i || q_v), or "centroid_to_sample", KL(q_v || p_i). The latter
+            without `l2_normalize` has a degenerate minimum: one coordinate runs to minus infinity.
+        ratio: "batch", mean(A) / (mean(G) + eps), or "sample", mean(A / (G + eps)).
+        weight: [C], class weights; the means become weighted means, as in cross_entropy.
+        ignore_index: samples with this target count for nothing and get a zero gradient.
+        reduction: "mean" (weighted; NaN where no sample counts), and for ratio "sample" also "sum" and "none".
+        eps: added to the separation; > 0.
+        backend: None for the fastest that can run, or one by name: "cpu" (C++) or "reference" (PyTorch).
+
+    Returns:
+        A scalar, or for reduction "none" a tensor of target's shape; float32, or float64 where `input` or
+        `centroid_logits` is: never rounded to the low precision of the input.
+
+    Raises:
+        TypeError: an argument is not of the expected Python type.
+        ValueError: a shape does not fit, or an option is unknown or out of its range.
+        IndexError: a target is neither a class nor `ignore_index` (on other devices than the CPU: a device-side
+            assertion).
+        RuntimeError: a dtype, device or layout is not supported, or the backend asked for cannot run.
+
+    Example:
+        >>> import torch, ncmi_kernels
+        >>> centroid_logits = 10 * torch.eye(3)
+        >>> loss = ncmi_kernels.ncmi_loss(torch.eye(3), torch.arange(3), centroid_logits)
+        >>> round(loss.item(), 4)
+        0.7143
+    """
+    options = Options(
+        temperature, l2_normalize, activation, separation, ratio, ignore_index, reduction, eps
+    )
+    warn_if_degenerate(options)
+    check_tensors(input, target, centroid_logits, center, weight)
+    return loss(input, target, centroid_logits, center, weight, options, backend, None)
+
+
+def ncmi_terms(
+    input: Tensor,
+    target: Tensor,
+    centroid_logits: Tensor,
+    *,
+    center: Tensor | None = None,
+    temperature: float = 1.0,
+    l2_normalize: bool = False,
+    activation: str = "nsf",
+    separation: str = "sample_to_centroid",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The two terms of :func:`ncmi_loss` by sample, to be combined otherwise; both are differentiable.
+
+    Args:
+        input: as in :func:`ncmi_loss`, and so are all others.
+        target: every one a class: there is no ignore_index here.
+        centroid_logits: [C, M].
+        center: [M] or None.
+        temperature: > 0.
+        l2_normalize: divide the centred features by their length.
+        activation: "nsf" or "softmax".
+        separation: "sample_to_centroid" or "centroid_to_sample".
+        backend: None, "cpu" or "reference".
+
+    Returns:
+        concentration A and separation G, each of target's shape; float32 or float64.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: as :func:`ncmi_loss`.
+    """
+    # No class has the most negative int64, so nothing is ignored.
+    options = Options(
+        temperature, l2_normalize, activation, separation, ignore_index=torch.iinfo(torch.int64).min
+    )
+    check_tensors(input, target, centroid_logits, center, None)
+    rows, classes = flatten(input, target)
+    rows, centroid_logits, center, _ = to_arithmetic_dtype(rows, centroid_logits, center, None)
+    if _backends.resolve(backend, input) == "reference":
+        check_range(classes, len(centroid_logits), options.ignore_index)
+        concentration, separated = reference.terms(rows, classes, centroid_logits, center, options)
+    else:
+        stats = _ops.centroid_stats(centroid_logits, options)
+        concentration, separated = _ops.terms(rows, classes, centroid_logits, center, stats, options)
+    return concentration.reshape(target.shape), separated.reshape(target.shape)
+
+
+def log_nsf(input: Tensor, dim: int = -1) -> Tensor:
+    """Logarithm of the normalised sigmoid function along `dim`: log(sigmoid(x_k) / sum_j sigmoid(x_j)).
+
+    Right where the sum underflows (every x very negative), and its gradient too.
+
+    Args:
+        input: any shape, floating dtype; half precision is computed in float32.
+        dim: the dimension that is normalised.
+
+    Returns:
+        Shape and dtype of `input`.
+    """
+    _check_floating("input", input)
+    x = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
+    log_sigmoid = F.logsigmoid(x)
+    return (log_sigmoid - log_sigmoid.logsumexp(dim=dim, keepdim=True)).to(input.dtype)
+
+
+def nsf(input: Tensor, dim: int = -1) -> Tensor:
+    """Normalised sigmoid function along `dim`: sigmoid(x_k) / sum_j sigmoid(x_j) (arXiv 2601.02543).
+
+    Args:
+        input: any shape, floating dtype; half precision is computed in float32.
+        dim: the dimension that is normalised.
+
+    Returns:
+        Shape and dtype of `input`; non-negative, with sum 1 along `dim`.
+    """
+    _check_floating("input", input)
+    x = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
+    return log_nsf(x, dim).exp().to(input.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Shared with the module.
+# ------------------------------------------------------------------------------------------------------------
+
+
+def loss(
+    input: Tensor,
+    target: Tensor,
+    centroid_logits: Tensor,
+    center: Tensor | None,
+    weight: Tensor | None,
+    options: Options,
+    backend: str | None,
+    stats: _ops.CentroidStats | None,
+) -> Tensor:
+    """:func:`ncmi_loss` on checked arguments; `stats`, where given, belong to `centroid_logits`."""
+    rows, classes = flatten(input, target)
+    rows, centroid_logits, center, weight = to_arithmetic_dtype(rows, centroid_logits, center, weight)
+    if _backends.resolve(backend, input) == "reference":
+        check_range(classes, len(centroid_logits), options.ignore_index)
+        result = reference.loss(rows, classes, centroid_logits, center, weight, options)
+    else:
+        if stats is None:
+            stats = _ops.centroid_stats(centroid_logits, options)
+        result = _ops.loss(rows, classes, centroid_logits, center, weight, stats, options)
+    return result.reshape(target.shape) if options.reduction == "none" else result
+
+
+def flatten(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring [M], [B, M] or [B, M, d1, ...] and its target to [N, M] and [N]."""
+    if input.dim() == 2:
+        return input, target
+    if input.dim() == 1:
+        return input.unsqueeze(0), target.reshape(1)
+    return input.movedim(1, -1).flatten(0, -2), target.flatten()
+
+
+def to_arithmetic_dtype(
+    input: Tensor, centroid_logits: Tensor, center: Tensor | None, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Everything but a half-precision input in the dtype of the arithmetic: float32, or float64 where one is."""
+    if input.dtype == torch.float64 or centroid_logits.dtype == torch.float64:
+        input, dtype = input.double(), torch.float64
+    else:
+        dtype = torch.float32
+    if centroid_logits.dtype != dtype:
+        centroid_logits = centroid_logits.to(dtype)
+    if center is not None:
+        center = center.detach().to(dtype).contiguous()
+    if weight is not None:
+        weight = weight.detach().to(dtype).contiguous()
+    return input, centroid_logits, center, weight
+
+
+@cache
+def _warn_degenerate() -> None:
+    warnings.warn(
+        "separation='centroid_to_sample' without l2_normalize has a degenerate minimum: one feature runs to minus "
+        "infinity, the separation grows without bound and accuracy collapses. Use l2_normalize=True or "
+        "separation='sample_to_centroid'.",
+        DegenerateMinimumWarning,
+        stacklevel=4,
+    )
+
+
+def warn_if_degenerate(options: Options) -> None:
+    """Warn once in a process about the settings with a degenerate minimum."""
+    if options.centroid_to_sample and not options.l2_normalize and not torch.compiler.is_compiling():
+        _warn_degenerate()
+
+
+def check_tensors(
+    input: Tensor, target: Tensor, centroid_logits: Tensor, center: Tensor | None, weight: Tensor | None
+) -> None:
+    """Raise the errors that :func:`ncmi_loss` documents, but for the range of the targets."""
+    _check_floating("input", input)
+    _check_floating("centroid_logits", centroid_logits)
+    _check_tensor("target", target)
+    if target.dtype != torch.int64:
+        hint = "; class probabilities are not supported" if target.dtype.is_floating_point else ""
+        raise RuntimeError(f"target: got dtype {target.dtype}, expected torch.int64 class indices{hint}")
+    if centroid_logits.dim() != 2 or centroid_logits.shape[0] < 2 or centroid_logits.shape[1] < 1:
+        raise ValueError(
+            f"centroid_logits: got shape {tuple(centroid_logits.shape)}, "
+            "expected [C, M] with C >= 2 classes and M >= 1"
+        )
+    classes, columns = centroid_logits.shape
+    dims = input.dim()
+    if dims == 0 or input.shape[min(dims - 1, 1)] != columns:
+        raise ValueError(
+            f"input: got shape {tuple(input.shape)}, expected [B, M], [M] or [B, M, d1, ...] with M = {columns}, "
+            f"the second dimension of centroid_logits {tuple(centroid_logits.shape)}"
+        )
+    if dims == 2:  # the common case, without building a tuple
+        fits = target.dim() == 1 and target.shape[0] == input.shape[0]
+    else:
+        fits = target.shape == (input.shape[:1] + input.shape[2:] if dims > 1 else ())
+    if not fits:
+        expected = tuple(input.shape[:1] + input.shape[2:]) if dims > 1 else ()
+        raise ValueError(
+            f"target: got shape {tuple(target.shape)}, expected {expected} for input {tuple(input.shape)}"
+        )
+    for name, tensor, size in (("center", center, columns), ("weight", weight, classes)):
+        if tensor is None:
+            continue
+        _check_floating(name, tensor)
+        if tensor.shape != (size,):
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected ({size},)")
+    device = input.device
+    for name, tensor in (
+        ("target", target),
+        ("centroid_logits", centroid_logits),
+        ("center", center),
+        ("weight", weight),
+    ):
+        if tensor is not None and tensor.device != device:
+            raise RuntimeError(f"{name}: got device {tensor.device}, expected {device}, the device of input")
+
+
+def check_range(target: Tensor, classes: int, ignore_index: int) -> None:
+    """Raise IndexError for a target that is neither a class nor ignored; the compiled operators do it themselves."""
+    bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if target.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(~bad.any(), "target: a value is neither a class nor ignore_index")
+    elif bad.any():
+        row = int(bad.nonzero()[0])
+        raise IndexError(
+            f"target: value {int(target[row])} at row {row} is out of range, "
+            f"expected a class in [0, {classes}) or ignore_index ({ignore_index})"
+        )
+
+
+def _check_tensor(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
+    if value.layout != torch.strided:
+        raise RuntimeError(f"{name}: got layout {value.layout}, expected a dense (torch.strided) tensor")
+
+
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _check_floating(name: str, value: Tensor) -> None:
+    _check_tensor(name, value)
+    if value.dtype not in _FLOATING:
+        raise RuntimeError(
+            f"{name}: got dtype {value.dtype}, expected torch.float32, torch.float64, torch.bfloat16 or torch.float16"
+        )

@@ -1,0 +1,340 @@
+"""The criterion: centroids, the running centre, prediction."""
+
+from collections.abc import Iterable
+from numbers import Real
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ncmi_kernels import _backends, _ops, functional, reference
+from ncmi_kernels._options import OPTION_NAMES, Options, check_choice
+
+INITIAL_LOGIT = 10.0
+
+
+class NCMILoss(nn.Module):
+    """NCMI as a criterion (arXiv 2601.02543): what `nn.CrossEntropyLoss` is to cross_entropy.
+
+    Holds one centroid per class and a running centre of the features. The loss is :func:`ncmi_loss`; here are
+    the state and the prediction. `feature_dim=None` is the drop-in case: the features are the C logits.
+
+    Args:
+        num_classes: C >= 2.
+        feature_dim: M >= 2, the size of the features; None for `num_classes`.
+        temperature: divides the features; > 0.
+        center_momentum: in [0, 1], of the running centre; None for no centring.
+        l2_normalize: divide the centred features by their length.
+        activation: "nsf" or "softmax".
+        separation: "sample_to_centroid" or "centroid_to_sample".
+        ratio: "batch" or "sample".
+        learn_centroids: whether `centroid_logits` requires a gradient. Fixed centroids cost nothing: what the
+            loss needs of them is computed once.
+        weight: [C] class weights, or None.
+        ignore_index: samples with this target count for nothing, in the centre too.
+        reduction: "mean", and for ratio "sample" also "sum" and "none".
+        eps: added to the separation; > 0.
+        backend: None, "cpu" or "reference".
+        device: of the parameters and buffers.
+        dtype: of the parameters and buffers; a floating dtype.
+
+    Attributes:
+        centroid_logits: Parameter [C, M]; the centroids are its NSF. Initially 10 times one-hot rows, or for
+            M < C random directions of length 10 (from torch's global generator).
+        center: buffer [M]. In training mode each forward moves it before it is used: the first batch sets it to
+            its mean, later ones to `center_momentum * center + (1 - center_momentum) * mean`. A batch whose mean
+            is not finite leaves it alone.
+        class_means: buffer [C, M], the mean distribution of each class, once `fit_class_means` was called.
+
+    Shape:
+        input [B, M], [M] or [B, M, d1, ...]; target [B], [] or [B, d1, ...]; output a scalar, or target's shape
+        for reduction "none".
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: as :func:`ncmi_loss`.
+
+    Example:
+        >>> import torch
+        >>> from ncmi_kernels import NCMILoss
+        >>> criterion = NCMILoss(num_classes=10, feature_dim=64)
+        >>> features = torch.randn(32, 64, requires_grad=True)
+        >>> criterion(features, torch.randint(10, (32,))).backward()
+        >>> criterion.predict(features).shape
+        torch.Size([32])
+    """
+
+    centroid_logits: nn.Parameter
+    center: Tensor
+    num_batches_tracked: Tensor
+    weight: Tensor | None
+    class_means: Tensor | None
+
+    def __init__(
+        self,
+        num_classes: int,
+        feature_dim: int | None = None,
+        *,
+        temperature: float = 1.0,
+        center_momentum: float | None = 0.999999,
+        l2_normalize: bool = True,
+        activation: str = "nsf",
+        separation: str = "sample_to_centroid",
+        ratio: str = "batch",
+        learn_centroids: bool = True,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        eps: float = 1e-8,
+        backend: str | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.options = Options(
+            temperature, l2_normalize, activation, separation, ratio, ignore_index, reduction, eps
+        )
+        functional.warn_if_degenerate(self.options)
+        self.num_classes = _check_count("num_classes", num_classes)
+        self.feature_dim = num_classes if feature_dim is None else _check_count("feature_dim", feature_dim)
+        if center_momentum is not None and not (isinstance(center_momentum, Real) and 0 <= center_momentum <= 1):
+            raise ValueError(f"center_momentum: got {center_momentum!r}, expected a number in [0, 1] or None")
+        self.center_momentum = center_momentum
+        if backend is not None:
+            check_choice("backend", backend, _backends.BACKENDS)
+        self.backend = backend
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype: got {dtype}, expected a floating dtype")
+
+        logits = torch.empty(self.num_classes, self.feature_dim, device=device, dtype=dtype)
+        self.centroid_logits = nn.Parameter(logits, requires_grad=learn_centroids)
+        self.register_buffer("center", torch.zeros(self.feature_dim, device=device, dtype=dtype))
+        self.register_buffer("num_batches_tracked", torch.zeros((), device=device, dtype=torch.int64))
+        if weight is not None:
+            if not isinstance(weight, Tensor):
+                raise TypeError(f"weight: got {type(weight).__name__}, expected a torch.Tensor")
+            if weight.shape != (self.num_classes,):
+                raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected ({self.num_classes},)")
+            weight = weight.detach().to(device=device, dtype=dtype, copy=True)
+        self.register_buffer("weight", weight)
+        self.register_buffer("class_means", None)
+        self._stats_cache: tuple[Any, ...] | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the centroids and the centre to their initial values and forget the class means."""
+        with torch.no_grad():
+            if self.feature_dim >= self.num_classes:
+                self.centroid_logits.zero_().fill_diagonal_(INITIAL_LOGIT)
+            else:
+                # Fewer dimensions than classes: random directions are nearly orthogonal in many of them.
+                self.centroid_logits.copy_(INITIAL_LOGIT * F.normalize(self.centroid_logits.normal_(), dim=1))
+            self.center.zero_()
+            self.num_batches_tracked.zero_()
+        self.class_means = None
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of features [B, M] (or [M], [B, M, d1, ...]) for targets [B] (or [], [B, d1, ...])."""
+        functional.check_tensors(input, target, self.centroid_logits, self.center, self.weight)
+        return functional.loss(
+            input,
+            target,
+            self.centroid_logits,
+            self._current_center(input, target),
+            self.weight,
+            self.options,
+            self.backend,
+            self._current_stats(input),
+        )
+
+    def centroids(self) -> Tensor:
+        """The centroids [C, M] as distributions: each row sums to one. Differentiable."""
+        return reference.log_activation(self.centroid_logits, self.options.activation).exp()
+
+    @torch.no_grad()
+    def scores(self, features: Tensor, *, class_means: bool = False) -> Tensor:
+        """Scores of the classes, sum_k p_k log q_ck: the higher the nearer (argmin_c KL(p || q_c)).
+
+        Args:
+            features: [B, M].
+            class_means: score against the means of `fit_class_means`, the paper's evaluation, instead of the
+                centroids. A class that the fit had no sample of scores -inf.
+
+        Returns:
+            [B, C]; float32, or float64 where the features or the centroids are.
+
+        Raises:
+            RuntimeError: class means asked for before they were fitted.
+        """
+        log_p, log_q = self._log_probabilities(features), self._log_centroids(class_means)
+        p, log_q = log_p.exp().to(log_q.dtype), log_q.to(log_p.dtype)
+        common = _common(log_q)
+        return p @ (log_q - common).T + (p @ common)[:, None]
+
+    @torch.no_grad()
+    def predict(self, features: Tensor, *, class_means: bool = False) -> Tensor:
+        """The class [B] of the highest score for each of features [B, M]; arguments as for `scores`."""
+        log_q = self._log_centroids(class_means)
+        # What all classes have in common is left out here: the differences of the scores may be small beside it.
+        return (self._log_probabilities(features).exp() @ (log_q - _common(log_q)).T).argmax(dim=1)
+
+    @torch.no_grad()
+    def fit_class_means(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+        """Set `class_means` to the mean distribution of each class: the paper's centroids for evaluation.
+
+        Streams: state of O(C M), one batch at a time. Part of the state_dict from then on.
+
+        Args:
+            batches: pairs of features [B, M] and targets [B]; targets of `ignore_index` are skipped.
+
+        Returns:
+            [C, M]; a class without samples has a row of zeros.
+        """
+        total = torch.zeros_like(self.centroid_logits, dtype=torch.float64)
+        count = torch.zeros(self.num_classes, device=total.device, dtype=torch.float64)
+        for features, target in batches:
+            functional.check_tensors(features, target, self.centroid_logits, self.center, None)
+            functional.check_range(target, self.num_classes, self.options.ignore_index)
+            kept = target != self.options.ignore_index
+            p = self._log_probabilities(features[kept]).exp().to(total.dtype)
+            total.index_add_(0, target[kept], p)
+            count.index_add_(0, target[kept], torch.ones_like(p[:, 0]))
+        self.class_means = (total / count.clamp(min=1)[:, None]).to(self.centroid_logits.dtype)
+        return self.class_means
+
+    def extra_repr(self) -> str:
+        """The settings that are not at their defaults, after the sizes."""
+        changed = [
+            f"{name}={getattr(self.options, name)!r}"
+            for name in OPTION_NAMES
+            if getattr(self.options, name) != getattr(_MODULE_DEFAULTS, name)
+        ]
+        if self.center_momentum != 0.999999:
+            changed.append(f"center_momentum={self.center_momentum!r}")
+        if self.backend is not None:
+            changed.append(f"backend={self.backend!r}")
+        return ", ".join([f"num_classes={self.num_classes}, feature_dim={self.feature_dim}", *changed])
+
+    # --------------------------------------------------------------------------------------------------------
+
+    def _log_probabilities(self, features: Tensor) -> Tensor:
+        if features.dim() != 2 or features.shape[1] != self.feature_dim:
+            raise ValueError(f"features: got shape {tuple(features.shape)}, expected [B, {self.feature_dim}]")
+        dtype = torch.promote_types(torch.promote_types(features.dtype, self.centroid_logits.dtype), torch.float32)
+        center = None if self.center_momentum is None else self.center.to(dtype)
+        with torch.autocast(features.device.type, enabled=False):
+            return reference.log_probabilities(
+                features.to(dtype), center, self.options.temperature, self.options.l2_normalize, self.options.activation
+            )
+
+    def _log_centroids(self, class_means: bool) -> Tensor:
+        dtype = torch.promote_types(self.centroid_logits.dtype, torch.float32)
+        if not class_means:
+            return reference.log_activation(self.centroid_logits.to(dtype), self.options.activation)
+        if self.class_means is None:
+            raise RuntimeError("class_means: not fitted yet, expected a call of fit_class_means first")
+        means = self.class_means.to(dtype)
+        missing = means.sum(dim=1, keepdim=True) == 0
+        return means.clamp(min=torch.finfo(dtype).tiny).log().masked_fill(missing, -torch.inf)
+
+    def _current_center(self, input: Tensor, target: Tensor) -> Tensor | None:
+        """The centre to use, moved first in training mode: a copy then, which later steps leave alone."""
+        if self.center_momentum is None:
+            return None
+        if not self.training:
+            return self.center
+        with torch.no_grad():
+            rows, classes = functional.flatten(input, target)
+            ignore_index = self.options.ignore_index
+            low = self.center.dtype not in (torch.float32, torch.float64)
+            if _backends.resolve(self.backend, input) == "reference" or low:
+                return self._move_center(rows, classes)
+            if rows.dtype == torch.float64 != self.center.dtype:
+                rows = rows.to(self.center.dtype)
+            return _ops.update_center_(
+                self.center,
+                self.num_batches_tracked,
+                rows,
+                classes,
+                self.center_momentum,
+                self.num_classes,
+                ignore_index,
+            )
+
+    def _move_center(self, rows: Tensor, classes: Tensor) -> Tensor:
+        """What the operator update_center_ does, in PyTorch and without a host sync."""
+        assert self.center_momentum is not None
+        functional.check_range(classes, self.num_classes, self.options.ignore_index)
+        kept = (classes != self.options.ignore_index)[:, None]
+        wide = torch.promote_types(self.center.dtype, torch.float32)
+        mean = torch.where(kept, rows, 0).sum(dim=0, dtype=torch.float64) / kept.sum()
+        moved = self.center_momentum * self.center.double() + (1 - self.center_momentum) * mean
+        moved = torch.where(self.num_batches_tracked == 0, mean, moved)
+        usable = mean.isfinite().all()
+        self.center.copy_(torch.where(usable, moved, self.center.double()).to(wide))
+        self.num_batches_tracked.add_(usable)
+        return self.center.clone()
+
+    def _current_stats(self, input: Tensor) -> _ops.CentroidStats | None:
+        """The cached statistics of fixed centroids; None where they have to be computed.
+
+        Keyed on the tensor, its memory (kept alive, so no other tensor can get the address) and its version
+        counter, which every in-place operation, optimiser step and load_state_dict moves.
+        """
+        logits = self.centroid_logits
+        if (
+            logits.requires_grad
+            or torch.compiler.is_compiling()
+            or logits.is_inference()
+            or logits.dtype not in (torch.float32, torch.float64)
+            or (input.dtype == torch.float64 and logits.dtype != torch.float64)
+            or _backends.resolve(self.backend, input) == "reference"
+            or type(logits) is not nn.Parameter
+        ):
+            return None
+        options = self.options
+        key = (logits._version, logits.data_ptr(), logits.shape, logits.stride(), options.activation, options.separation)
+        cache = self._stats_cache
+        if cache is None or cache[0] is not logits or cache[1] != key:
+            cache = self._stats_cache = (logits, key, logits.detach(), _ops.centroid_stats(logits, options))
+        return cache[3]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_stats_cache": None}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # class_means is there only once fitted, on either side.
+        saved = state_dict.get(prefix + "class_means")
+        self.class_means = None if saved is None else torch.empty_like(saved, device=self.center.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _option_property(name: str) -> property:
+    def get(self: NCMILoss) -> Any:
+        return getattr(self.options, name)
+
+    def set_(self: NCMILoss, value: Any) -> None:
+        self.options = Options(**{field: getattr(self.options, field) for field in OPTION_NAMES} | {name: value})
+
+    return property(get, set_, doc=f"The option {name}; assigning checks it.")
+
+
+for _name in OPTION_NAMES:
+    setattr(NCMILoss, _name, _option_property(_name))
+
+_MODULE_DEFAULTS = Options(l2_normalize=True)
+
+
+def _check_count(name: str, value: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, expected an integer >= 2")
+    if value < 2:
+        raise ValueError(f"{name}: got {value!r}, expected an integer >= 2")
+    return value
+
+
+def _common(log_q: Tensor) -> Tensor:
+    """The mean of log q over the classes that are present [M]: shared by all scores of a sample."""
+    present = log_q.isfinite().all(dim=1)
+    return torch.where(present[:, None], log_q, 0).sum(dim=0) / present.sum().clamp(min=1)

@@ -1,0 +1,146 @@
+"""NCMI in plain PyTorch: the definition, and the same collapsed over the classes.
+
+:func:`literal_terms` is to be read beside the paper (arXiv 2601.02543). It builds the [B, C, M] tensor that the
+kernels exist to avoid. :func:`collapsed_terms` is the same arithmetic without it. Both run on any device and
+floating dtype, and differentiate as often as torch does; half-precision input is computed in float32.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ncmi_kernels._options import Options
+
+
+def log_activation(x: Tensor, activation: str) -> Tensor:
+    """Logarithm of the normalised activation along the last dimension.
+
+    Args:
+        x: [..., M], any floating dtype.
+        activation: "nsf", log(sigma(x_k) / sum_j sigma(x_j)), or "softmax".
+
+    Returns:
+        [..., M], same dtype.
+    """
+    log_value = F.logsigmoid(x) if activation == "nsf" else x
+    return log_value - log_value.logsumexp(dim=-1, keepdim=True)
+
+
+def log_probabilities(
+    input: Tensor, center: Tensor | None, temperature: float, l2_normalize: bool, activation: str
+) -> Tensor:
+    """Log p [B, M]: features centred, optionally normalised to length one, divided by the temperature, activated.
+
+    An element that is NaN or infinite makes its whole row NaN: the sigmoid saturates and would hide it.
+    """
+    x = input if center is None else input - center
+    poison = (x * 0).sum(dim=-1, keepdim=True)
+    if l2_normalize:
+        x = F.normalize(x, dim=-1, eps=1e-12)
+    return log_activation(x / temperature, activation) + poison
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) = sum_k p_k (log p_k - log q_k) over the last dimension."""
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+
+
+def literal_terms(log_p: Tensor, target: Tensor, log_q: Tensor, separation: str) -> tuple[Tensor, Tensor]:
+    """Concentration and separation as they are defined.
+
+        A_i = KL(p_i || q_{y_i})
+        G_i = (1 / C) sum over v != y_i of KL(p_i || q_v)    "sample_to_centroid"
+                                        or KL(q_v || p_i)    "centroid_to_sample"
+
+    Args:
+        log_p: [B, M] log-probabilities of the samples.
+        target: [B] classes, int64.
+        log_q: [C, M] log-probabilities of the centroids.
+        separation: which divergence.
+
+    Returns:
+        A [B] and G [B].
+    """
+    samples = log_p[:, None, :].expand(-1, len(log_q), -1)  # [B, C, M]
+    centroids = log_q[None, :, :].expand_as(samples)
+    concentration = kl_divergence(log_p, log_q[target])
+    if separation == "sample_to_centroid":
+        divergence = kl_divergence(samples, centroids)  # [B, C]
+    else:
+        divergence = kl_divergence(centroids, samples)
+    own = F.one_hot(target, len(log_q)).bool()
+    return concentration, divergence.masked_fill(own, 0).sum(dim=1) / len(log_q)
+
+
+def collapsed_terms(log_p: Tensor, target: Tensor, log_q: Tensor, separation: str) -> tuple[Tensor, Tensor]:
+    """:func:`literal_terms` in O((B + C) M): the sums over samples and classes factorise.
+
+        sample_to_centroid: G_i = sum_k p_k (log p_k - mean_c log q_ck) - A_i / C
+        centroid_to_sample: G_i = mean_c sum_k q_ck log q_ck - sum_k mean_c q_ck log p_k - KL(q_{y_i} || p_i) / C
+    """
+    own_log_q = log_q[target]
+    concentration = kl_divergence(log_p, own_log_q)
+    if separation == "sample_to_centroid":
+        return concentration, kl_divergence(log_p, log_q.mean(dim=0)) - concentration / len(log_q)
+    q = log_q.exp()
+    mean_negative_entropy = (q * log_q).sum() / len(log_q)
+    every_class = mean_negative_entropy - (log_p * q.mean(dim=0)).sum(dim=-1)
+    return concentration, every_class - kl_divergence(own_log_q, log_p) / len(log_q)
+
+
+def terms(
+    input: Tensor,
+    target: Tensor,
+    centroid_logits: Tensor,
+    center: Tensor | None,
+    options: Options,
+    *,
+    literal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Concentration A [B] and separation G [B] from features [B, M] and centroid logits [C, M]."""
+    dtype = torch.promote_types(torch.promote_types(input.dtype, centroid_logits.dtype), torch.float32)
+    with torch.autocast(input.device.type, enabled=False):
+        log_p = log_probabilities(
+            input.to(dtype),
+            None if center is None else center.to(dtype),
+            options.temperature,
+            options.l2_normalize,
+            options.activation,
+        )
+        log_q = log_probabilities(centroid_logits.to(dtype), None, 1.0, False, options.activation)
+        compute = literal_terms if literal else collapsed_terms
+        return compute(log_p, target, log_q, options.separation)
+
+
+def loss(
+    input: Tensor,
+    target: Tensor,
+    centroid_logits: Tensor,
+    center: Tensor | None,
+    weight: Tensor | None,
+    options: Options,
+    *,
+    literal: bool = False,
+) -> Tensor:
+    """The loss from [B, M] features: a scalar, or [B] for reduction "none".
+
+    With w_i the weight of sample i's class, sums over the samples that are not ignored, and W = sum_i w_i:
+
+        ratio "sample": l_i = A_i / (G_i + eps), and mean = sum_i w_i l_i / W
+        ratio "batch":  (sum_i w_i A_i / W) / (sum_i w_i G_i / W + eps)
+    """
+    kept = target != options.ignore_index
+    classes = target.masked_fill(~kept, 0)
+    concentration, separation = terms(input, classes, centroid_logits, center, options, literal=literal)
+    # torch.where, not a product: an ignored row may hold NaN, and must leave neither value nor gradient.
+    concentration = torch.where(kept, concentration, 0)
+    separation = torch.where(kept, separation, 0)
+    w = kept.to(concentration.dtype)
+    if weight is not None:
+        w = w * weight.to(concentration.dtype)[classes]
+    if options.batch_ratio:
+        return ((w * concentration).sum() / w.sum()) / ((w * separation).sum() / w.sum() + options.eps)
+    each = w * (concentration / (separation + options.eps))
+    if options.reduction == "none":
+        return each
+    return each.sum() / w.sum() if options.reduction == "mean" else each.sum()
