@@ -15,22 +15,32 @@ STABLE_TORCH_LIBRARY(ncmi_kernels, m) {
       "centroid_stats(Tensor centroid_logits, bool softmax, bool centroid_to_sample)"
       " -> (Tensor log_activation, Tensor activation, Tensor reference, Tensor norms)");
 
-  // By row: terms [2, B] = (concentration, separation), float64; rows [3, B] float64, what centroid_grad needs to
-  // form p again; directions [2, B, M] = d terms / d input, or [2, B, 0] where not asked for.
+  // By row: terms [2, B] = (concentration, separation) in the arithmetic type, differentiated by direction and
+  // separation_direction [B, M] = d terms / d input, or [0, M] where not asked for; rows [3, B] float64, what
+  // centroid_grad needs to form p again.
   m.def(
       "terms(Tensor input, Tensor target, Tensor? center, Tensor log_activation, Tensor activation,"
       " Tensor reference, Tensor norms, float temperature, bool l2_normalize, bool softmax,"
       " bool centroid_to_sample, int ignore_index, bool with_directions)"
-      " -> (Tensor terms, Tensor rows, Tensor directions)");
+      " -> (Tensor terms, Tensor rows, Tensor direction, Tensor separation_direction)");
 
-  // The terms to the loss: a scalar, or [B] for reduction 0; coefficients [2, B] float64 = d loss / d terms.
-  // reduction: 0 none, 1 mean, 2 sum. dtype: the arithmetic type, which the loss has.
+  // The same, reduced: the loss, a scalar or for reduction 0 (none; 1 mean, 2 sum) [B], in the arithmetic type;
+  // coefficients [3, B] float64 = d loss / d concentration, d loss / d separation and, for the ratio by sample,
+  // d loss / d ratio, whose direction comes in the place of the two.
   m.def(
-      "loss(Tensor terms, Tensor target, Tensor? weight, bool batch_ratio, int reduction, float eps,"
-      " int ignore_index, ScalarType dtype) -> (Tensor loss, Tensor coefficients)");
+      "loss(Tensor input, Tensor target, Tensor? center, Tensor log_activation, Tensor activation,"
+      " Tensor reference, Tensor norms, Tensor? weight, float temperature, bool l2_normalize, bool softmax,"
+      " bool centroid_to_sample, bool batch_ratio, int reduction, float eps, int ignore_index,"
+      " bool with_directions)"
+      " -> (Tensor loss, Tensor coefficients, Tensor rows, Tensor direction, Tensor separation_direction)");
 
-  // Backward by row: [B, M] of `dtype`. `upstream` (a scalar or [B]) multiplies the coefficients.
-  m.def("input_grad(Tensor directions, Tensor coefficients, Tensor? upstream, ScalarType dtype) -> Tensor");
+  // Backward by row, d loss / d input [B, M]. `upstream` (a scalar or [B]) multiplies the coefficients. The first
+  // writes `dtype`, the second the arithmetic type in the place of `direction`.
+  m.def(
+      "input_grad(Tensor direction, Tensor separation_direction, Tensor coefficients, Tensor? upstream,"
+      " ScalarType dtype) -> Tensor");
+  m.def(
+      "input_grad_(Tensor(a!) direction, Tensor separation_direction, Tensor coefficients, Tensor? upstream) -> ()");
 
   // The centroid sums: d loss / d centroid_logits [C, M].
   m.def(

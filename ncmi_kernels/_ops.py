@@ -29,107 +29,103 @@ def centroid_stats(centroid_logits: Tensor, options: Options) -> CentroidStats:
     return CentroidStats(*stats)
 
 
+class CenterUpdate(NamedTuple):
+    """How a forward pass in training moves the running centre first: the operator update_center_."""
+
+    num_batches_tracked: Tensor  # [] int64
+    momentum: float
+    num_classes: int
+
+
 def update_center_(
-    center: Tensor,
-    num_batches_tracked: Tensor,
-    input: Tensor,
-    target: Tensor,
-    momentum: float,
-    num_classes: int,
-    ignore_index: int,
+    center: Tensor, update: CenterUpdate, input: Tensor, target: Tensor, ignore_index: int
 ) -> Tensor:
-    """Move `center` [M] towards the mean of the rows, in place; returns a copy of it."""
+    """Move `center` [M] towards the mean of the rows of `input`, in place; returns a copy of it."""
     return torch.ops.ncmi_kernels.update_center_.default(
-        center, num_batches_tracked, input.detach(), target, momentum, num_classes, ignore_index
+        center, update.num_batches_tracked, input, target, update.momentum, update.num_classes, ignore_index
     )
 
 
-class _Saved(NamedTuple):
-    """What a forward pass keeps for its backward pass."""
-
-    input: Tensor
-    target: Tensor
-    centroid_logits: Tensor
-    center: Tensor | None
-    weight: Tensor | None
-    log_activation: Tensor | None
-    activation: Tensor | None
-    reference: Tensor | None
-    norms: Tensor | None
-    rows: Tensor | None
-    directions: Tensor | None
-    coefficients: Tensor | None
+def _features(options: Options) -> tuple[float, bool, bool, bool]:
+    return options.temperature, options.l2_normalize, options.softmax, options.centroid_to_sample
 
 
-def _terms(
-    ctx: Any,
+def _call_terms(
     input: Tensor,
     target: Tensor,
-    centroid_logits: Tensor,
     center: Tensor | None,
     stats: CentroidStats,
     options: Options,
-) -> tuple[Tensor, Tensor, Tensor]:
+    with_directions: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.ops.ncmi_kernels.terms.default(
+        input, target, center, *stats, *_features(options), options.ignore_index, with_directions
+    )
+
+
+def _call_loss(
+    input: Tensor,
+    target: Tensor,
+    center: Tensor | None,
+    weight: Tensor | None,
+    stats: CentroidStats,
+    options: Options,
+    with_directions: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return torch.ops.ncmi_kernels.loss.default(
         input,
         target,
         center,
         *stats,
-        options.temperature,
-        options.l2_normalize,
-        options.softmax,
-        options.centroid_to_sample,
+        weight,
+        *_features(options),
+        options.batch_ratio,
+        REDUCTIONS.index(options.reduction),
+        options.eps,
         options.ignore_index,
-        ctx.needs_input_grad[0],
+        with_directions,
     )
 
 
-def _save(
-    ctx: Any,
+def _input_grad(
+    ctx: Any, recompute: Any, coefficients: Tensor, upstream: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Gradient of the input [B, M]. Turns the directions into it in place, so a second backward pass through the
+    same graph has to recompute them."""
+    directions = ctx.directions
+    if directions is None:
+        directions = recompute()[-2:]
+    if directions[0].dtype != dtype or torch.compiler.is_compiling():
+        return torch.ops.ncmi_kernels.input_grad.default(*directions, coefficients, upstream, dtype)
+    ctx.directions = None
+    torch.ops.ncmi_kernels.input_grad_.default(*directions, coefficients, upstream)
+    return directions[0]
+
+
+def _centroid_grad(
     input: Tensor,
     target: Tensor,
     centroid_logits: Tensor,
     center: Tensor | None,
-    weight: Tensor | None,
     stats: CentroidStats,
     rows: Tensor,
-    directions: Tensor,
-    coefficients: Tensor | None,
+    coefficients: Tensor,
+    upstream: Tensor | None,
     options: Options,
-) -> None:
-    ctx.options = options
-    by_class = (*stats, rows) if ctx.needs_input_grad[2] else (None,) * 5
-    by_row = directions if ctx.needs_input_grad[0] else None
-    ctx.save_for_backward(input, target, centroid_logits, center, weight, *by_class, by_row, coefficients)
-
-
-def _backward(
-    ctx: Any, saved: _Saved, coefficients: Tensor, upstream: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    options: Options = ctx.options
-    grad_input = grad_centroids = None
-    if ctx.needs_input_grad[0]:
-        grad_input = torch.ops.ncmi_kernels.input_grad.default(
-            saved.directions, coefficients, upstream, saved.input.dtype
-        )
-    if ctx.needs_input_grad[2]:
-        grad_centroids = torch.ops.ncmi_kernels.centroid_grad.default(
-            saved.input,
-            saved.target,
-            saved.center,
-            saved.centroid_logits,
-            saved.log_activation,
-            saved.activation,
-            saved.reference,
-            saved.norms,
-            saved.rows,
-            coefficients,
-            upstream,
-            options.softmax,
-            options.centroid_to_sample,
-            options.ignore_index,
-        )
-    return grad_input, grad_centroids
+) -> Tensor:
+    return torch.ops.ncmi_kernels.centroid_grad.default(
+        input,
+        target,
+        center,
+        centroid_logits,
+        *stats,
+        rows,
+        coefficients,
+        upstream,
+        options.softmax,
+        options.centroid_to_sample,
+        options.ignore_index,
+    )
 
 
 def _differentiable_backward() -> bool:
@@ -137,19 +133,20 @@ def _differentiable_backward() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def _reference_backward(
-    ctx: Any, outputs: tuple[Tensor, ...], saved: _Saved, upstream: tuple[Tensor, ...]
+def _reference_grads(
+    ctx: Any, outputs: tuple[Tensor, ...], input: Tensor, centroid_logits: Tensor, upstream: tuple[Tensor, ...]
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients as a differentiable function of the inputs and of the upstream gradient."""
-    wanted = {i: t for i, t in ((0, saved.input), (2, saved.centroid_logits)) if ctx.needs_input_grad[i]}
-    grads = dict(
-        zip(wanted, torch.autograd.grad(outputs, list(wanted.values()), upstream, create_graph=True), strict=True)
+    wanted = [t for t, needed in ((input, ctx.needs_input_grad[0]), (centroid_logits, ctx.needs_input_grad[2])) if needed]
+    grads = iter(torch.autograd.grad(outputs, wanted, upstream, create_graph=True))
+    return (
+        next(grads) if ctx.needs_input_grad[0] else None,
+        next(grads) if ctx.needs_input_grad[2] else None,
     )
-    return grads.get(0), grads.get(2)
 
 
 class _Loss(torch.autograd.Function):
-    """(input, target, centroid_logits, center, weight, stats, options) -> loss."""
+    """The loss; its arguments are those of :func:`loss`."""
 
     @staticmethod
     def forward(
@@ -159,69 +156,104 @@ class _Loss(torch.autograd.Function):
         centroid_logits: Tensor,
         center: Tensor | None,
         weight: Tensor | None,
-        stats: CentroidStats,
         options: Options,
+        stats: CentroidStats | None,
+        update: CenterUpdate | None,
     ) -> Tensor:
-        values, rows, directions = _terms(ctx, input, target, centroid_logits, center, stats, options)
-        loss, coefficients = torch.ops.ncmi_kernels.loss.default(
-            values,
-            target,
-            weight,
-            options.batch_ratio,
-            REDUCTIONS.index(options.reduction),
-            options.eps,
-            options.ignore_index,
-            stats.log_activation.dtype,
+        if update is not None and center is not None:
+            center = update_center_(center, update, input, target, options.ignore_index)
+        if stats is None:
+            stats = centroid_stats(centroid_logits, options)
+        result, coefficients, rows, *directions = _call_loss(
+            input, target, center, weight, stats, options, ctx.needs_input_grad[0]
         )
-        _save(ctx, input, target, centroid_logits, center, weight, stats, rows, directions, coefficients, options)
-        return loss
+        ctx.save_for_backward(input, target, centroid_logits)
+        ctx.kept = center, weight, stats, rows, coefficients, options
+        ctx.directions = directions
+        return result
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        saved = _Saved(*ctx.saved_tensors)
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        input, target, centroid_logits = ctx.saved_tensors
+        center, weight, stats, rows, coefficients, options = ctx.kept
         if _differentiable_backward():
-            loss = reference.loss(*saved[:5], ctx.options)
-            grad_input, grad_centroids = _reference_backward(ctx, (loss,), saved, upstream)
-        else:
-            assert saved.coefficients is not None
-            grad_input, grad_centroids = _backward(ctx, saved, saved.coefficients, upstream[0])
-        return grad_input, None, grad_centroids, None, None, None, None
+            result = reference.loss(input, target, centroid_logits, center, weight, options)
+            grads = _reference_grads(ctx, (result,), input, centroid_logits, (upstream,))
+            return grads[0], None, grads[1], None, None, None, None, None
+        grad_input = grad_centroids = None
+        if ctx.needs_input_grad[0]:
+            grad_input = _input_grad(
+                ctx,
+                lambda: _call_loss(input, target, center, weight, stats, options, True),
+                coefficients,
+                upstream,
+                input.dtype,
+            )
+        if ctx.needs_input_grad[2]:
+            grad_centroids = _centroid_grad(
+                input, target, centroid_logits, center, stats, rows, coefficients, upstream, options
+            )
+        return grad_input, None, grad_centroids, None, None, None, None, None
 
 
 class _Terms(torch.autograd.Function):
-    """(input, target, centroid_logits, center, stats, options) -> concentration [B], separation [B]."""
+    """Concentration and separation; the arguments are those of :func:`terms`."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        input: Tensor,
-        target: Tensor,
-        centroid_logits: Tensor,
-        center: Tensor | None,
-        stats: CentroidStats,
-        options: Options,
+        ctx: Any, input: Tensor, target: Tensor, centroid_logits: Tensor, center: Tensor | None, options: Options
     ) -> tuple[Tensor, Tensor]:
-        values, rows, directions = _terms(ctx, input, target, centroid_logits, center, stats, options)
-        _save(ctx, input, target, centroid_logits, center, None, stats, rows, directions, None, options)
-        dtype = stats.log_activation.dtype
-        return values[0].to(dtype, copy=True), values[1].to(dtype, copy=True)
+        stats = centroid_stats(centroid_logits, options)
+        values, rows, *directions = _call_terms(input, target, center, stats, options, ctx.needs_input_grad[0])
+        ctx.save_for_backward(input, target, centroid_logits)
+        ctx.kept = center, stats, rows, options
+        ctx.directions = directions
+        return values[0].clone(), values[1].clone()
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        saved = _Saved(*ctx.saved_tensors)
+        input, target, centroid_logits = ctx.saved_tensors
+        center, stats, rows, options = ctx.kept
         if _differentiable_backward():
-            terms = reference.terms(
-                saved.input, saved.target, saved.centroid_logits, saved.center, ctx.options
+            outputs = reference.terms(input, target, centroid_logits, center, options)
+            grads = _reference_grads(ctx, outputs, input, centroid_logits, upstream)
+            return grads[0], None, grads[1], None, None
+        coefficients = torch.stack((*upstream, torch.zeros_like(upstream[0]))).to(torch.float64)
+        grad_input = grad_centroids = None
+        if ctx.needs_input_grad[0]:
+            grad_input = _input_grad(
+                ctx,
+                lambda: _call_terms(input, target, center, stats, options, True),
+                coefficients,
+                None,
+                input.dtype,
             )
-            grad_input, grad_centroids = _reference_backward(ctx, terms, saved, upstream)
-        else:
-            coefficients = torch.stack(upstream).to(torch.float64)
-            grad_input, grad_centroids = _backward(ctx, saved, coefficients, None)
-        return grad_input, None, grad_centroids, None, None, None
+        if ctx.needs_input_grad[2]:
+            grad_centroids = _centroid_grad(
+                input, target, centroid_logits, center, stats, rows, coefficients, None, options
+            )
+        return grad_input, None, grad_centroids, None, None
 
 
-loss = _Loss.apply
-terms = _Terms.apply
+def loss(
+    input: Tensor,
+    target: Tensor,
+    centroid_logits: Tensor,
+    center: Tensor | None,
+    weight: Tensor | None,
+    options: Options,
+    stats: CentroidStats | None,
+    update: CenterUpdate | None,
+) -> Tensor:
+    """The loss of [B, M] features. `stats` belong to `centroid_logits`, or are computed; `update` moves `center`."""
+    return _Loss.apply(input, target, centroid_logits, center, weight, options, stats, update)
+
+
+def terms(
+    input: Tensor, target: Tensor, centroid_logits: Tensor, center: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor]:
+    """Concentration [B] and separation [B] of [B, M] features."""
+    return _Terms.apply(input, target, centroid_logits, center, options)
 
 
 def _register_fakes() -> None:
@@ -254,32 +286,59 @@ def _register_fakes() -> None:
         with_directions: bool,
     ) -> tuple[Tensor, ...]:
         rows, columns = input.shape
+        kept = rows if with_directions else 0
         return (
-            log_activation.new_empty((2, rows), dtype=torch.float64),
+            log_activation.new_empty((2, rows)),
             log_activation.new_empty((3, rows), dtype=torch.float64),
-            log_activation.new_empty((2, rows, columns if with_directions else 0)),
+            log_activation.new_empty((kept, columns)),
+            log_activation.new_empty((kept, columns)),
         )
 
     @torch.library.register_fake("ncmi_kernels::loss")
     def _(
-        terms: Tensor,
+        input: Tensor,
         target: Tensor,
+        center: Tensor | None,
+        log_activation: Tensor,
+        activation: Tensor,
+        reference: Tensor,
+        norms: Tensor,
         weight: Tensor | None,
+        temperature: float,
+        l2_normalize: bool,
+        softmax: bool,
+        centroid_to_sample: bool,
         batch_ratio: bool,
         reduction: int,
         eps: float,
         ignore_index: int,
-        dtype: torch.dtype,
+        with_directions: bool,
     ) -> tuple[Tensor, ...]:
-        rows = target.shape[0]
+        rows, columns = input.shape
+        kept = rows if with_directions else 0
         return (
-            terms.new_empty((rows,) if REDUCTIONS[reduction] == "none" else (), dtype=dtype),
-            terms.new_empty((2, rows), dtype=torch.float64),
+            log_activation.new_empty((rows,) if REDUCTIONS[reduction] == "none" else ()),
+            log_activation.new_empty((3, rows), dtype=torch.float64),
+            log_activation.new_empty((3, rows), dtype=torch.float64),
+            log_activation.new_empty((kept, columns)),
+            log_activation.new_empty((kept if batch_ratio else 0, columns)),
         )
 
     @torch.library.register_fake("ncmi_kernels::input_grad")
-    def _(directions: Tensor, coefficients: Tensor, upstream: Tensor | None, dtype: torch.dtype) -> Tensor:
-        return directions.new_empty(directions.shape[1:], dtype=dtype)
+    def _(
+        direction: Tensor,
+        separation_direction: Tensor,
+        coefficients: Tensor,
+        upstream: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        return direction.new_empty(direction.shape, dtype=dtype)
+
+    @torch.library.register_fake("ncmi_kernels::input_grad_")
+    def _(
+        direction: Tensor, separation_direction: Tensor, coefficients: Tensor, upstream: Tensor | None
+    ) -> None:
+        return None
 
     @torch.library.register_fake("ncmi_kernels::centroid_grad")
     def _(

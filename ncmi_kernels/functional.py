@@ -83,8 +83,9 @@ def ncmi_loss(
         temperature, l2_normalize, activation, separation, ratio, ignore_index, reduction, eps
     )
     warn_if_degenerate(options)
-    check_tensors(input, target, centroid_logits, center, weight)
-    return loss(input, target, centroid_logits, center, weight, options, backend, None)
+    check_parameters(centroid_logits, center, weight)
+    check_batch(input, target, centroid_logits)
+    return loss(input, target, centroid_logits, center, weight, options, backend)
 
 
 def ncmi_terms(
@@ -122,15 +123,15 @@ def ncmi_terms(
     options = Options(
         temperature, l2_normalize, activation, separation, ignore_index=torch.iinfo(torch.int64).min
     )
-    check_tensors(input, target, centroid_logits, center, None)
+    check_parameters(centroid_logits, center, None)
+    check_batch(input, target, centroid_logits)
     rows, classes = flatten(input, target)
     rows, centroid_logits, center, _ = to_arithmetic_dtype(rows, centroid_logits, center, None)
     if _backends.resolve(backend, input) == "reference":
         check_range(classes, len(centroid_logits), options.ignore_index)
         concentration, separated = reference.terms(rows, classes, centroid_logits, center, options)
     else:
-        stats = _ops.centroid_stats(centroid_logits, options)
-        concentration, separated = _ops.terms(rows, classes, centroid_logits, center, stats, options)
+        concentration, separated = _ops.terms(rows, classes, centroid_logits, center, options)
     return concentration.reshape(target.shape), separated.reshape(target.shape)
 
 
@@ -180,18 +181,17 @@ def loss(
     weight: Tensor | None,
     options: Options,
     backend: str | None,
-    stats: _ops.CentroidStats | None,
+    stats: _ops.CentroidStats | None = None,
+    update: _ops.CenterUpdate | None = None,
 ) -> Tensor:
-    """:func:`ncmi_loss` on checked arguments; `stats`, where given, belong to `centroid_logits`."""
+    """:func:`ncmi_loss` on checked arguments; `stats` and `update` (of `center`) as :func:`_ops.loss` takes them."""
     rows, classes = flatten(input, target)
     rows, centroid_logits, center, weight = to_arithmetic_dtype(rows, centroid_logits, center, weight)
     if _backends.resolve(backend, input) == "reference":
         check_range(classes, len(centroid_logits), options.ignore_index)
         result = reference.loss(rows, classes, centroid_logits, center, weight, options)
     else:
-        if stats is None:
-            stats = _ops.centroid_stats(centroid_logits, options)
-        result = _ops.loss(rows, classes, centroid_logits, center, weight, stats, options)
+        result = _ops.loss(rows, classes, centroid_logits, center, weight, options, stats, update)
     return result.reshape(target.shape) if options.reduction == "none" else result
 
 
@@ -214,9 +214,9 @@ def to_arithmetic_dtype(
         dtype = torch.float32
     if centroid_logits.dtype != dtype:
         centroid_logits = centroid_logits.to(dtype)
-    if center is not None:
+    if center is not None and (center.dtype != dtype or center.requires_grad or not center.is_contiguous()):
         center = center.detach().to(dtype).contiguous()
-    if weight is not None:
+    if weight is not None and (weight.dtype != dtype or weight.requires_grad or not weight.is_contiguous()):
         weight = weight.detach().to(dtype).contiguous()
     return input, centroid_logits, center, weight
 
@@ -238,52 +238,51 @@ def warn_if_degenerate(options: Options) -> None:
         _warn_degenerate()
 
 
-def check_tensors(
-    input: Tensor, target: Tensor, centroid_logits: Tensor, center: Tensor | None, weight: Tensor | None
-) -> None:
-    """Raise the errors that :func:`ncmi_loss` documents, but for the range of the targets."""
-    _check_floating("input", input)
+def check_parameters(centroid_logits: Tensor, center: Tensor | None, weight: Tensor | None) -> None:
+    """Raise the errors that :func:`ncmi_loss` documents for these."""
     _check_floating("centroid_logits", centroid_logits)
-    _check_tensor("target", target)
-    if target.dtype != torch.int64:
-        hint = "; class probabilities are not supported" if target.dtype.is_floating_point else ""
-        raise RuntimeError(f"target: got dtype {target.dtype}, expected torch.int64 class indices{hint}")
     if centroid_logits.dim() != 2 or centroid_logits.shape[0] < 2 or centroid_logits.shape[1] < 1:
         raise ValueError(
             f"centroid_logits: got shape {tuple(centroid_logits.shape)}, "
             "expected [C, M] with C >= 2 classes and M >= 1"
         )
     classes, columns = centroid_logits.shape
-    dims = input.dim()
-    if dims == 0 or input.shape[min(dims - 1, 1)] != columns:
-        raise ValueError(
-            f"input: got shape {tuple(input.shape)}, expected [B, M], [M] or [B, M, d1, ...] with M = {columns}, "
-            f"the second dimension of centroid_logits {tuple(centroid_logits.shape)}"
-        )
-    if dims == 2:  # the common case, without building a tuple
-        fits = target.dim() == 1 and target.shape[0] == input.shape[0]
-    else:
-        fits = target.shape == (input.shape[:1] + input.shape[2:] if dims > 1 else ())
-    if not fits:
-        expected = tuple(input.shape[:1] + input.shape[2:]) if dims > 1 else ()
-        raise ValueError(
-            f"target: got shape {tuple(target.shape)}, expected {expected} for input {tuple(input.shape)}"
-        )
     for name, tensor, size in (("center", center, columns), ("weight", weight, classes)):
         if tensor is None:
             continue
         _check_floating(name, tensor)
         if tensor.shape != (size,):
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected ({size},)")
-    device = input.device
-    for name, tensor in (
-        ("target", target),
-        ("centroid_logits", centroid_logits),
-        ("center", center),
-        ("weight", weight),
-    ):
-        if tensor is not None and tensor.device != device:
-            raise RuntimeError(f"{name}: got device {tensor.device}, expected {device}, the device of input")
+        _check_device(name, tensor, centroid_logits)
+
+
+def check_batch(input: Tensor, target: Tensor, centroid_logits: Tensor) -> None:
+    """Raise the errors that :func:`ncmi_loss` documents for these, but for the range of the targets."""
+    _check_floating("input", input)
+    _check_tensor("target", target)
+    if target.dtype != torch.int64:
+        hint = "; class probabilities are not supported" if target.dtype.is_floating_point else ""
+        raise RuntimeError(f"target: got dtype {target.dtype}, expected torch.int64 class indices{hint}")
+    columns = centroid_logits.shape[1]
+    shape = input.shape
+    dims = len(shape)
+    if dims == 0 or shape[min(dims - 1, 1)] != columns:
+        raise ValueError(
+            f"input: got shape {tuple(shape)}, expected [B, M], [M] or [B, M, d1, ...] with M = {columns}, "
+            f"the second dimension of centroid_logits {tuple(centroid_logits.shape)}"
+        )
+    expected = shape[:1] + shape[2:] if dims > 1 else ()
+    if target.shape != expected:
+        raise ValueError(
+            f"target: got shape {tuple(target.shape)}, expected {tuple(expected)} for input {tuple(shape)}"
+        )
+    _check_device("target", target, input)
+    _check_device("centroid_logits", centroid_logits, input)
+
+
+def _check_device(name: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise RuntimeError(f"{name}: got device {tensor.device}, expected {like.device}, that of the other tensors")
 
 
 def check_range(target: Tensor, classes: int, ignore_index: int) -> None:

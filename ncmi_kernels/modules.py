@@ -136,16 +136,12 @@ class NCMILoss(nn.Module):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of features [B, M] (or [M], [B, M, d1, ...]) for targets [B] (or [], [B, d1, ...])."""
-        functional.check_tensors(input, target, self.centroid_logits, self.center, self.weight)
+        logits = self.centroid_logits
+        functional.check_batch(input, target, logits)
+        center, update = self._center(input, target)
+        stats = None if logits.requires_grad else self._fixed_stats(logits, input)
         return functional.loss(
-            input,
-            target,
-            self.centroid_logits,
-            self._current_center(input, target),
-            self.weight,
-            self.options,
-            self.backend,
-            self._current_stats(input),
+            input, target, logits, center, self.weight, self.options, self.backend, stats, update
         )
 
     def centroids(self) -> Tensor:
@@ -194,7 +190,7 @@ class NCMILoss(nn.Module):
         total = torch.zeros_like(self.centroid_logits, dtype=torch.float64)
         count = torch.zeros(self.num_classes, device=total.device, dtype=torch.float64)
         for features, target in batches:
-            functional.check_tensors(features, target, self.centroid_logits, self.center, None)
+            functional.check_batch(features, target, self.centroid_logits)
             functional.check_range(target, self.num_classes, self.options.ignore_index)
             kept = target != self.options.ignore_index
             p = self._log_probabilities(features[kept]).exp().to(total.dtype)
@@ -238,29 +234,26 @@ class NCMILoss(nn.Module):
         missing = means.sum(dim=1, keepdim=True) == 0
         return means.clamp(min=torch.finfo(dtype).tiny).log().masked_fill(missing, -torch.inf)
 
-    def _current_center(self, input: Tensor, target: Tensor) -> Tensor | None:
-        """The centre to use, moved first in training mode: a copy then, which later steps leave alone."""
+    def _center(self, input: Tensor, target: Tensor) -> tuple[Tensor | None, _ops.CenterUpdate | None]:
+        """The centre to use, and how the kernels move it first; the reference path has moved it already."""
         if self.center_momentum is None:
-            return None
+            return None, None
+        center = self.center
         if not self.training:
-            return self.center
+            return center, None
+        if (
+            _backends.resolve(self.backend, input) != "reference"
+            and center.dtype in (torch.float32, torch.float64)
+            and (center.dtype == torch.float64 or input.dtype != torch.float64)
+            and self.centroid_logits.dtype == center.dtype
+        ):
+            update = _ops.CenterUpdate(self.num_batches_tracked, self.center_momentum, self.num_classes)
+            if not torch.compiler.is_compiling():
+                return center, update
+            rows, classes = functional.flatten(input.detach(), target)
+            return _ops.update_center_(center, update, rows, classes, self.options.ignore_index), None
         with torch.no_grad():
-            rows, classes = functional.flatten(input, target)
-            ignore_index = self.options.ignore_index
-            low = self.center.dtype not in (torch.float32, torch.float64)
-            if _backends.resolve(self.backend, input) == "reference" or low:
-                return self._move_center(rows, classes)
-            if rows.dtype == torch.float64 != self.center.dtype:
-                rows = rows.to(self.center.dtype)
-            return _ops.update_center_(
-                self.center,
-                self.num_batches_tracked,
-                rows,
-                classes,
-                self.center_momentum,
-                self.num_classes,
-                ignore_index,
-            )
+            return self._move_center(*functional.flatten(input, target)), None
 
     def _move_center(self, rows: Tensor, classes: Tensor) -> Tensor:
         """What the operator update_center_ does, in PyTorch and without a host sync."""
@@ -276,28 +269,27 @@ class NCMILoss(nn.Module):
         self.num_batches_tracked.add_(usable)
         return self.center.clone()
 
-    def _current_stats(self, input: Tensor) -> _ops.CentroidStats | None:
+    def _fixed_stats(self, logits: Tensor, input: Tensor) -> _ops.CentroidStats | None:
         """The cached statistics of fixed centroids; None where they have to be computed.
 
         Keyed on the tensor, its memory (kept alive, so no other tensor can get the address) and its version
         counter, which every in-place operation, optimiser step and load_state_dict moves.
         """
-        logits = self.centroid_logits
         if (
-            logits.requires_grad
-            or torch.compiler.is_compiling()
+            torch.compiler.is_compiling()
             or logits.is_inference()
             or logits.dtype not in (torch.float32, torch.float64)
             or (input.dtype == torch.float64 and logits.dtype != torch.float64)
-            or _backends.resolve(self.backend, input) == "reference"
             or type(logits) is not nn.Parameter
+            or _backends.resolve(self.backend, input) == "reference"
         ):
             return None
         options = self.options
-        key = (logits._version, logits.data_ptr(), logits.shape, logits.stride(), options.activation, options.separation)
+        key = (logits._version, logits.data_ptr(), logits.shape, options.activation, options.separation)
         cache = self._stats_cache
         if cache is None or cache[0] is not logits or cache[1] != key:
-            cache = self._stats_cache = (logits, key, logits.detach(), _ops.centroid_stats(logits, options))
+            stats = _ops.centroid_stats(logits, options)
+            cache = self._stats_cache = (logits, key, logits.detach(), stats)
         return cache[3]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -60,18 +60,20 @@ struct TermsArgs {
   double* row_scale;           // [B] f = (z - center) * row_scale
   double* row_log_norm;        // [B] log sum_k a(f)_k, shifted
   double* row_shift;           // [B] what log a(f) was shifted by
-  T* concentration_direction;  // [B, M] d A_i / d z_i, or null
-  T* separation_direction;     // [B, M] d G_i / d z_i, or null
+  T* direction;             // [B, M] d A_i / d z_i, or null
+  T* separation_direction;  // [B, M] d G_i / d z_i; where null, `direction` is d (A_i / (G_i + eps)) / d z_i
+  double eps;
 };
 
+// grad_i = factor_i direction_i + separation_factor_i separation_direction_i, and zero where both factors are.
 template <class T>
 struct InputGradArgs {
-  const T* concentration_direction;  // [B, M]
-  const T* separation_direction;     // [B, M]
-  const double* concentration_grad;  // [B] d loss / d A_i
-  const double* separation_grad;     // [B] d loss / d G_i
+  const T* direction;               // [B, M]
+  const T* separation_direction;    // [B, M] or null
+  const double* factor;             // [B]
+  const double* separation_factor;  // [B] or null
   int64_t columns;
-  void* grad_input;                  // [B, M] contiguous
+  void* grad;                       // [B, M] contiguous; may be `direction`
   Dtype grad_dtype;
 };
 

@@ -15,7 +15,9 @@ namespace ncmi::cpu {
 namespace {
 
 constexpr int64_t kBlock = 512;  // elements of a sum in T before it goes to a double
-constexpr int64_t kColumnBlock = 256;  // columns that an owner of columns works on at once
+// Columns that an owner of columns works on at once: long enough stretches of a row for the prefetcher, short
+// enough for the sums to stay in cache.
+constexpr int64_t kColumnBlock = 2048;
 constexpr double kSmallestLength = 1e-12;  // as torch.nn.functional.normalize
 
 template <class T>
@@ -83,52 +85,62 @@ inline __attribute__((always_inline)) Float16 narrow<Float16, float>(float x) {
 // A stretch of one row, centred, in the arithmetic type.
 // -------------------------------------------------------------------------------------------------------------
 
+// Leaves x = z - center and returns the sum of its squares.
 template <class In, class T>
-void load_as(const Matrix& m, int64_t row, int64_t begin, int64_t n, const T* center, T* __restrict x) {
+double load_as(const Matrix& m, int64_t row, int64_t begin, int64_t n, const T* center, T* __restrict x) {
   const In* __restrict in = static_cast<const In*>(m.data) + row * m.row_stride + begin * m.column_stride;
   const int64_t stride = m.column_stride;
-  if (stride == 1 && center) {
-    NCMI_SIMD()
-    for (int64_t k = 0; k < n; ++k) x[k] = T(widen(in[k])) - center[begin + k];
-  } else if (stride == 1) {
-    NCMI_SIMD()
-    for (int64_t k = 0; k < n; ++k) x[k] = T(widen(in[k]));
-  } else {
-    for (int64_t k = 0; k < n; ++k) x[k] = T(widen(in[k * stride])) - (center ? center[begin + k] : T(0));
+  double total = 0;
+  for (int64_t first = 0; first < n; first += kBlock) {
+    const int64_t last = min(n, first + kBlock);
+    T squares = 0;
+    if (stride == 1 && center) {
+      NCMI_SIMD(reduction(+ : squares))
+      for (int64_t k = first; k < last; ++k) {
+        x[k] = T(widen(in[k])) - center[begin + k];
+        squares += x[k] * x[k];
+      }
+    } else if (stride == 1) {
+      NCMI_SIMD(reduction(+ : squares))
+      for (int64_t k = first; k < last; ++k) {
+        x[k] = T(widen(in[k]));
+        squares += x[k] * x[k];
+      }
+    } else {
+      for (int64_t k = first; k < last; ++k) {
+        x[k] = T(widen(in[k * stride])) - (center ? center[begin + k] : T(0));
+        squares += x[k] * x[k];
+      }
+    }
+    total += double(squares);
   }
+  return total;
 }
 
 template <class T>
-void load(const Matrix& m, int64_t row, int64_t begin, int64_t n, const T* center, T* x) {
+double load(const Matrix& m, int64_t row, int64_t begin, int64_t n, const T* center, T* x) {
   switch (m.dtype) {
     case Dtype::kFloat32: return load_as<float>(m, row, begin, n, center, x);
     case Dtype::kFloat64: return load_as<double>(m, row, begin, n, center, x);
     case Dtype::kBFloat16: return load_as<BFloat16>(m, row, begin, n, center, x);
     case Dtype::kFloat16: return load_as<Float16>(m, row, begin, n, center, x);
   }
+  return 0;
 }
 
-// ||x||_2. The plain sum of squares is redone, scaled by the largest element, only where it overflows; where it
-// underflows the caller's kSmallestLength hides it.
+// ||x||_2 from the plain sum of squares, which is redone, scaled by the largest element, only where it overflowed;
+// where it underflows the caller's kSmallestLength hides it. An inf or a NaN in the row makes it NaN.
 template <class T>
-double norm(const T* x, int64_t n) {
-  double total = 0;
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t end = min(n, begin + kBlock);
-    T squares = 0;
-    NCMI_SIMD(reduction(+ : squares))
-    for (int64_t k = begin; k < end; ++k) squares += x[k] * x[k];
-    total += double(squares);
-  }
-  if (total < double(kLargest<T>)) return sqrt(total);
+double norm(const T* x, int64_t n, double squares) {
+  if (squares < double(kLargest<T>)) return sqrt(squares);
   T largest = 0;
   for (int64_t k = 0; k < n; ++k) largest = absolute(x[k]) > largest ? absolute(x[k]) : largest;
-  total = 0;
+  double total = 0;
   for (int64_t k = 0; k < n; ++k) {
     const double ratio = double(x[k]) / double(largest);
     total += ratio * ratio;
   }
-  return double(largest) * sqrt(total);  // an inf or a NaN in the row makes this NaN
+  return double(largest) * sqrt(total);
 }
 
 // -------------------------------------------------------------------------------------------------------------
@@ -153,10 +165,11 @@ T scaled_max(const T* x, int64_t n, T scale) {
 }
 
 // Zero, or NaN where an element is NaN or infinite: added to a row's normaliser it carries them to the loss, which
-// the saturating sigmoid would hide.
+// the saturating sigmoid would hide. A finite sum of squares tells that there is none.
 template <class T>
-T poison(const T* x, int64_t n) {
+T poison(const T* x, int64_t n, double squares) {
   T sum = 0;
+  if (squares < double(kLargest<T>)) return sum;
   NCMI_SIMD(reduction(+ : sum))
   for (int64_t k = 0; k < n; ++k) sum += x[k] * T(0);
   return sum;
@@ -171,7 +184,14 @@ struct RowSums {
   double own;        // sum a (log a - log a(xi_y))
   double all;        // sum a (log a - reference), or sum q_mean (log a - reference)
   double own_cross;  // sum a(xi_y) (log a - log a(xi_y)); centroid_to_sample only
+  // Weighted with x * slope, for the chain rule of the length; sample_to_centroid only.
+  double x_norm;     // sum x a slope
+  double x_own;      // sum x a slope (log a - log a(xi_y))
+  double x_all;      // sum x a slope (log a - reference)
 };
+
+// What the pass over a row leaves beside its sums.
+enum class Keep { kNothing, kAll, kAllAndDots };
 
 // The pointers of one row, or of a stretch of it.
 template <class T>
@@ -188,7 +208,7 @@ struct Row {
 
 // The one pass over a row that needs exponentials, over `n` elements. A tail shorter than a vector comes padded to
 // one, with a `mask` of ones and zeros.
-template <Kind kind, bool centroid_to_sample, bool keep, bool masked, class T>
+template <Kind kind, bool centroid_to_sample, Keep keep, bool masked, class T>
 NCMI_INLINE void sum_stretch(const Row<T>& row, int64_t n, const T* mask, T scale, T shift, RowSums& sums) {
   const T* __restrict x = row.x;
   const T* __restrict own_log = row.own_log;
@@ -199,8 +219,8 @@ NCMI_INLINE void sum_stretch(const Row<T>& row, int64_t n, const T* mask, T scal
   T* __restrict slope = row.slope;
   T* __restrict log = row.log;
   double norm = 0;
-  T own = 0, all = 0, own_cross = 0;
-  NCMI_SIMD(reduction(+ : norm, own, all, own_cross))
+  T own = 0, all = 0, own_cross = 0, x_norm = 0, x_own = 0, x_all = 0;
+  NCMI_SIMD(reduction(+ : norm, own, all, own_cross, x_norm, x_own, x_all))
   for (int64_t k = 0; k < n; ++k) {
     const Activation<T> a = activate<kind>(x[k] * scale, shift);
     const T weight = masked ? a.value * mask[k] : a.value;
@@ -214,7 +234,13 @@ NCMI_INLINE void sum_stretch(const Row<T>& row, int64_t n, const T* mask, T scal
     } else {
       all += weight * d_all;
     }
-    if constexpr (keep) {
+    if constexpr (keep == Keep::kAllAndDots && !centroid_to_sample) {
+      const T x_slope = (masked ? x[k] * mask[k] : x[k]) * a.value_slope;
+      x_norm += x_slope;
+      x_own += x_slope * d_own;
+      x_all += x_slope * d_all;
+    }
+    if constexpr (keep != Keep::kNothing) {
       value[k] = centroid_to_sample ? a.value : a.value_slope;
       if constexpr (centroid_to_sample) slope[k] = a.slope;
       log[k] = a.log;
@@ -224,6 +250,9 @@ NCMI_INLINE void sum_stretch(const Row<T>& row, int64_t n, const T* mask, T scal
   sums.own += double(own);
   sums.all += double(all);
   sums.own_cross += double(own_cross);
+  sums.x_norm += double(x_norm);
+  sums.x_own += double(x_own);
+  sums.x_all += double(x_all);
 }
 
 template <class T>
@@ -233,7 +262,7 @@ Row<T> advance(const Row<T>& row, int64_t k) {
           row.slope + k,     row.log + k};
 }
 
-template <Kind kind, bool centroid_to_sample, bool keep, class T>
+template <Kind kind, bool centroid_to_sample, Keep keep, class T>
 __attribute__((noinline)) RowSums sum_row(const Row<T>& row, int64_t n, T scale, T shift) {
   constexpr int64_t kLanes = 64 / sizeof(T);
   RowSums sums{};
@@ -260,7 +289,7 @@ __attribute__((noinline)) RowSums sum_row(const Row<T>& row, int64_t n, T scale,
   }
   sum_stretch<kind, centroid_to_sample, keep, true>(
       Row<T>{x, own_log, own_activation, reference, q_mean, value, slope, log}, kLanes, mask, scale, shift, sums);
-  if (keep) {
+  if (keep != Keep::kNothing) {
     for (int64_t k = whole; k < n; ++k) {
       row.value[k] = value[k - whole];
       if (centroid_to_sample) row.slope[k] = slope[k - whole];
@@ -271,7 +300,7 @@ __attribute__((noinline)) RowSums sum_row(const Row<T>& row, int64_t n, T scale,
 }
 
 // Sums of the row under the activation that it needs. `shift` is what its log a was shifted by.
-template <bool centroid_to_sample, bool keep, class T>
+template <bool centroid_to_sample, Keep keep, class T>
 RowSums sum_row_stable(const Row<T>& row, int64_t n, T scale, bool is_softmax, T* shift) {
   *shift = T(0);
   if (is_softmax) {
@@ -284,58 +313,94 @@ RowSums sum_row_stable(const Row<T>& row, int64_t n, T scale, bool is_softmax, T
   return sum_row<Kind::kNsfShifted, centroid_to_sample, keep>(row, n, scale, *shift);
 }
 
-// direction = scale * (direction - x (x . direction) / ||x||^2): through x -> x / ||x||. `dot` is x . direction.
 template <class T>
-void project(const T* __restrict x, int64_t n, T scale, T dot_over_squared_norm, T* __restrict direction) {
-  NCMI_SIMD()
-  for (int64_t k = 0; k < n; ++k) direction[k] = scale * (direction[k] - x[k] * dot_over_squared_norm);
-}
+struct Gradients {
+  T first, second;  // d A / d f and d G / d f; or d (A / (G + eps)) / d f and nothing
+};
 
-template <bool centroid_to_sample, class T>
-void directions(const Row<T>& row, int64_t n, const RowSums& sums, double own_norm, T inverse_classes, T scale,
-                double length, T* __restrict concentration, T* __restrict separation) {
-  const T* __restrict x = row.x;
-  const T* __restrict own_log = row.own_log;
-  const T* __restrict own_activation = row.own_activation;
-  const T* __restrict reference = row.reference;
-  const T* __restrict q_mean = row.q_mean;
-  const T* __restrict value = row.value;
-  const T* __restrict slope = row.slope;
-  const T* __restrict log = row.log;
-  const T inverse_norm = T(1.0 / sums.norm);
-  const T own_inverse_norm = T(1.0 / own_norm);
-  const T own_mean = T(sums.own / sums.norm);
-  const T all_mean = T(sums.all / sums.norm);
-  const T factor = length > 0 ? T(1) : scale;
-  double concentration_dot = 0, separation_dot = 0;
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t end = min(n, begin + kBlock);
-    T u_dot = 0, v_dot = 0;
-    NCMI_SIMD(reduction(+ : u_dot, v_dot))
-    for (int64_t k = begin; k < end; ++k) {
-      const T own = log[k] - own_log[k];
-      T u, v;
-      if constexpr (centroid_to_sample) {
-        const T p = value[k] * inverse_norm;
-        u = concentration_gradient(slope[k] * p, own, own_mean);
-        v = separation_gradient_centroid(slope[k], p, q_mean[k], own_activation[k] * own_inverse_norm,
-                                         inverse_classes);
-      } else {
-        const T slope_p = value[k] * inverse_norm;
-        u = concentration_gradient(slope_p, own, own_mean);
-        v = separation_gradient_sample(slope_p, log[k] - reference[k], all_mean, own, own_mean, inverse_classes);
-      }
-      u_dot += x[k] * u;
-      v_dot += x[k] * v;
-      concentration[k] = factor * u;
-      separation[k] = factor * v;
-    }
-    concentration_dot += double(u_dot);
-    separation_dot += double(v_dot);
+// The gradients of one row, element by element.
+template <bool centroid_to_sample, bool combined, class T>
+struct RowGradient {
+  const T* __restrict own_log;
+  const T* __restrict own_activation;
+  const T* __restrict reference;
+  const T* __restrict q_mean;
+  const T* __restrict value;
+  const T* __restrict slope;
+  const T* __restrict log;
+  T inverse_norm, own_inverse_norm, own_mean, all_mean, inverse_classes, d_concentration, d_separation;
+
+  static RowGradient make(const Row<T>& row, const RowSums& sums, double own_norm, T inverse_classes,
+                               const Ratio& r) {
+    return {row.own_log, row.own_activation, row.reference, row.q_mean, row.value, row.slope, row.log,
+            T(1.0 / sums.norm), T(1.0 / own_norm), T(sums.own / sums.norm), T(sums.all / sums.norm),
+            inverse_classes, T(r.d_concentration), T(r.d_separation)};
   }
-  if (length > 0) {
-    project(x, n, scale, T(concentration_dot / length / length), concentration);
-    project(x, n, scale, T(separation_dot / length / length), separation);
+
+  inline __attribute__((always_inline)) Gradients<T> operator()(int64_t k) const {
+    const T own = log[k] - own_log[k];
+    T a, g;
+    if constexpr (centroid_to_sample) {
+      const T p = value[k] * inverse_norm;
+      a = concentration_gradient(slope[k] * p, own, own_mean);
+      g = separation_gradient_centroid(slope[k], p, q_mean[k], own_activation[k] * own_inverse_norm,
+                                       inverse_classes);
+    } else {
+      const T slope_p = value[k] * inverse_norm;
+      a = concentration_gradient(slope_p, own, own_mean);
+      g = separation_gradient_sample(slope_p, log[k] - reference[k], all_mean, own, own_mean, inverse_classes);
+    }
+    if constexpr (combined) return {d_concentration * a + d_separation * g, T(0)};
+    return {a, g};
+  }
+};
+
+// Writes a row's directions: its gradients through the scaling and, where `length` > 0, through the division by
+// ||x||: scale (g - x (x . g) / ||x||^2).
+template <bool centroid_to_sample, bool combined, class T>
+void directions(const Row<T>& row, int64_t n, const RowSums& sums, double own_norm, T inverse_classes, T scale,
+                double length, const Ratio& r, T* __restrict first, T* __restrict second) {
+  const auto gradient =
+      RowGradient<centroid_to_sample, combined, T>::make(row, sums, own_norm, inverse_classes, r);
+  if (!(length > 0)) {
+    NCMI_SIMD()
+    for (int64_t k = 0; k < n; ++k) {
+      const Gradients<T> g = gradient(k);
+      first[k] = scale * g.first;
+      if constexpr (!combined) second[k] = scale * g.second;
+    }
+    return;
+  }
+
+  const T* __restrict x = row.x;
+  double first_dot = 0, second_dot = 0;
+  if constexpr (centroid_to_sample) {
+    for (int64_t begin = 0; begin < n; begin += kBlock) {
+      const int64_t end = min(n, begin + kBlock);
+      T u = 0, v = 0;
+      NCMI_SIMD(reduction(+ : u, v))
+      for (int64_t k = begin; k < end; ++k) {
+        const Gradients<T> g = gradient(k);
+        u += x[k] * g.first;
+        v += x[k] * g.second;
+      }
+      first_dot += double(u);
+      second_dot += double(v);
+    }
+  } else {
+    // The same sums, from those that the pass over the row took along.
+    const double a = (sums.x_own - sums.x_norm * (sums.own / sums.norm)) / sums.norm;
+    const double g =
+        (sums.x_all - sums.x_norm * (sums.all / sums.norm)) / sums.norm - double(inverse_classes) * a;
+    first_dot = combined ? r.d_concentration * a + r.d_separation * g : a;
+    second_dot = g;
+  }
+  const T first_share = T(first_dot / length / length), second_share = T(second_dot / length / length);
+  NCMI_SIMD()
+  for (int64_t k = 0; k < n; ++k) {
+    const Gradients<T> g = gradient(k);
+    first[k] = scale * (g.first - x[k] * first_share);
+    if constexpr (!combined) second[k] = scale * (g.second - x[k] * second_share);
   }
 }
 
@@ -343,26 +408,24 @@ template <bool centroid_to_sample, class T>
 void terms_range(const TermsArgs<T>& args, int64_t row_begin, int64_t row_end, T* scratch) {
   const Centroids<T>& q = args.centroids;
   const int64_t n = q.columns;
-  const bool keep = args.concentration_direction != nullptr;
+  const bool keep = args.direction != nullptr;
   for (int64_t i = row_begin; i < row_end; ++i) {
     const int64_t y = args.target[i];
-    T* concentration_direction = keep ? args.concentration_direction + i * n : nullptr;
-    T* separation_direction = keep ? args.separation_direction + i * n : nullptr;
+    T* direction = args.direction ? args.direction + i * n : nullptr;
+    T* separation_direction = args.separation_direction ? args.separation_direction + i * n : nullptr;
     if (y == args.target.ignore_index) {
       args.concentration[i] = args.separation[i] = 0;
       args.row_scale[i] = args.row_log_norm[i] = args.row_shift[i] = 0;
-      if (keep) {
-        memset(concentration_direction, 0, n * sizeof(T));
-        memset(separation_direction, 0, n * sizeof(T));
-      }
+      if (direction) memset(direction, 0, n * sizeof(T));
+      if (separation_direction) memset(separation_direction, 0, n * sizeof(T));
       continue;
     }
 
     T* x = scratch;
-    load(args.input, i, 0, n, args.center, x);
+    const double squares = load(args.input, i, 0, n, args.center, x);
     double scale = 1.0 / args.features.temperature, length = 0;  // a length of 0: no chain rule for it
     if (args.features.l2_normalize) {
-      length = norm(x, n);
+      length = norm(x, n, squares);
       if (length < kSmallestLength) {
         scale /= kSmallestLength;
         length = 0;
@@ -380,9 +443,12 @@ void terms_range(const TermsArgs<T>& args, int64_t row_begin, int64_t row_end, T
                      scratch + 2 * n,
                      scratch + 3 * n};
     T shift;
-    RowSums sums = keep ? sum_row_stable<centroid_to_sample, true>(row, n, T(scale), args.features.softmax, &shift)
-                        : sum_row_stable<centroid_to_sample, false>(row, n, T(scale), args.features.softmax, &shift);
-    sums.norm += double(poison(x, n));
+    const bool is_softmax = args.features.softmax;
+    RowSums sums =
+        !keep        ? sum_row_stable<centroid_to_sample, Keep::kNothing>(row, n, T(scale), is_softmax, &shift)
+        : length > 0 ? sum_row_stable<centroid_to_sample, Keep::kAllAndDots>(row, n, T(scale), is_softmax, &shift)
+                     : sum_row_stable<centroid_to_sample, Keep::kAll>(row, n, T(scale), is_softmax, &shift);
+    sums.norm += double(poison(x, n, squares));
 
     // KL divergences as differences of logarithms, then of log-normalisers: each difference apart.
     const double log_norm = ::log(sums.norm);
@@ -401,9 +467,16 @@ void terms_range(const TermsArgs<T>& args, int64_t row_begin, int64_t row_end, T
     args.row_scale[i] = scale;
     args.row_log_norm[i] = log_norm;
     args.row_shift[i] = double(shift);
-    if (keep)
-      directions<centroid_to_sample>(row, n, sums, exp(q.log_norm[y]), T(1.0 / double(q.classes)), T(scale),
-                                     length, concentration_direction, separation_direction);
+    if (!keep) continue;
+    const double own_norm = exp(q.log_norm[y]);
+    const T inverse_classes = T(1.0 / double(q.classes));
+    const Ratio r = ratio(concentration, separation, args.eps);
+    if (separation_direction)
+      directions<centroid_to_sample, false>(row, n, sums, own_norm, inverse_classes, T(scale), length, r, direction,
+                                            separation_direction);
+    else
+      directions<centroid_to_sample, true>(row, n, sums, own_norm, inverse_classes, T(scale), length, r, direction,
+                                           separation_direction);
   }
 }
 
@@ -423,16 +496,24 @@ template <class Out, class T>
 void input_grad_as(const InputGradArgs<T>& args, int64_t row_begin, int64_t row_end) {
   const int64_t n = args.columns;
   for (int64_t i = row_begin; i < row_end; ++i) {
-    Out* __restrict out = static_cast<Out*>(args.grad_input) + i * n;
-    const T a = T(args.concentration_grad[i]), g = T(args.separation_grad[i]);
-    if (a == T(0) && g == T(0)) {  // ignored rows: zero whatever the others hold
+    Out* out = static_cast<Out*>(args.grad) + i * n;
+    const T* u = args.direction + i * n;
+    const T a = T(args.factor[i]);
+    if (args.separation_direction) {
+      const T* v = args.separation_direction + i * n;
+      const T g = T(args.separation_factor[i]);
+      if (a == T(0) && g == T(0)) {
+        memset(static_cast<void*>(out), 0, n * sizeof(Out));
+        continue;
+      }
+      NCMI_SIMD()
+      for (int64_t k = 0; k < n; ++k) out[k] = narrow<Out>(a * u[k] + g * v[k]);
+    } else if (a == T(0)) {
       memset(static_cast<void*>(out), 0, n * sizeof(Out));
-      continue;
+    } else {
+      NCMI_SIMD()
+      for (int64_t k = 0; k < n; ++k) out[k] = narrow<Out>(a * u[k]);
     }
-    const T* __restrict u = args.concentration_direction + i * n;
-    const T* __restrict v = args.separation_direction + i * n;
-    NCMI_SIMD()
-    for (int64_t k = 0; k < n; ++k) out[k] = narrow<Out>(a * u[k] + g * v[k]);
   }
 }
 
@@ -479,7 +560,7 @@ void centroid_rows(const CentroidStatsArgs<T>& args, int64_t class_begin, int64_
   for (int64_t c = class_begin; c < class_end; ++c) {
     T* value = args.activation ? args.activation + c * n : nullptr;
     T* log = args.log_activation + c * n;
-    load(args.logits, c, 0, n, static_cast<const T*>(nullptr), x);
+    const double squares = load(args.logits, c, 0, n, static_cast<const T*>(nullptr), x);
     double norm;
     T shift = T(0);
     if (args.softmax) {
@@ -492,7 +573,7 @@ void centroid_rows(const CentroidStatsArgs<T>& args, int64_t class_begin, int64_
         norm = activate_row<Kind::kNsfShifted>(x, n, shift, value, log);
       }
     }
-    args.log_norm[c] = ::log(norm + double(poison(x, n)));
+    args.log_norm[c] = ::log(norm + double(poison(x, n, squares)));
     args.shift[c] = double(shift);
   }
 }
@@ -745,11 +826,23 @@ void centroid_grad(const CentroidGradArgs<T>& args, int64_t class_begin, int64_t
 // Column sums over the rows that are not ignored, for the mean of the features.
 // -------------------------------------------------------------------------------------------------------------
 
+template <class In, class T>
+void add_stretch(const Matrix& m, int64_t row, int64_t begin, int64_t n, T* __restrict sums) {
+  const In* __restrict in = static_cast<const In*>(m.data) + row * m.row_stride + begin * m.column_stride;
+  const int64_t stride = m.column_stride;
+  if (stride == 1) {
+    NCMI_SIMD()
+    for (int64_t k = 0; k < n; ++k) sums[k] += T(widen(in[k]));
+  } else {
+    for (int64_t k = 0; k < n; ++k) sums[k] += T(widen(in[k * stride]));
+  }
+}
+
 template <class T>
 void column_sums(const Matrix& m, const Targets& target, int64_t rows, int64_t column_begin, int64_t column_end,
                  double* sums) {
-  constexpr int64_t kRowsPerFlush = 16;
-  T x[kColumnBlock], partial[kColumnBlock];
+  constexpr int64_t kRowsPerFlush = 16;  // rows added in T before they go to a double
+  T partial[kColumnBlock];
   for (int64_t begin = column_begin; begin < column_end; begin += kColumnBlock) {
     const int64_t n = min(kColumnBlock, column_end - begin);
     for (int64_t k = 0; k < n; ++k) sums[begin + k] = 0;
@@ -757,9 +850,12 @@ void column_sums(const Matrix& m, const Targets& target, int64_t rows, int64_t c
       for (int64_t k = 0; k < n; ++k) partial[k] = 0;
       for (int64_t i = first; i < min(first + kRowsPerFlush, rows); ++i) {
         if (target[i] == target.ignore_index) continue;
-        load(m, i, begin, n, static_cast<const T*>(nullptr), x);
-        NCMI_SIMD()
-        for (int64_t k = 0; k < n; ++k) partial[k] += x[k];
+        switch (m.dtype) {
+          case Dtype::kFloat32: add_stretch<float>(m, i, begin, n, partial); break;
+          case Dtype::kFloat64: add_stretch<double>(m, i, begin, n, partial); break;
+          case Dtype::kBFloat16: add_stretch<BFloat16>(m, i, begin, n, partial); break;
+          case Dtype::kFloat16: add_stretch<Float16>(m, i, begin, n, partial); break;
+        }
       }
       NCMI_SIMD()
       for (int64_t k = 0; k < n; ++k) sums[begin + k] += double(partial[k]);

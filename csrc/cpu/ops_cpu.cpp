@@ -258,129 +258,176 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_stats(const Tensor& logits, 
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> terms(const Tensor& input, const Tensor& target,
-                                         const std::optional<Tensor>& center, const Tensor& log_activation,
-                                         const Tensor& activation, const Tensor& reference, const Tensor& norms,
-                                         double temperature, bool l2_normalize, bool softmax, bool centroid_to_sample,
-                                         int64_t ignore_index, bool with_directions) {
+// The terms of every row, with what differentiates them.
+struct Rows {
+  std::vector<double> values;  // [2, B] concentration, separation
+  Tensor stats;                // [3, B]
+  Tensor direction;            // [B, M] or [0, M]
+  Tensor separation_direction;
+};
+
+// With `ratio_eps` the one direction is that of concentration / (separation + ratio_eps).
+template <class T>
+Rows compute_rows(const Tensor& input, const Targets& target, const std::optional<Tensor>& center,
+                  const Centroids<T>& q, const Features& features, bool with_directions,
+                  std::optional<double> ratio_eps) {
   const Matrix z = matrix(input, "input");
-  return with_arithmetic_type(log_activation.scalar_type(), "log_activation", [&]<class T>() {
-    const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample);
-    const int64_t rows = input.size(0), columns = q.columns;
-    check_shape(input, "input", {rows, columns});
-    STD_TORCH_CHECK(z.dtype != Dtype::kFloat64 || kIsDouble<T>,
-                    "ncmi_kernels: float64 input needs float64 centroid_logits");
-    const ScalarType dtype = log_activation.scalar_type();
-    Tensor values = empty({2, rows}, ScalarType::Double);
-    Tensor row_stats = empty({3, rows}, ScalarType::Double);
-    Tensor directions = empty({2, rows, with_directions ? columns : 0}, dtype);
-    double* value = output<double>(values);
-    double* stats = output<double>(row_stats);
-    T* direction = with_directions ? output<T>(directions) : nullptr;
-    const TermsArgs<T> args{z,
-                            targets(target, rows, ignore_index, q.classes),
-                            data<T>(center, "center", {columns}),
-                            {temperature, l2_normalize, softmax},
-                            q,
-                            value,
-                            value + rows,
-                            stats,
-                            stats + rows,
-                            stats + 2 * rows,
-                            direction,
-                            direction ? direction + rows * columns : nullptr};
-    parallel_rows(rows, columns, [&](int64_t begin, int64_t end) {
-      std::unique_ptr<T[]> scratch(new T[kTermsScratchRows * columns]);
-      kernels_for<T>().terms(args, begin, end, scratch.get());
-    });
-    return std::make_tuple(values, row_stats, directions);
-  });
-}
-
-std::tuple<Tensor, Tensor> loss(const Tensor& terms, const Tensor& target, const std::optional<Tensor>& weight,
-                                bool batch_ratio, int64_t reduction, double eps, int64_t ignore_index,
-                                ScalarType dtype) {
-  constexpr int64_t kNone = 0, kMean = 1, kSum = 2;
-  STD_TORCH_CHECK(reduction == kNone || reduction == kMean || reduction == kSum, "ncmi_kernels: unknown reduction");
-  STD_TORCH_CHECK(!batch_ratio || reduction == kMean, "ncmi_kernels: ratio over the batch needs reduction mean");
-  const int64_t rows = target.numel();
-  return with_arithmetic_type(dtype, "dtype", [&]<class T>() {
-    const double* concentration = data<double>(terms, "terms", {2, rows});
-    const double* separation = concentration + rows;
-    const int64_t classes = weight ? weight->numel() : std::numeric_limits<int64_t>::max();
-    const T* class_weight = data<T>(weight, "weight", {classes});
-    const Targets y = targets(target, rows, ignore_index, classes);
-    const auto weight_of = [&](int64_t i) { return class_weight ? double(class_weight[y[i]]) : 1.0; };
-
-    Tensor result = reduction == kNone ? empty({rows}, dtype) : empty({}, dtype);
-    Tensor coefficients = empty({2, rows}, ScalarType::Double);
-    double* d_concentration = output<double>(coefficients);
-    double* d_separation = d_concentration + rows;
-
-    double weight_sum = 0, a = 0, g = 0;
-    for (int64_t i = 0; i < rows; ++i) {
-      if (y[i] == ignore_index) continue;
-      weight_sum += weight_of(i);
-      a += weight_of(i) * concentration[i];
-      g += weight_of(i) * separation[i];
-    }
-    const Ratio of_batch = ratio(a / weight_sum, g / weight_sum, eps);
-    double total = 0;
-    for (int64_t i = 0; i < rows; ++i) {
-      if (y[i] == ignore_index) {
-        d_concentration[i] = d_separation[i] = 0;
-        if (reduction == kNone) output<T>(result)[i] = T(0);
-        continue;
-      }
-      const double w = weight_of(i) / (reduction == kMean ? weight_sum : 1.0);
-      const Ratio r = batch_ratio ? of_batch : ratio(concentration[i], separation[i], eps);
-      d_concentration[i] = w * r.d_concentration;
-      d_separation[i] = w * r.d_separation;
-      total += w * r.value;
-      if (reduction == kNone) output<T>(result)[i] = T(w * r.value);
-    }
-    if (reduction == kMean && weight_sum == 0) total = std::numeric_limits<double>::quiet_NaN();  // 0 / 0
-    if (reduction != kNone) *output<T>(result) = T(batch_ratio ? of_batch.value : total);
-    return std::make_tuple(result, coefficients);
-  });
-}
-
-// d loss / d A and d loss / d G of each row [2, B], times the upstream gradient.
-std::vector<double> with_upstream(const Tensor& coefficients, const std::optional<Tensor>& upstream, int64_t rows) {
-  const double* c = data<double>(coefficients, "coefficients", {2, rows});
-  std::vector<double> result(c, c + 2 * rows);
-  if (!upstream) return result;
-  const bool by_row = upstream->dim() == 1;
-  STD_TORCH_CHECK(by_row ? upstream->size(0) == rows : upstream->dim() == 0, "ncmi_kernels: upstream must be a scalar or [B]");
-  const int64_t stride = by_row ? upstream->stride(0) : 0;
-  with_arithmetic_type(upstream->scalar_type(), "upstream", [&]<class T>() {
-    const T* up = static_cast<const T*>(upstream->data_ptr());
-    for (int64_t i = 0; i < rows; ++i) {
-      // An ignored row stays 0 whatever comes from above.
-      if (result[i] != 0) result[i] *= double(up[i * stride]);
-      if (result[rows + i] != 0) result[rows + i] *= double(up[i * stride]);
-    }
+  const int64_t rows = input.size(0), columns = q.columns;
+  check_shape(input, "input", {rows, columns});
+  STD_TORCH_CHECK(z.dtype != Dtype::kFloat64 || kIsDouble<T>,
+                  "ncmi_kernels: float64 input needs float64 centroid_logits");
+  const bool apart = with_directions && !ratio_eps;
+  // Two direction tensors, not one of both: allocators map each very large block anew, and its pages cost more than
+  // the arithmetic.
+  Rows result{std::vector<double>(2 * rows), empty({3, rows}, ScalarType::Double),
+              empty({with_directions ? rows : 0, columns}, kScalarType<T>),
+              empty({apart ? rows : 0, columns}, kScalarType<T>)};
+  double* stats = output<double>(result.stats);
+  const TermsArgs<T> args{z,
+                          target,
+                          data<T>(center, "center", {columns}),
+                          features,
+                          q,
+                          result.values.data(),
+                          result.values.data() + rows,
+                          stats,
+                          stats + rows,
+                          stats + 2 * rows,
+                          with_directions ? output<T>(result.direction) : nullptr,
+                          apart ? output<T>(result.separation_direction) : nullptr,
+                          ratio_eps.value_or(0)};
+  parallel_rows(rows, columns, [&](int64_t begin, int64_t end) {
+    std::unique_ptr<T[]> scratch(new T[kTermsScratchRows * columns]);
+    kernels_for<T>().terms(args, begin, end, scratch.get());
   });
   return result;
 }
 
-Tensor input_grad(const Tensor& directions, const Tensor& coefficients, const std::optional<Tensor>& upstream,
-                  ScalarType dtype) {
-  STD_TORCH_CHECK(directions.dim() == 3, "ncmi_kernels: directions must have 3 dimensions");
-  const int64_t rows = directions.size(1), columns = directions.size(2);
+std::tuple<Tensor, Tensor, Tensor, Tensor> terms(const Tensor& input, const Tensor& target,
+                                                 const std::optional<Tensor>& center, const Tensor& log_activation,
+                                                 const Tensor& activation, const Tensor& reference,
+                                                 const Tensor& norms, double temperature, bool l2_normalize,
+                                                 bool softmax, bool centroid_to_sample, int64_t ignore_index,
+                                                 bool with_directions) {
+  return with_arithmetic_type(log_activation.scalar_type(), "log_activation", [&]<class T>() {
+    const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample);
+    const int64_t rows = target.numel();
+    const Rows result = compute_rows<T>(input, targets(target, rows, ignore_index, q.classes), center, q,
+                                        {temperature, l2_normalize, softmax}, with_directions, std::nullopt);
+    Tensor values = empty({2, rows}, kScalarType<T>);
+    std::transform(result.values.begin(), result.values.end(), output<T>(values), [](double v) { return T(v); });
+    return std::make_tuple(values, result.stats, result.direction, result.separation_direction);
+  });
+}
+
+enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
+
+// The rows' terms to the loss (one value, or [B] for kNone) and its derivatives [3, B] by A, G and A / (G + eps).
+template <class T>
+void reduce(const double* concentration, const double* separation, const Targets& target, int64_t rows,
+            const T* class_weight, bool batch_ratio, int64_t reduction, double eps, T* loss, double* derivatives) {
+  const auto weight_of = [&](int64_t i) { return class_weight ? double(class_weight[target[i]]) : 1.0; };
+  double weight_sum = 0, a = 0, g = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    if (target[i] == target.ignore_index) continue;
+    weight_sum += weight_of(i);
+    a += weight_of(i) * concentration[i];
+    g += weight_of(i) * separation[i];
+  }
+  const Ratio of_batch = ratio(a / weight_sum, g / weight_sum, eps);
+  double total = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    double value = 0, by_concentration = 0, by_separation = 0, by_ratio = 0;
+    if (target[i] != target.ignore_index) {
+      const Ratio r = batch_ratio ? of_batch : ratio(concentration[i], separation[i], eps);
+      by_ratio = weight_of(i) / (reduction == kMean ? weight_sum : 1.0);
+      by_concentration = by_ratio * r.d_concentration;
+      by_separation = by_ratio * r.d_separation;
+      value = by_ratio * r.value;
+    }
+    derivatives[i] = by_concentration;
+    derivatives[rows + i] = by_separation;
+    derivatives[2 * rows + i] = by_ratio;
+    total += value;
+    if (reduction == kNone) loss[i] = T(value);
+  }
+  // No sample that counts: 0 / 0, as cross_entropy.
+  if (reduction == kMean && weight_sum == 0) total = std::numeric_limits<double>::quiet_NaN();
+  if (reduction != kNone) *loss = T(batch_ratio ? of_batch.value : total);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss(
+    const Tensor& input, const Tensor& target, const std::optional<Tensor>& center, const Tensor& log_activation,
+    const Tensor& activation, const Tensor& reference, const Tensor& norms, const std::optional<Tensor>& weight,
+    double temperature, bool l2_normalize, bool softmax, bool centroid_to_sample, bool batch_ratio, int64_t reduction,
+    double eps, int64_t ignore_index, bool with_directions) {
+  STD_TORCH_CHECK(reduction == kNone || reduction == kMean || reduction == kSum, "ncmi_kernels: unknown reduction");
+  STD_TORCH_CHECK(!batch_ratio || reduction == kMean, "ncmi_kernels: ratio over the batch needs reduction mean");
+  return with_arithmetic_type(log_activation.scalar_type(), "log_activation", [&]<class T>() {
+    const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample);
+    const int64_t rows = target.numel();
+    const Targets y = targets(target, rows, ignore_index, q.classes);
+    const T* class_weight = data<T>(weight, "weight", {q.classes});
+    Rows result = compute_rows<T>(input, y, center, q, {temperature, l2_normalize, softmax}, with_directions,
+                                  batch_ratio ? std::nullopt : std::optional<double>(eps));
+    Tensor value = reduction == kNone ? empty({rows}, kScalarType<T>) : empty({}, kScalarType<T>);
+    Tensor coefficients = empty({3, rows}, ScalarType::Double);
+    reduce<T>(result.values.data(), result.values.data() + rows, y, rows, class_weight, batch_ratio, reduction, eps,
+              output<T>(value), output<double>(coefficients));
+    return std::make_tuple(value, coefficients, result.stats, result.direction, result.separation_direction);
+  });
+}
+
+// The coefficients [3, B] times the upstream gradient.
+std::vector<double> with_upstream(const Tensor& coefficients, const std::optional<Tensor>& upstream, int64_t rows) {
+  const double* c = data<double>(coefficients, "coefficients", {3, rows});
+  std::vector<double> result(c, c + 3 * rows);
+  if (!upstream) return result;
+  const bool by_row = upstream->dim() == 1;
+  STD_TORCH_CHECK(by_row ? upstream->size(0) == rows : upstream->dim() == 0,
+                  "ncmi_kernels: upstream must be a scalar or [B]");
+  const int64_t stride = by_row ? upstream->stride(0) : 0;
+  with_arithmetic_type(upstream->scalar_type(), "upstream", [&]<class T>() {
+    const T* up = static_cast<const T*>(upstream->data_ptr());
+    for (int64_t j = 0; j < 3 * rows; ++j)
+      if (result[j] != 0) result[j] *= double(up[j % rows * stride]);  // an ignored row stays 0 whatever comes
+  });
+  return result;
+}
+
+void input_grad_into(const Tensor& direction, const Tensor& separation_direction, const Tensor& coefficients,
+                     const std::optional<Tensor>& upstream, const Tensor& grad) {
+  STD_TORCH_CHECK(direction.dim() == 2, "ncmi_kernels: direction must have 2 dimensions");
+  const int64_t rows = direction.size(0), columns = direction.size(1);
   const std::vector<double> c = with_upstream(coefficients, upstream, rows);
-  Tensor grad = empty({rows, columns}, dtype);
-  with_arithmetic_type(directions.scalar_type(), "directions", [&]<class T>() {
-    const T* direction = data<T>(directions, "directions", {2, rows, columns});
-    const Dtype grad_dtype = dtype_of(dtype, "input");
+  const bool combined = separation_direction.size(0) == 0;
+  with_arithmetic_type(direction.scalar_type(), "direction", [&]<class T>() {
+    const Dtype grad_dtype = dtype_of(grad.scalar_type(), "input");
     STD_TORCH_CHECK((grad_dtype == Dtype::kFloat64) == kIsDouble<T>,
                     "ncmi_kernels: float64 input and float64 directions go together");
-    const InputGradArgs<T> args{direction, direction + rows * columns, c.data(), c.data() + rows,
-                                columns,   grad.data_ptr(),            grad_dtype};
-    parallel_rows(rows, 8 * columns,
+    const T* second = data<T>(separation_direction, "separation_direction", {combined ? 0 : rows, columns});
+    const InputGradArgs<T> args{data<T>(direction, "direction", {rows, columns}),
+                                combined ? nullptr : second,
+                                combined ? c.data() + 2 * rows : c.data(),
+                                combined ? nullptr : c.data() + rows,
+                                columns,
+                                grad.data_ptr(),
+                                grad_dtype};
+    parallel_rows(rows, (columns + 3) / 4,
                   [&](int64_t begin, int64_t end) { kernels_for<T>().input_grad(args, begin, end); });
   });
+}
+
+Tensor input_grad(const Tensor& direction, const Tensor& separation_direction, const Tensor& coefficients,
+                  const std::optional<Tensor>& upstream, ScalarType dtype) {
+  Tensor grad = empty({direction.size(0), direction.size(1)}, dtype);
+  input_grad_into(direction, separation_direction, coefficients, upstream, grad);
   return grad;
+}
+
+void input_grad_(const Tensor& direction, const Tensor& separation_direction, const Tensor& coefficients,
+                 const std::optional<Tensor>& upstream) {
+  input_grad_into(direction, separation_direction, coefficients, upstream, direction);
 }
 
 Tensor centroid_grad(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
@@ -485,6 +532,7 @@ STABLE_TORCH_LIBRARY_IMPL(ncmi_kernels, CPU, m) {
   m.impl("terms", TORCH_BOX(&ncmi::cpu::terms));
   m.impl("loss", TORCH_BOX(&ncmi::cpu::loss));
   m.impl("input_grad", TORCH_BOX(&ncmi::cpu::input_grad));
+  m.impl("input_grad_", TORCH_BOX(&ncmi::cpu::input_grad_));
   m.impl("centroid_grad", TORCH_BOX(&ncmi::cpu::centroid_grad));
   m.impl("update_center_", TORCH_BOX(&ncmi::cpu::update_center_));
 }
