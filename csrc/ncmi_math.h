@@ -103,6 +103,39 @@ NCMI_INLINE Activation<T> nsf(T f) {
   return {negative ? er : r, (negative ? f : T(0)) - log_half(u), negative ? r : er, er * r};
 }
 
+// NSF near the centre of the sigmoid, from y = f / 2: neither exponential nor division. With t = tanh y,
+// 2 sigma = 1 + t and log 2 sigma = y - log cosh y, both from polynomials in y^2, minimax with relative errors under
+// 7e-9. Both results are small with small errors, so the pair is consistent without being made so, and sums can take
+// t in place of sigma. Features of length one are here: they are about M^-1/2.
+struct NearActivation {
+  float excess;  // t = 2 sigma - 1
+  float log;     // log 2 sigma
+};
+
+// |f| <= 1
+NCMI_INLINE NearActivation nsf_near(float y) {
+  const float w = y * y;
+  float t = -6.61897360e-3f;
+  t = t * w + 2.12782250e-2f;
+  t = t * w - 5.38941997e-2f;
+  t = t * w + 1.33329091e-1f;
+  t = t * w - 3.33333244e-1f;
+  float c = 1.78481136e-3f;
+  c = c * w - 6.66228858e-3f;
+  c = c * w + 2.22149416e-2f;
+  c = c * w - 8.33331100e-2f;
+  c = c * w + 0.5f;
+  return {t * (y * w) + y, y - c * w};
+}
+
+// |f| <= 1/4
+NCMI_INLINE NearActivation nsf_nearest(float y) {
+  const float w = y * y;
+  const float t = 1.32077663e-1f * w - 3.33325995e-1f;
+  const float c = (2.20650242e-2f * w - 8.33324141e-2f) * w + 0.5f;
+  return {t * (y * w) + y, y - c * w};
+}
+
 // NSF of a row whose sum of sigma underflows (every f very negative): sigma(f) e^-shift with shift = max f < 0.
 template <class T>
 NCMI_INLINE Activation<T> nsf_shifted(T f, T shift) {
@@ -149,21 +182,35 @@ NCMI_INLINE Ratio ratio(double concentration, double separation, double eps) {
 // Gradients with respect to f_j, before the upstream gradient and the chain rule of scaling.
 // ---------------------------------------------------------------------------------------------------------
 
-// d A / d f_j = (1 - sigma_j) p_j (log p_j - log q_yj - A). `own` is log a_j - log a_j(xi_y), `own_mean` its mean
-// under p: the log-normalisers are constant along the row and cancel.
+// Sample to centroid, alpha = d loss / d A, beta = d loss / d G. With gap_j = reference_j - log a_j(xi_y), reference the
+// mean over classes of log a(xi), and all_j = log a_j - reference_j,
+//   d loss / d f_j = (1 - sigma_j) p_j [alpha' (all_j + gap_j - mean) + beta (all_j - mean)], alpha' = alpha - beta / C.
+// Near a minimum alpha' + beta is small beside either. It is formed once, in double; the gap has no rounding of log a.
+struct SampleGradient {
+  double by_all;    // alpha' + beta
+  double by_gap;    // alpha'
+  double constant;  // their means under p: the log-normalisers are constant along the row and cancel
+};
+
+NCMI_INLINE SampleGradient sample_gradient(double alpha, double beta, double classes, double own_mean,
+                                           double all_mean) {
+  const double own = alpha - beta / classes;
+  return {own + beta, own, own * own_mean + beta * all_mean};
+}
+
+template <class T>
+NCMI_INLINE T sample_gradient_at(T slope_p, T all, T gap, T by_all, T by_gap, T constant) {
+  return slope_p * (by_all * all + (by_gap * gap - constant));
+}
+
+// Centroid to sample. d A / d f_j = (1 - sigma_j) p_j (log p_j - log q_yj - A), `own` being log a_j - log a_j(xi_y) and
+// `own_mean` its mean under p.
 template <class T>
 NCMI_INLINE T concentration_gradient(T slope_p, T own, T own_mean) {
   return slope_p * (own - own_mean);
 }
 
-// d G / d f_j for D = KL(p || q_v): mean over all classes less the own-class term. `all` is log a_j less the mean
-// over classes of log a_j(xi_c).
-template <class T>
-NCMI_INLINE T separation_gradient_sample(T slope_p, T all, T all_mean, T own, T own_mean, T inverse_classes) {
-  return slope_p * ((all - all_mean) - inverse_classes * (own - own_mean));
-}
-
-// d G / d f_j for D = KL(q_v || p), with q_mean the mean of q over classes.
+// d G / d f_j, with q_mean the mean of q over classes.
 template <class T>
 NCMI_INLINE T separation_gradient_centroid(T slope, T p, T q_mean, T q_own, T inverse_classes) {
   return slope * ((p - q_mean) + inverse_classes * (q_own - p));

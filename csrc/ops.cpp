@@ -15,32 +15,27 @@ STABLE_TORCH_LIBRARY(ncmi_kernels, m) {
       "centroid_stats(Tensor centroid_logits, bool softmax, bool centroid_to_sample)"
       " -> (Tensor log_activation, Tensor activation, Tensor reference, Tensor norms)");
 
-  // By row: terms [2, B] = (concentration, separation) in the arithmetic type, differentiated by direction and
-  // separation_direction [B, M] = d terms / d input, or [0, M] where not asked for; rows [3, B] float64, what
-  // centroid_grad needs to form p again.
+  // By row: terms [2, B] = (concentration, separation) in the arithmetic type; rows [B, 7] float64, what the backward
+  // passes need to form p again.
   m.def(
       "terms(Tensor input, Tensor target, Tensor? center, Tensor log_activation, Tensor activation,"
       " Tensor reference, Tensor norms, float temperature, bool l2_normalize, bool softmax,"
-      " bool centroid_to_sample, int ignore_index, bool with_directions)"
-      " -> (Tensor terms, Tensor rows, Tensor direction, Tensor separation_direction)");
+      " bool centroid_to_sample, int ignore_index) -> (Tensor terms, Tensor rows)");
 
-  // The same, reduced: the loss, a scalar or for reduction 0 (none; 1 mean, 2 sum) [B], in the arithmetic type;
-  // coefficients [3, B] float64 = d loss / d concentration, d loss / d separation and, for the ratio by sample,
-  // d loss / d ratio, whose direction comes in the place of the two.
+  // The same, reduced: the loss in the arithmetic type, a scalar or for reduction 0 (none; 1 mean, 2 sum) [B];
+  // coefficients [2, B] float64 = d loss / d terms.
   m.def(
       "loss(Tensor input, Tensor target, Tensor? center, Tensor log_activation, Tensor activation,"
       " Tensor reference, Tensor norms, Tensor? weight, float temperature, bool l2_normalize, bool softmax,"
-      " bool centroid_to_sample, bool batch_ratio, int reduction, float eps, int ignore_index,"
-      " bool with_directions)"
-      " -> (Tensor loss, Tensor coefficients, Tensor rows, Tensor direction, Tensor separation_direction)");
+      " bool centroid_to_sample, bool batch_ratio, int reduction, float eps, int ignore_index)"
+      " -> (Tensor loss, Tensor coefficients, Tensor rows)");
 
-  // Backward by row, d loss / d input [B, M]. `upstream` (a scalar or [B]) multiplies the coefficients. The first
-  // writes `dtype`, the second the arithmetic type in the place of `direction`.
+  // Backward by row: d loss / d input [B, M] in the dtype of input. `upstream` (a scalar or [B]) multiplies the
+  // coefficients.
   m.def(
-      "input_grad(Tensor direction, Tensor separation_direction, Tensor coefficients, Tensor? upstream,"
-      " ScalarType dtype) -> Tensor");
-  m.def(
-      "input_grad_(Tensor(a!) direction, Tensor separation_direction, Tensor coefficients, Tensor? upstream) -> ()");
+      "input_grad(Tensor input, Tensor target, Tensor? center, Tensor log_activation, Tensor activation,"
+      " Tensor reference, Tensor norms, Tensor rows, Tensor coefficients, Tensor? upstream,"
+      " bool centroid_to_sample, int ignore_index) -> Tensor");
 
   // The centroid sums: d loss / d centroid_logits [C, M].
   m.def(

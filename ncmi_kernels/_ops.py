@@ -12,6 +12,9 @@ from ncmi_kernels import _backends, reference
 from ncmi_kernels._options import REDUCTIONS, Options
 
 
+ROW_STATS = 7  # columns of the operators' `rows`
+
+
 class CentroidStats(NamedTuple):
     """What the rows need to know of the centroids: the outputs of the operator centroid_stats."""
 
@@ -29,20 +32,17 @@ def centroid_stats(centroid_logits: Tensor, options: Options) -> CentroidStats:
     return CentroidStats(*stats)
 
 
-class CenterUpdate(NamedTuple):
-    """How a forward pass in training moves the running centre first: the operator update_center_."""
-
-    num_batches_tracked: Tensor  # [] int64
-    momentum: float
-    num_classes: int
+# How a forward pass in training moves the running centre first: num_batches_tracked [] int64, momentum, num_classes.
+CenterUpdate = tuple[Tensor, float, int]
 
 
 def update_center_(
     center: Tensor, update: CenterUpdate, input: Tensor, target: Tensor, ignore_index: int
 ) -> Tensor:
     """Move `center` [M] towards the mean of the rows of `input`, in place; returns a copy of it."""
+    num_batches_tracked, momentum, num_classes = update
     return torch.ops.ncmi_kernels.update_center_.default(
-        center, update.num_batches_tracked, input, target, update.momentum, update.num_classes, ignore_index
+        center, num_batches_tracked, input, target, momentum, num_classes, ignore_index
     )
 
 
@@ -56,10 +56,9 @@ def _call_terms(
     center: Tensor | None,
     stats: CentroidStats,
     options: Options,
-    with_directions: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     return torch.ops.ncmi_kernels.terms.default(
-        input, target, center, *stats, *_features(options), options.ignore_index, with_directions
+        input, target, center, *stats, *_features(options), options.ignore_index
     )
 
 
@@ -70,8 +69,7 @@ def _call_loss(
     weight: Tensor | None,
     stats: CentroidStats,
     options: Options,
-    with_directions: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.ncmi_kernels.loss.default(
         input,
         target,
@@ -80,29 +78,14 @@ def _call_loss(
         weight,
         *_features(options),
         options.batch_ratio,
-        REDUCTIONS.index(options.reduction),
+        options.reduction_code,
         options.eps,
         options.ignore_index,
-        with_directions,
     )
 
 
-def _input_grad(
-    ctx: Any, recompute: Any, coefficients: Tensor, upstream: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """Gradient of the input [B, M]. Turns the directions into it in place, so a second backward pass through the
-    same graph has to recompute them."""
-    directions = ctx.directions
-    if directions is None:
-        directions = recompute()[-2:]
-    if directions[0].dtype != dtype or torch.compiler.is_compiling():
-        return torch.ops.ncmi_kernels.input_grad.default(*directions, coefficients, upstream, dtype)
-    ctx.directions = None
-    torch.ops.ncmi_kernels.input_grad_.default(*directions, coefficients, upstream)
-    return directions[0]
-
-
-def _centroid_grad(
+def _grads(
+    ctx: Any,
     input: Tensor,
     target: Tensor,
     centroid_logits: Tensor,
@@ -112,20 +95,36 @@ def _centroid_grad(
     coefficients: Tensor,
     upstream: Tensor | None,
     options: Options,
-) -> Tensor:
-    return torch.ops.ncmi_kernels.centroid_grad.default(
-        input,
-        target,
-        center,
-        centroid_logits,
-        *stats,
-        rows,
-        coefficients,
-        upstream,
-        options.softmax,
-        options.centroid_to_sample,
-        options.ignore_index,
-    )
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of input [B, M] and centroid_logits [C, M], each only where it is asked for."""
+    grad_input = grad_centroids = None
+    if ctx.needs_input_grad[0]:
+        grad_input = torch.ops.ncmi_kernels.input_grad.default(
+            input,
+            target,
+            center,
+            *stats,
+            rows,
+            coefficients,
+            upstream,
+            options.centroid_to_sample,
+            options.ignore_index,
+        )
+    if ctx.needs_input_grad[2]:
+        grad_centroids = torch.ops.ncmi_kernels.centroid_grad.default(
+            input,
+            target,
+            center,
+            centroid_logits,
+            *stats,
+            rows,
+            coefficients,
+            upstream,
+            options.softmax,
+            options.centroid_to_sample,
+            options.ignore_index,
+        )
+    return grad_input, grad_centroids
 
 
 def _differentiable_backward() -> bool:
@@ -164,36 +163,21 @@ class _Loss(torch.autograd.Function):
             center = update_center_(center, update, input, target, options.ignore_index)
         if stats is None:
             stats = centroid_stats(centroid_logits, options)
-        result, coefficients, rows, *directions = _call_loss(
-            input, target, center, weight, stats, options, ctx.needs_input_grad[0]
-        )
+        result, coefficients, rows = _call_loss(input, target, center, weight, stats, options)
         ctx.save_for_backward(input, target, centroid_logits)
         ctx.kept = center, weight, stats, rows, coefficients, options
-        ctx.directions = directions
         return result
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        input, target, centroid_logits = ctx.saved_tensors
+        tensors = ctx.saved_tensors
         center, weight, stats, rows, coefficients, options = ctx.kept
         if _differentiable_backward():
-            result = reference.loss(input, target, centroid_logits, center, weight, options)
-            grads = _reference_grads(ctx, (result,), input, centroid_logits, (upstream,))
-            return grads[0], None, grads[1], None, None, None, None, None
-        grad_input = grad_centroids = None
-        if ctx.needs_input_grad[0]:
-            grad_input = _input_grad(
-                ctx,
-                lambda: _call_loss(input, target, center, weight, stats, options, True),
-                coefficients,
-                upstream,
-                input.dtype,
-            )
-        if ctx.needs_input_grad[2]:
-            grad_centroids = _centroid_grad(
-                input, target, centroid_logits, center, stats, rows, coefficients, upstream, options
-            )
-        return grad_input, None, grad_centroids, None, None, None, None, None
+            result = reference.loss(*tensors, center, weight, options)
+            grads = _reference_grads(ctx, (result,), tensors[0], tensors[2], (upstream,))
+        else:
+            grads = _grads(ctx, *tensors, center, stats, rows, coefficients, upstream, options)
+        return grads[0], None, grads[1], None, None, None, None, None
 
 
 class _Terms(torch.autograd.Function):
@@ -204,35 +188,22 @@ class _Terms(torch.autograd.Function):
         ctx: Any, input: Tensor, target: Tensor, centroid_logits: Tensor, center: Tensor | None, options: Options
     ) -> tuple[Tensor, Tensor]:
         stats = centroid_stats(centroid_logits, options)
-        values, rows, *directions = _call_terms(input, target, center, stats, options, ctx.needs_input_grad[0])
+        values, rows = _call_terms(input, target, center, stats, options)
         ctx.save_for_backward(input, target, centroid_logits)
         ctx.kept = center, stats, rows, options
-        ctx.directions = directions
         return values[0].clone(), values[1].clone()
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        input, target, centroid_logits = ctx.saved_tensors
+        tensors = ctx.saved_tensors
         center, stats, rows, options = ctx.kept
         if _differentiable_backward():
-            outputs = reference.terms(input, target, centroid_logits, center, options)
-            grads = _reference_grads(ctx, outputs, input, centroid_logits, upstream)
-            return grads[0], None, grads[1], None, None
-        coefficients = torch.stack((*upstream, torch.zeros_like(upstream[0]))).to(torch.float64)
-        grad_input = grad_centroids = None
-        if ctx.needs_input_grad[0]:
-            grad_input = _input_grad(
-                ctx,
-                lambda: _call_terms(input, target, center, stats, options, True),
-                coefficients,
-                None,
-                input.dtype,
-            )
-        if ctx.needs_input_grad[2]:
-            grad_centroids = _centroid_grad(
-                input, target, centroid_logits, center, stats, rows, coefficients, None, options
-            )
-        return grad_input, None, grad_centroids, None, None
+            outputs = reference.terms(*tensors, center, options)
+            grads = _reference_grads(ctx, outputs, tensors[0], tensors[2], upstream)
+        else:
+            coefficients = torch.stack(upstream).to(torch.float64)
+            grads = _grads(ctx, *tensors, center, stats, rows, coefficients, None, options)
+        return grads[0], None, grads[1], None, None
 
 
 def loss(
@@ -283,16 +254,9 @@ def _register_fakes() -> None:
         softmax: bool,
         centroid_to_sample: bool,
         ignore_index: int,
-        with_directions: bool,
     ) -> tuple[Tensor, ...]:
-        rows, columns = input.shape
-        kept = rows if with_directions else 0
-        return (
-            log_activation.new_empty((2, rows)),
-            log_activation.new_empty((3, rows), dtype=torch.float64),
-            log_activation.new_empty((kept, columns)),
-            log_activation.new_empty((kept, columns)),
-        )
+        rows = input.shape[0]
+        return log_activation.new_empty((2, rows)), norms.new_empty((rows, ROW_STATS))
 
     @torch.library.register_fake("ncmi_kernels::loss")
     def _(
@@ -312,33 +276,30 @@ def _register_fakes() -> None:
         reduction: int,
         eps: float,
         ignore_index: int,
-        with_directions: bool,
     ) -> tuple[Tensor, ...]:
-        rows, columns = input.shape
-        kept = rows if with_directions else 0
+        rows = input.shape[0]
         return (
             log_activation.new_empty((rows,) if REDUCTIONS[reduction] == "none" else ()),
-            log_activation.new_empty((3, rows), dtype=torch.float64),
-            log_activation.new_empty((3, rows), dtype=torch.float64),
-            log_activation.new_empty((kept, columns)),
-            log_activation.new_empty((kept if batch_ratio else 0, columns)),
+            norms.new_empty((2, rows)),
+            norms.new_empty((rows, ROW_STATS)),
         )
 
     @torch.library.register_fake("ncmi_kernels::input_grad")
     def _(
-        direction: Tensor,
-        separation_direction: Tensor,
+        input: Tensor,
+        target: Tensor,
+        center: Tensor | None,
+        log_activation: Tensor,
+        activation: Tensor,
+        reference: Tensor,
+        norms: Tensor,
+        rows: Tensor,
         coefficients: Tensor,
         upstream: Tensor | None,
-        dtype: torch.dtype,
+        centroid_to_sample: bool,
+        ignore_index: int,
     ) -> Tensor:
-        return direction.new_empty(direction.shape, dtype=dtype)
-
-    @torch.library.register_fake("ncmi_kernels::input_grad_")
-    def _(
-        direction: Tensor, separation_direction: Tensor, coefficients: Tensor, upstream: Tensor | None
-    ) -> None:
-        return None
+        return input.new_empty(input.shape)
 
     @torch.library.register_fake("ncmi_kernels::centroid_grad")
     def _(

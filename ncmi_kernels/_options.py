@@ -1,7 +1,7 @@
 """The options of the loss, checked once."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
 
@@ -24,6 +24,11 @@ class Options:
     reduction: str = "mean"
     eps: float = 1e-8
 
+    softmax: bool = field(init=False, repr=False)
+    centroid_to_sample: bool = field(init=False, repr=False)
+    batch_ratio: bool = field(init=False, repr=False)
+    reduction_code: int = field(init=False, repr=False)
+
     def __post_init__(self) -> None:
         for name in ("temperature", "eps"):
             check_positive(name, getattr(self, name))
@@ -44,23 +49,14 @@ class Options:
                 "expected 'mean' (or ratio='sample')"
             )
 
-    @property
-    def softmax(self) -> bool:
-        """Whether the activation is softmax instead of NSF."""
-        return self.activation == "softmax"
-
-    @property
-    def centroid_to_sample(self) -> bool:
-        """Whether the separation is KL(q_v || p_i) instead of KL(p_i || q_v)."""
-        return self.separation == "centroid_to_sample"
-
-    @property
-    def batch_ratio(self) -> bool:
-        """Whether the loss is the ratio of the batch's means instead of the mean of the samples' ratios."""
-        return self.ratio == "batch"
+        # What the operators take in place of the names; formed here once, not at every step.
+        object.__setattr__(self, "softmax", self.activation == "softmax")
+        object.__setattr__(self, "centroid_to_sample", self.separation == "centroid_to_sample")
+        object.__setattr__(self, "batch_ratio", self.ratio == "batch")
+        object.__setattr__(self, "reduction_code", REDUCTIONS.index(self.reduction))
 
 
-OPTION_NAMES = tuple(field.name for field in fields(Options))
+OPTION_NAMES = tuple(option.name for option in fields(Options) if option.init)
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -241,13 +241,14 @@ class NCMILoss(nn.Module):
         center = self.center
         if not self.training:
             return center, None
+        dtype = center.dtype
         if (
-            _backends.resolve(self.backend, input) != "reference"
-            and center.dtype in (torch.float32, torch.float64)
-            and (center.dtype == torch.float64 or input.dtype != torch.float64)
-            and self.centroid_logits.dtype == center.dtype
+            (dtype == torch.float32 or dtype == torch.float64)
+            and dtype == self.centroid_logits.dtype
+            and (input.dtype != torch.float64 or dtype == torch.float64)
+            and _backends.resolve(self.backend, input) != "reference"
         ):
-            update = _ops.CenterUpdate(self.num_batches_tracked, self.center_momentum, self.num_classes)
+            update = (self.num_batches_tracked, self.center_momentum, self.num_classes)
             if not torch.compiler.is_compiling():
                 return center, update
             rows, classes = functional.flatten(input.detach(), target)

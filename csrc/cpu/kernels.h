@@ -48,32 +48,40 @@ struct Centroids {
   double weighted_log_norm;  // the mean log_norm, weighted as `reference` is, less what rounding that lost
 };
 
+// What the forward pass leaves of a row for the backward passes.
+struct RowStats {
+  double scale;     // f = (z - center) * scale
+  double length;    // ||z - center||, or 0 where its chain rule does not apply
+  double kind;      // how the row was activated (kernels_impl.h)
+  double shift;     // what its log a was shifted by
+  double norm;      // sum_k a_k
+  double own_mean;  // mean under p of log a - log a(xi_y)
+  double all_mean;  // mean under p of log a - reference
+};
+constexpr int64_t kRowStats = sizeof(RowStats) / sizeof(double);
+
 template <class T>
 struct TermsArgs {
-  Matrix input;                // [B, M]
-  Targets target;              // [B]
-  const T* center;             // [M] or null
+  Matrix input;            // [B, M]
+  Targets target;          // [B]
+  const T* center;         // [M] or null
   Features features;
   Centroids<T> centroids;
-  double* concentration;       // [B] A
-  double* separation;          // [B] G
-  double* row_scale;           // [B] f = (z - center) * row_scale
-  double* row_log_norm;        // [B] log sum_k a(f)_k, shifted
-  double* row_shift;           // [B] what log a(f) was shifted by
-  T* direction;             // [B, M] d A_i / d z_i, or null
-  T* separation_direction;  // [B, M] d G_i / d z_i; where null, `direction` is d (A_i / (G_i + eps)) / d z_i
-  double eps;
+  double* concentration;   // [B] A
+  double* separation;      // [B] G
+  RowStats* rows;          // [B]
 };
 
-// grad_i = factor_i direction_i + separation_factor_i separation_direction_i, and zero where both factors are.
 template <class T>
 struct InputGradArgs {
-  const T* direction;               // [B, M]
-  const T* separation_direction;    // [B, M] or null
-  const double* factor;             // [B]
-  const double* separation_factor;  // [B] or null
-  int64_t columns;
-  void* grad;                       // [B, M] contiguous; may be `direction`
+  Matrix input;                      // [B, M]
+  Targets target;                    // [B]
+  const T* center;                   // [M] or null
+  Centroids<T> centroids;
+  const RowStats* rows;              // [B]
+  const double* concentration_grad;  // [B] d loss / d A_i
+  const double* separation_grad;     // [B] d loss / d G_i
+  void* grad;                        // [B, M] contiguous
   Dtype grad_dtype;
 };
 
@@ -93,6 +101,15 @@ struct CentroidStatsArgs {
   double* weighted_log_norm;  // [M] workspace: q_mean_k times the mean log_norm under it; centroid_to_sample only
 };
 
+// The sums over the rows of a class that have no columns, and what its sums by column hold.
+struct ClassSums {
+  double own_factor;
+  double separation_grad;  // beta
+  double excess_base;      // sum over near rows of own_factor / 2 S
+  bool has_rows;
+  bool all_near;           // then they hold the excess alone (kernels_impl.h, ColumnSums)
+};
+
 template <class T>
 struct CentroidGradArgs {
   Matrix input;                      // [B, M]
@@ -100,28 +117,26 @@ struct CentroidGradArgs {
   bool softmax;
   Centroids<T> centroids;
   Matrix logits;                     // [C, M] xi
-  const double* row_scale;           // [B]
-  const double* row_log_norm;        // [B]
-  const double* row_shift;           // [B]
-  const double* concentration_grad;  // [B] d loss / d A_i
-  const double* separation_grad;     // [B] d loss / d G_i
+  const RowStats* rows;              // [B]
+  const double* own_factor;          // [B] what multiplies p_i - q_y: alpha, or for sample_to_centroid alpha - beta / C
+  const double* separation_grad;     // [B] beta = d loss / d G_i
   const int64_t* order;              // rows by class, ignored rows left out
   const int64_t* class_begin;        // [C + 1] into order
+  const ClassSums* class_sums;       // [C]
   T* grad;                           // [C, M]
   T* own_separation;                 // [C, M] workspace; centroid_to_sample only
   double* totals;                    // [M] workspace
   double separation_grad_sum;        // sum_i d loss / d G_i
 };
 
-constexpr int64_t kTermsScratchRows = 4;
-
-// `scratch` is [columns] elements, for `terms` [kTermsScratchRows, columns].
+// `scratch` is [columns] elements, for input_grad [2, columns].
 template <class T>
 struct Kernels {
   void (*terms)(const TermsArgs<T>&, int64_t row_begin, int64_t row_end, T* scratch);
-  void (*input_grad)(const InputGradArgs<T>&, int64_t row_begin, int64_t row_end);
+  void (*input_grad)(const InputGradArgs<T>&, int64_t row_begin, int64_t row_end, T* scratch);
   void (*centroid_rows)(const CentroidStatsArgs<T>&, int64_t class_begin, int64_t class_end, T* scratch);
   void (*centroid_columns)(const CentroidStatsArgs<T>&, int64_t column_begin, int64_t column_end);
+  void (*class_sums)(const CentroidGradArgs<T>&, ClassSums*);
   void (*centroid_sums)(const CentroidGradArgs<T>&, int64_t column_begin, int64_t column_end);
   void (*centroid_grad)(const CentroidGradArgs<T>&, int64_t class_begin, int64_t class_end, T* scratch);
   void (*column_sums)(const Matrix&, const Targets&, int64_t rows, int64_t column_begin, int64_t column_end,

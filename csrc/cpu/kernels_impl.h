@@ -1,20 +1,23 @@
 // The CPU kernels. Included once for each instruction set by kernels_{default,avx2,avx512}.cpp, which define
 // NCMI_KERNEL_TABLE and NCMI_KERNEL_NAME and set the compiler's target before the include.
 //
-// Loops marked NCMI_SIMD are vectorised by the compiler; the reductions named there may be reassociated, nothing
-// else may. Long sums run in blocks of kBlock elements of T, each added to a double: the normaliser S, whose
-// rounding would enter the loss in first order, is summed in double throughout.
+// Loops marked NCMI_SIMD are vectorised by the compiler. Sums run in Lanes, kWide partial sums side by side: the
+// order of every addition is written down, the same for each instruction set, and no loop ends in a serial chain.
+// Every kBlock elements the lanes of T go to a double; the normaliser S, whose rounding would enter the loss in
+// first order, has lanes of double.
 
 #include "../ncmi_math.h"
 #include "kernels.h"
 
 #define NCMI_PRAGMA(x) _Pragma(#x)
 #define NCMI_SIMD(...) NCMI_PRAGMA(omp simd __VA_ARGS__)
+#define NCMI_MEMBER inline __attribute__((always_inline))
 
 namespace ncmi::cpu {
 namespace {
 
-constexpr int64_t kBlock = 512;  // elements of a sum in T before it goes to a double
+constexpr int64_t kWide = 64;     // partial sums side by side
+constexpr int64_t kBlock = 4096;  // elements of a sum in T before it goes to a double
 // Columns that an owner of columns works on at once: long enough stretches of a row for the prefetcher, short
 // enough for the sums to stay in cache.
 constexpr int64_t kColumnBlock = 2048;
@@ -28,6 +31,37 @@ template <>
 constexpr double kLargest<double> = 1.7976931348623157e308;
 
 constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Columns that loops are laid out in: a vector of the widest instruction set.
+template <class T>
+constexpr int64_t kLanes = 64 / sizeof(T);
+
+// Calls f(k, n) over stretches [k, k + n) of [begin, end), end - begin a multiple of `unit`; n is kWide or `unit`, a
+// constant where f is inlined, so that its loop over the stretch needs no prologue and no remainder.
+template <int64_t unit, class F>
+NCMI_INLINE void for_stretches(int64_t begin, int64_t end, const F& f) {
+  for (; begin + kWide <= end; begin += kWide) f(begin, kWide);
+  for (; begin < end; begin += unit) f(begin, unit);
+}
+
+// kWide partial sums.
+template <class T>
+struct alignas(64) Lanes {
+  T lane[kWide] = {};
+
+  double total() {
+    NCMI_SIMD()
+    for (int j = 0; j < 32; ++j) lane[j] += lane[j + 32];
+    NCMI_SIMD()
+    for (int j = 0; j < 16; ++j) lane[j] += lane[j + 16];
+    NCMI_SIMD()
+    for (int j = 0; j < 8; ++j) lane[j] += lane[j + 8];
+    NCMI_SIMD()
+    for (int j = 0; j < 4; ++j) lane[j] += lane[j + 4];
+    return double((lane[0] + lane[2]) + (lane[1] + lane[3]));
+  }
+};
+static_assert(kWide == 64, "Lanes::total folds 64 lanes");
 
 // -------------------------------------------------------------------------------------------------------------
 // Reading and writing the low-precision types. Written out here because loops over them must vectorise.
@@ -85,75 +119,141 @@ inline __attribute__((always_inline)) Float16 narrow<Float16, float>(float x) {
 // A stretch of one row, centred, in the arithmetic type.
 // -------------------------------------------------------------------------------------------------------------
 
-// Leaves x = z - center and returns the sum of its squares.
-template <class In, class T>
-double load_as(const Matrix& m, int64_t row, int64_t begin, int64_t n, const T* center, T* __restrict x) {
-  const In* __restrict in = static_cast<const In*>(m.data) + row * m.row_stride + begin * m.column_stride;
-  const int64_t stride = m.column_stride;
-  double total = 0;
+// Of a stretch: the sum of its squares, and its largest magnitude.
+template <class T>
+struct Size {
+  double squares;
+  T largest;
+};
+
+NCMI_INLINE uint32_t magnitude_bits(float x) { return bit_cast<uint32_t>(x) & 0x7fffffffu; }
+NCMI_INLINE uint64_t magnitude_bits(double x) { return bit_cast<uint64_t>(x) & 0x7fffffffffffffffu; }
+
+// Leaves x = z - center. The largest magnitude is found on the bits, which order as the numbers do: that lets no NaN
+// get lost.
+template <bool centered, class In, class T>
+Size<T> load_as(const In* __restrict in, int64_t stride, int64_t n, const T* __restrict center, T* __restrict x) {
+  using Bits = decltype(magnitude_bits(T()));
+  Size<T> size{};
+  Lanes<Bits> largest;
   for (int64_t first = 0; first < n; first += kBlock) {
     const int64_t last = min(n, first + kBlock);
-    T squares = 0;
-    if (stride == 1 && center) {
-      NCMI_SIMD(reduction(+ : squares))
-      for (int64_t k = first; k < last; ++k) {
-        x[k] = T(widen(in[k])) - center[begin + k];
-        squares += x[k] * x[k];
-      }
-    } else if (stride == 1) {
-      NCMI_SIMD(reduction(+ : squares))
-      for (int64_t k = first; k < last; ++k) {
-        x[k] = T(widen(in[k]));
-        squares += x[k] * x[k];
-      }
+    Lanes<T> squares;
+    const auto take = [&](int64_t k, int64_t j, T z) __attribute__((always_inline)) {
+      const T value = centered ? z - center[k] : z;
+      const Bits bits = magnitude_bits(value);
+      x[k] = value;
+      squares.lane[j] += value * value;
+      largest.lane[j] = bits > largest.lane[j] ? bits : largest.lane[j];
+    };
+    if (stride == 1) {
+      const int64_t whole = first + (last - first) / kLanes<T> * kLanes<T>;
+      for_stretches<kLanes<T>>(first, whole, [&](int64_t k, int64_t m) __attribute__((always_inline)) {
+        NCMI_SIMD()
+        for (int64_t j = 0; j < m; ++j) take(k + j, j, T(widen(in[k + j])));
+      });
+      for (int64_t k = whole; k < last; ++k) take(k, k - whole, T(widen(in[k])));
     } else {
-      for (int64_t k = first; k < last; ++k) {
-        x[k] = T(widen(in[k * stride])) - (center ? center[begin + k] : T(0));
-        squares += x[k] * x[k];
-      }
+      for (int64_t k = first; k < last; ++k) take(k, k % kWide, T(widen(in[k * stride])));
     }
-    total += double(squares);
+    size.squares += squares.total();
   }
-  return total;
+  for (int width = kWide / 2; width > 0; width /= 2)
+    for (int j = 0; j < width; ++j)
+      if (largest.lane[j + width] > largest.lane[j]) largest.lane[j] = largest.lane[j + width];
+  size.largest = bit_cast<T>(largest.lane[0]);
+  return size;
+}
+
+template <class In, class T>
+Size<T> load_stretch(const Matrix& m, int64_t row, int64_t begin, int64_t n, const T* center, T* x) {
+  const In* in = static_cast<const In*>(m.data) + row * m.row_stride + begin * m.column_stride;
+  return center ? load_as<true>(in, m.column_stride, n, center + begin, x)
+                : load_as<false>(in, m.column_stride, n, center, x);
 }
 
 template <class T>
-double load(const Matrix& m, int64_t row, int64_t begin, int64_t n, const T* center, T* x) {
+Size<T> load(const Matrix& m, int64_t row, int64_t begin, int64_t n, const T* center, T* x) {
   switch (m.dtype) {
-    case Dtype::kFloat32: return load_as<float>(m, row, begin, n, center, x);
-    case Dtype::kFloat64: return load_as<double>(m, row, begin, n, center, x);
-    case Dtype::kBFloat16: return load_as<BFloat16>(m, row, begin, n, center, x);
-    case Dtype::kFloat16: return load_as<Float16>(m, row, begin, n, center, x);
+    case Dtype::kFloat32: return load_stretch<float>(m, row, begin, n, center, x);
+    case Dtype::kFloat64: return load_stretch<double>(m, row, begin, n, center, x);
+    case Dtype::kBFloat16: return load_stretch<BFloat16>(m, row, begin, n, center, x);
+    default: return load_stretch<Float16>(m, row, begin, n, center, x);
   }
-  return 0;
+}
+
+// Asks for memory to be in cache soon. Rows are read in bursts with arithmetic between, too short for the hardware's
+// own prefetching to get going.
+void prefetch(const void* memory, int64_t bytes) {
+  for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(memory) + byte, 0, 2);
+}
+
+// The same for what the next row needs.
+template <class T>
+void prefetch_row(const Matrix& m, const Targets& target, int64_t row, const Centroids<T>& q) {
+  if (target[row] == target.ignore_index) return;
+  const int64_t width = m.dtype == Dtype::kFloat64 ? 8 : m.dtype == Dtype::kFloat32 ? 4 : 2;
+  if (m.column_stride == 1)
+    prefetch(static_cast<const char*>(m.data) + row * m.row_stride * width, q.columns * width);
+  prefetch(q.log_activation + target[row] * q.columns, q.columns * sizeof(T));
 }
 
 // ||x||_2 from the plain sum of squares, which is redone, scaled by the largest element, only where it overflowed;
 // where it underflows the caller's kSmallestLength hides it. An inf or a NaN in the row makes it NaN.
 template <class T>
-double norm(const T* x, int64_t n, double squares) {
-  if (squares < double(kLargest<T>)) return sqrt(squares);
-  T largest = 0;
-  for (int64_t k = 0; k < n; ++k) largest = absolute(x[k]) > largest ? absolute(x[k]) : largest;
+double norm(const T* x, int64_t n, const Size<T>& size) {
+  if (size.squares < double(kLargest<T>)) return sqrt(size.squares);
   double total = 0;
   for (int64_t k = 0; k < n; ++k) {
-    const double ratio = double(x[k]) / double(largest);
+    const double ratio = double(x[k]) / double(size.largest);
     total += ratio * ratio;
   }
-  return double(largest) * sqrt(total);
+  return double(size.largest) * sqrt(total);
 }
 
 // -------------------------------------------------------------------------------------------------------------
 // Row activation: which of the formulas, with the shift of the row where it needs one.
 // -------------------------------------------------------------------------------------------------------------
 
-enum class Kind { kNsf, kNsfShifted, kSoftmax };
+// kNsfNear, kNsfNearest: a row with every |f| <= 1, <= 1/4. kNsfShifted: one whose sum of sigma underflows.
+enum class Kind { kNsf, kNsfNear, kNsfNearest, kNsfShifted, kSoftmax };
+
+constexpr double kNear = 1.0, kNearest = 0.25;
+
+constexpr bool is_near(Kind kind) { return kind == Kind::kNsfNear || kind == Kind::kNsfNearest; }
+
+// The factor that takes x to the argument of the functions below.
+template <Kind kind, class T>
+NCMI_INLINE T argument_scale(double scale) {
+  return T(is_near(kind) ? 0.5 * scale : scale);
+}
+
+template <Kind kind>
+NCMI_INLINE NearActivation near(float y) {
+  return kind == Kind::kNsfNear ? nsf_near(y) : nsf_nearest(y);
+}
 
 template <Kind kind, class T>
 NCMI_INLINE Activation<T> activate(T f, T shift) {
   if constexpr (kind == Kind::kNsf) return nsf(f);
   if constexpr (kind == Kind::kNsfShifted) return nsf_shifted(f, shift);
   if constexpr (kind == Kind::kSoftmax) return softmax(f, shift);
+  if constexpr (is_near(kind)) {
+    const NearActivation a = near<kind>(f);
+    return {T(0.5) + T(0.5) * a.excess, a.log, T(0.5) - T(0.5) * a.excess, T(0.25) * (T(1) - a.excess * a.excess)};
+  }
+}
+
+// Calls f with the activation kind as a template argument.
+template <class T, class F>
+NCMI_INLINE auto with_kind(Kind kind, const F& f) {
+  if constexpr (sizeof(T) == sizeof(float)) {  // double has no near form
+    if (kind == Kind::kNsfNear) return f.template operator()<Kind::kNsfNear>();
+    if (kind == Kind::kNsfNearest) return f.template operator()<Kind::kNsfNearest>();
+  }
+  if (kind == Kind::kNsfShifted) return f.template operator()<Kind::kNsfShifted>();
+  if (kind == Kind::kSoftmax) return f.template operator()<Kind::kSoftmax>();
+  return f.template operator()<Kind::kNsf>();
 }
 
 template <class T>
@@ -176,22 +276,8 @@ T poison(const T* x, int64_t n, double squares) {
 }
 
 // -------------------------------------------------------------------------------------------------------------
-// Terms: A_i, G_i and their directions d A_i / d z_i, d G_i / d z_i.
+// One row against its own centroid and against all of them.
 // -------------------------------------------------------------------------------------------------------------
-
-struct RowSums {
-  double norm;       // S = sum a
-  double own;        // sum a (log a - log a(xi_y))
-  double all;        // sum a (log a - reference), or sum q_mean (log a - reference)
-  double own_cross;  // sum a(xi_y) (log a - log a(xi_y)); centroid_to_sample only
-  // Weighted with x * slope, for the chain rule of the length; sample_to_centroid only.
-  double x_norm;     // sum x a slope
-  double x_own;      // sum x a slope (log a - log a(xi_y))
-  double x_all;      // sum x a slope (log a - reference)
-};
-
-// What the pass over a row leaves beside its sums.
-enum class Keep { kNothing, kAll, kAllAndDots };
 
 // The pointers of one row, or of a stretch of it.
 template <class T>
@@ -201,231 +287,167 @@ struct Row {
   const T* own_activation;  // a(xi_y); centroid_to_sample only
   const T* reference;       // what log a is compared with, for all classes at once
   const T* q_mean;          // mean of q over classes; centroid_to_sample only
-  T* value;                 // out: a * slope; a for centroid_to_sample
-  T* slope;                 // out; centroid_to_sample only
-  T* log;                   // out: log a
+
+  Row from(int64_t k) const {
+    return {x + k, own_log + k, own_activation ? own_activation + k : nullptr, reference + k, q_mean + k};
+  }
 };
 
-// The one pass over a row that needs exponentials, over `n` elements. A tail shorter than a vector comes padded to
-// one, with a `mask` of ones and zeros.
-template <Kind kind, bool centroid_to_sample, Keep keep, bool masked, class T>
-NCMI_INLINE void sum_stretch(const Row<T>& row, int64_t n, const T* mask, T scale, T shift, RowSums& sums) {
-  const T* __restrict x = row.x;
-  const T* __restrict own_log = row.own_log;
-  const T* __restrict own_activation = row.own_activation;
-  const T* __restrict reference = row.reference;
-  const T* __restrict q_mean = row.q_mean;
-  T* __restrict value = row.value;
-  T* __restrict slope = row.slope;
-  T* __restrict log = row.log;
-  double norm = 0;
-  T own = 0, all = 0, own_cross = 0, x_norm = 0, x_own = 0, x_all = 0;
-  NCMI_SIMD(reduction(+ : norm, own, all, own_cross, x_norm, x_own, x_all))
-  for (int64_t k = 0; k < n; ++k) {
-    const Activation<T> a = activate<kind>(x[k] * scale, shift);
-    const T weight = masked ? a.value * mask[k] : a.value;
-    const T d_own = a.log - own_log[k];
-    const T d_all = a.log - reference[k];
-    norm += double(weight);
-    own += weight * d_own;
-    if constexpr (centroid_to_sample) {
-      all += (masked ? q_mean[k] * mask[k] : q_mean[k]) * d_all;
-      own_cross += (masked ? own_activation[k] * mask[k] : own_activation[k]) * d_own;
-    } else {
-      all += weight * d_all;
-    }
-    if constexpr (keep == Keep::kAllAndDots && !centroid_to_sample) {
-      const T x_slope = (masked ? x[k] * mask[k] : x[k]) * a.value_slope;
-      x_norm += x_slope;
-      x_own += x_slope * d_own;
-      x_all += x_slope * d_all;
-    }
-    if constexpr (keep != Keep::kNothing) {
-      value[k] = centroid_to_sample ? a.value : a.value_slope;
-      if constexpr (centroid_to_sample) slope[k] = a.slope;
-      log[k] = a.log;
-    }
-  }
-  sums.norm += norm;
-  sums.own += double(own);
-  sums.all += double(all);
-  sums.own_cross += double(own_cross);
-  sums.x_norm += double(x_norm);
-  sums.x_own += double(x_own);
-  sums.x_all += double(x_all);
-}
-
 template <class T>
-Row<T> advance(const Row<T>& row, int64_t k) {
-  return {row.x + k,         row.own_log + k,         row.own_activation ? row.own_activation + k : nullptr,
-          row.reference + k, row.q_mean + k,          row.value + k,
-          row.slope + k,     row.log + k};
+Row<T> row_of(const T* x, const Centroids<T>& q, int64_t y) {
+  return {x, q.log_activation + y * q.columns, q.centroid_to_sample ? q.activation + y * q.columns : nullptr,
+          q.reference, q.reference + q.columns};
 }
 
-template <Kind kind, bool centroid_to_sample, Keep keep, class T>
-__attribute__((noinline)) RowSums sum_row(const Row<T>& row, int64_t n, T scale, T shift) {
-  constexpr int64_t kLanes = 64 / sizeof(T);
-  RowSums sums{};
-  const int64_t whole = n / kLanes * kLanes;
-  for (int64_t begin = 0; begin < whole; begin += kBlock)
-    sum_stretch<kind, centroid_to_sample, keep, false>(advance(row, begin), min(whole - begin, kBlock),
-                                                       static_cast<const T*>(nullptr), scale, shift, sums);
-  if (whole == n) return sums;
+// The last columns of a row, fewer than a vector, padded to one with copies of the last element. A scalar loop over
+// them would cost as much as several vectors.
+template <class T>
+struct Tail {
+  T x[kLanes<T>], own_log[kLanes<T>], own_activation[kLanes<T>], reference[kLanes<T>], q_mean[kLanes<T>];
+  T mask[kLanes<T>];
 
-  // A scalar loop over the tail would cost as much as several vectors: run it as one more vector, padded with
-  // copies of the last element, which the mask leaves out of the sums.
-  T x[kLanes], own_log[kLanes], own_activation[kLanes], reference[kLanes], q_mean[kLanes], mask[kLanes];
-  T value[kLanes], slope[kLanes], log[kLanes];
-  for (int64_t k = 0; k < kLanes; ++k) {
-    const int64_t from = min(whole + k, n - 1);
-    x[k] = row.x[from];
-    own_log[k] = row.own_log[from];
-    reference[k] = row.reference[from];
-    if (centroid_to_sample) {
-      own_activation[k] = row.own_activation[from];
+  Tail(const Row<T>& row, int64_t begin, int64_t n) {
+    for (int64_t k = 0; k < kLanes<T>; ++k) {
+      const int64_t from = min(begin + k, n - 1);
+      x[k] = row.x[from];
+      own_log[k] = row.own_log[from];
+      own_activation[k] = row.own_activation ? row.own_activation[from] : T(0);
+      reference[k] = row.reference[from];
       q_mean[k] = row.q_mean[from];
+      mask[k] = begin + k < n ? T(1) : T(0);
     }
-    mask[k] = whole + k < n ? T(1) : T(0);
   }
-  sum_stretch<kind, centroid_to_sample, keep, true>(
-      Row<T>{x, own_log, own_activation, reference, q_mean, value, slope, log}, kLanes, mask, scale, shift, sums);
-  if (keep != Keep::kNothing) {
-    for (int64_t k = whole; k < n; ++k) {
-      row.value[k] = value[k - whole];
-      if (centroid_to_sample) row.slope[k] = slope[k - whole];
-      row.log[k] = log[k - whole];
+  Row<T> row() const { return {x, own_log, own_activation, reference, q_mean}; }
+};
+
+struct RowSums {
+  double norm;       // S = sum a
+  double own;        // sum a (log a - log a(xi_y))
+  double all;        // sum a (log a - reference), or sum q_mean (log a - reference)
+  double own_cross;  // sum a(xi_y) (log a - log a(xi_y)); centroid_to_sample only
+};
+
+template <Kind kind, bool centroid_to_sample, class T>
+struct RowLanes {
+  Lanes<double> norm;       // but near: of the excess, below
+  Lanes<T> excess;          // of 2 sigma - 1, small, so its sum need not be double
+  Lanes<T> own, all, own_cross;
+
+  // Adds `n` <= kWide columns. With `masked`, those where `mask` is 0 count for nothing.
+  template <bool masked>
+  NCMI_MEMBER void add(const Row<T>& row, int64_t n, const T* mask, T s, T shift) {
+    const T* __restrict x = row.x;
+    const T* __restrict own_log = row.own_log;
+    const T* __restrict own_activation = row.own_activation;
+    const T* __restrict reference = row.reference;
+    const T* __restrict q_mean = row.q_mean;
+    NCMI_SIMD()
+    for (int64_t k = 0; k < n; ++k) {
+      T weight, log;  // near: twice a
+      if constexpr (is_near(kind)) {
+        const NearActivation a = near<kind>(x[k] * s);
+        excess.lane[k] += masked ? a.excess * mask[k] : a.excess;
+        weight = T(1) + a.excess;
+        log = a.log;
+      } else {
+        const Activation<T> a = activate<kind>(x[k] * s, shift);
+        norm.lane[k] += double(masked ? a.value * mask[k] : a.value);
+        weight = a.value;
+        log = a.log;
+      }
+      if constexpr (masked) weight *= mask[k];
+      const T d_own = log - own_log[k], d_all = log - reference[k];
+      own.lane[k] += weight * d_own;
+      if constexpr (centroid_to_sample) {
+        all.lane[k] += (masked ? q_mean[k] * mask[k] : q_mean[k]) * d_all;
+        own_cross.lane[k] += (masked ? own_activation[k] * mask[k] : own_activation[k]) * d_own;
+      } else {
+        all.lane[k] += weight * d_all;
+      }
     }
+  }
+
+  void add_to(RowSums& sums) {
+    constexpr double kHalf = is_near(kind) ? 0.5 : 1.0;
+    if constexpr (is_near(kind))
+      sums.norm += 0.5 * excess.total();
+    else
+      sums.norm += norm.total();
+    sums.own += kHalf * own.total();
+    sums.all += (centroid_to_sample ? 1.0 : kHalf) * all.total();
+    if constexpr (centroid_to_sample) sums.own_cross += own_cross.total();
+  }
+};
+
+template <Kind kind, bool centroid_to_sample, class T>
+__attribute__((noinline)) RowSums sum_row(const Row<T>& row, int64_t n, double scale, T shift) {
+  RowSums sums{};
+  if (is_near(kind)) sums.norm = 0.5 * double(n);  // sigma = (1 + excess) / 2
+  const T s = argument_scale<kind, T>(scale);
+  const int64_t whole = n / kLanes<T> * kLanes<T>;
+  for (int64_t first = 0; first < n; first += kBlock) {
+    RowLanes<kind, centroid_to_sample, T> lanes;
+    const int64_t last = min(whole, first + kBlock);
+    for_stretches<kLanes<T>>(first, last, [&](int64_t k, int64_t m) __attribute__((always_inline)) {
+      lanes.template add<false>(row.from(k), m, nullptr, s, shift);
+    });
+    if (whole < n && first + kBlock >= n) {
+      const Tail<T> tail(row, whole, n);
+      lanes.template add<true>(tail.row(), kLanes<T>, tail.mask, s, shift);
+    }
+    lanes.add_to(sums);
   }
   return sums;
 }
 
-// Sums of the row under the activation that it needs. `shift` is what its log a was shifted by.
-template <bool centroid_to_sample, Keep keep, class T>
-RowSums sum_row_stable(const Row<T>& row, int64_t n, T scale, bool is_softmax, T* shift) {
+// -------------------------------------------------------------------------------------------------------------
+// Terms: A_i and G_i.
+// -------------------------------------------------------------------------------------------------------------
+
+// The activation that the row needs, and its sums under it.
+template <bool centroid_to_sample, class T>
+RowSums sum_row_stable(const Row<T>& row, int64_t n, double scale, T largest, bool is_softmax, Kind* kind, T* shift) {
   *shift = T(0);
   if (is_softmax) {
-    *shift = scaled_max(row.x, n, scale);
-    return sum_row<Kind::kSoftmax, centroid_to_sample, keep>(row, n, scale, *shift);
+    *kind = Kind::kSoftmax;
+    *shift = scaled_max(row.x, n, T(scale));
+    return sum_row<Kind::kSoftmax, centroid_to_sample>(row, n, scale, *shift);
   }
-  const RowSums sums = sum_row<Kind::kNsf, centroid_to_sample, keep>(row, n, scale, T(0));
+  if constexpr (sizeof(T) == sizeof(float)) {
+    const double reach = double(largest) * scale;
+    if (reach <= kNearest) {
+      *kind = Kind::kNsfNearest;
+      return sum_row<Kind::kNsfNearest, centroid_to_sample>(row, n, scale, T(0));
+    }
+    if (reach <= kNear) {
+      *kind = Kind::kNsfNear;
+      return sum_row<Kind::kNsfNear, centroid_to_sample>(row, n, scale, T(0));
+    }
+  }
+  *kind = Kind::kNsf;
+  const RowSums sums = sum_row<Kind::kNsf, centroid_to_sample>(row, n, scale, T(0));
   if (sums.norm > double(smallest_plain_sum<T>())) return sums;
-  *shift = scaled_max(row.x, n, scale);
-  return sum_row<Kind::kNsfShifted, centroid_to_sample, keep>(row, n, scale, *shift);
-}
-
-template <class T>
-struct Gradients {
-  T first, second;  // d A / d f and d G / d f; or d (A / (G + eps)) / d f and nothing
-};
-
-// The gradients of one row, element by element.
-template <bool centroid_to_sample, bool combined, class T>
-struct RowGradient {
-  const T* __restrict own_log;
-  const T* __restrict own_activation;
-  const T* __restrict reference;
-  const T* __restrict q_mean;
-  const T* __restrict value;
-  const T* __restrict slope;
-  const T* __restrict log;
-  T inverse_norm, own_inverse_norm, own_mean, all_mean, inverse_classes, d_concentration, d_separation;
-
-  static RowGradient make(const Row<T>& row, const RowSums& sums, double own_norm, T inverse_classes,
-                               const Ratio& r) {
-    return {row.own_log, row.own_activation, row.reference, row.q_mean, row.value, row.slope, row.log,
-            T(1.0 / sums.norm), T(1.0 / own_norm), T(sums.own / sums.norm), T(sums.all / sums.norm),
-            inverse_classes, T(r.d_concentration), T(r.d_separation)};
-  }
-
-  inline __attribute__((always_inline)) Gradients<T> operator()(int64_t k) const {
-    const T own = log[k] - own_log[k];
-    T a, g;
-    if constexpr (centroid_to_sample) {
-      const T p = value[k] * inverse_norm;
-      a = concentration_gradient(slope[k] * p, own, own_mean);
-      g = separation_gradient_centroid(slope[k], p, q_mean[k], own_activation[k] * own_inverse_norm,
-                                       inverse_classes);
-    } else {
-      const T slope_p = value[k] * inverse_norm;
-      a = concentration_gradient(slope_p, own, own_mean);
-      g = separation_gradient_sample(slope_p, log[k] - reference[k], all_mean, own, own_mean, inverse_classes);
-    }
-    if constexpr (combined) return {d_concentration * a + d_separation * g, T(0)};
-    return {a, g};
-  }
-};
-
-// Writes a row's directions: its gradients through the scaling and, where `length` > 0, through the division by
-// ||x||: scale (g - x (x . g) / ||x||^2).
-template <bool centroid_to_sample, bool combined, class T>
-void directions(const Row<T>& row, int64_t n, const RowSums& sums, double own_norm, T inverse_classes, T scale,
-                double length, const Ratio& r, T* __restrict first, T* __restrict second) {
-  const auto gradient =
-      RowGradient<centroid_to_sample, combined, T>::make(row, sums, own_norm, inverse_classes, r);
-  if (!(length > 0)) {
-    NCMI_SIMD()
-    for (int64_t k = 0; k < n; ++k) {
-      const Gradients<T> g = gradient(k);
-      first[k] = scale * g.first;
-      if constexpr (!combined) second[k] = scale * g.second;
-    }
-    return;
-  }
-
-  const T* __restrict x = row.x;
-  double first_dot = 0, second_dot = 0;
-  if constexpr (centroid_to_sample) {
-    for (int64_t begin = 0; begin < n; begin += kBlock) {
-      const int64_t end = min(n, begin + kBlock);
-      T u = 0, v = 0;
-      NCMI_SIMD(reduction(+ : u, v))
-      for (int64_t k = begin; k < end; ++k) {
-        const Gradients<T> g = gradient(k);
-        u += x[k] * g.first;
-        v += x[k] * g.second;
-      }
-      first_dot += double(u);
-      second_dot += double(v);
-    }
-  } else {
-    // The same sums, from those that the pass over the row took along.
-    const double a = (sums.x_own - sums.x_norm * (sums.own / sums.norm)) / sums.norm;
-    const double g =
-        (sums.x_all - sums.x_norm * (sums.all / sums.norm)) / sums.norm - double(inverse_classes) * a;
-    first_dot = combined ? r.d_concentration * a + r.d_separation * g : a;
-    second_dot = g;
-  }
-  const T first_share = T(first_dot / length / length), second_share = T(second_dot / length / length);
-  NCMI_SIMD()
-  for (int64_t k = 0; k < n; ++k) {
-    const Gradients<T> g = gradient(k);
-    first[k] = scale * (g.first - x[k] * first_share);
-    if constexpr (!combined) second[k] = scale * (g.second - x[k] * second_share);
-  }
+  *kind = Kind::kNsfShifted;
+  *shift = scaled_max(row.x, n, T(scale));
+  return sum_row<Kind::kNsfShifted, centroid_to_sample>(row, n, scale, *shift);
 }
 
 template <bool centroid_to_sample, class T>
-void terms_range(const TermsArgs<T>& args, int64_t row_begin, int64_t row_end, T* scratch) {
+void terms_range(const TermsArgs<T>& args, int64_t row_begin, int64_t row_end, T* x) {
   const Centroids<T>& q = args.centroids;
   const int64_t n = q.columns;
-  const bool keep = args.direction != nullptr;
   for (int64_t i = row_begin; i < row_end; ++i) {
     const int64_t y = args.target[i];
-    T* direction = args.direction ? args.direction + i * n : nullptr;
-    T* separation_direction = args.separation_direction ? args.separation_direction + i * n : nullptr;
     if (y == args.target.ignore_index) {
       args.concentration[i] = args.separation[i] = 0;
-      args.row_scale[i] = args.row_log_norm[i] = args.row_shift[i] = 0;
-      if (direction) memset(direction, 0, n * sizeof(T));
-      if (separation_direction) memset(separation_direction, 0, n * sizeof(T));
+      args.rows[i] = {};
       continue;
     }
 
-    T* x = scratch;
-    const double squares = load(args.input, i, 0, n, args.center, x);
-    double scale = 1.0 / args.features.temperature, length = 0;  // a length of 0: no chain rule for it
+    const Size<T> size = load(args.input, i, 0, n, args.center, x);
+    double scale = 1.0 / args.features.temperature, length = 0;
     if (args.features.l2_normalize) {
-      length = norm(x, n, squares);
+      length = norm(x, n, size);
       if (length < kSmallestLength) {
         scale /= kSmallestLength;
         length = 0;
@@ -433,50 +455,28 @@ void terms_range(const TermsArgs<T>& args, int64_t row_begin, int64_t row_end, T
         scale /= length;
       }
     }
+    if (i + 1 < row_end) prefetch_row(args.input, args.target, i + 1, q);
 
-    const Row<T> row{x,
-                     q.log_activation + y * n,
-                     centroid_to_sample ? q.activation + y * n : nullptr,
-                     q.reference,
-                     q.reference + n,
-                     scratch + n,
-                     scratch + 2 * n,
-                     scratch + 3 * n};
+    Kind kind;
     T shift;
-    const bool is_softmax = args.features.softmax;
-    RowSums sums =
-        !keep        ? sum_row_stable<centroid_to_sample, Keep::kNothing>(row, n, T(scale), is_softmax, &shift)
-        : length > 0 ? sum_row_stable<centroid_to_sample, Keep::kAllAndDots>(row, n, T(scale), is_softmax, &shift)
-                     : sum_row_stable<centroid_to_sample, Keep::kAll>(row, n, T(scale), is_softmax, &shift);
-    sums.norm += double(poison(x, n, squares));
+    RowSums sums = sum_row_stable<centroid_to_sample>(row_of(static_cast<const T*>(x), q, y), n, scale, size.largest,
+                                                      args.features.softmax, &kind, &shift);
+    sums.norm += double(poison(x, n, size.squares));
 
     // KL divergences as differences of logarithms, then of log-normalisers: each difference apart.
     const double log_norm = ::log(sums.norm);
     const double own_gap = log_norm - q.log_norm[y];
     const double concentration = sums.own / sums.norm - own_gap;
-    double separation;
-    if (centroid_to_sample) {
-      const double own_norm = exp(q.log_norm[y]);
-      separation = (q.weight_sum * log_norm - q.weighted_log_norm) - sums.all +
-                   (sums.own_cross / own_norm - own_gap) / double(q.classes);
-    } else {
-      separation = sums.all / sums.norm - (log_norm - q.weighted_log_norm) - concentration / double(q.classes);
-    }
     args.concentration[i] = concentration;
-    args.separation[i] = separation;
-    args.row_scale[i] = scale;
-    args.row_log_norm[i] = log_norm;
-    args.row_shift[i] = double(shift);
-    if (!keep) continue;
-    const double own_norm = exp(q.log_norm[y]);
-    const T inverse_classes = T(1.0 / double(q.classes));
-    const Ratio r = ratio(concentration, separation, args.eps);
-    if (separation_direction)
-      directions<centroid_to_sample, false>(row, n, sums, own_norm, inverse_classes, T(scale), length, r, direction,
-                                            separation_direction);
-    else
-      directions<centroid_to_sample, true>(row, n, sums, own_norm, inverse_classes, T(scale), length, r, direction,
-                                           separation_direction);
+    args.separation[i] =
+        centroid_to_sample
+            ? (q.weight_sum * log_norm - q.weighted_log_norm) - sums.all +
+                  (sums.own_cross / exp(q.log_norm[y]) - own_gap) / double(q.classes)
+            : sums.all / sums.norm - (log_norm - q.weighted_log_norm) - concentration / double(q.classes);
+    args.rows[i] = {scale,     length,
+                    double(kind), double(shift),
+                    sums.norm, sums.own / sums.norm,
+                    sums.all / sums.norm};
   }
 }
 
@@ -489,93 +489,194 @@ void terms(const TermsArgs<T>& args, int64_t row_begin, int64_t row_end, T* scra
 }
 
 // -------------------------------------------------------------------------------------------------------------
-// Input gradient: d loss / d z_i from the directions and d loss / d A_i, d loss / d G_i.
+// Input gradient. Reads a row again and forms p again: with the sums of the row known that is one pass, and cheaper
+// than what storing and reading it would cost.
 // -------------------------------------------------------------------------------------------------------------
 
-template <class Out, class T>
-void input_grad_as(const InputGradArgs<T>& args, int64_t row_begin, int64_t row_end) {
-  const int64_t n = args.columns;
-  for (int64_t i = row_begin; i < row_end; ++i) {
-    Out* out = static_cast<Out*>(args.grad) + i * n;
-    const T* u = args.direction + i * n;
-    const T a = T(args.factor[i]);
-    if (args.separation_direction) {
-      const T* v = args.separation_direction + i * n;
-      const T g = T(args.separation_factor[i]);
-      if (a == T(0) && g == T(0)) {
-        memset(static_cast<void*>(out), 0, n * sizeof(Out));
-        continue;
+// The gradient of a row by z, but for what the chain rule of its length takes away.
+template <bool centroid_to_sample, class T>
+struct GradRow {
+  const RowStats& stats;
+  double own_norm, classes, concentration_grad, separation_grad;
+
+  // Of `n` <= kWide columns, into grad; adds its product with x to dot.
+  template <Kind kind>
+  NCMI_MEMBER void stretch(const Row<T>& row, int64_t n, T* __restrict grad, Lanes<T>& dot) const {
+    const T* __restrict x = row.x;
+    const T* __restrict own_log = row.own_log;
+    const T* __restrict own_activation = row.own_activation;
+    const T* __restrict reference = row.reference;
+    const T* __restrict q_mean = row.q_mean;
+    const T s = argument_scale<kind, T>(stats.scale), shift = T(stats.shift);
+    if constexpr (centroid_to_sample) {
+      const T inverse_norm = T(1.0 / stats.norm), own_inverse_norm = T(1.0 / own_norm);
+      const T own_mean = T(stats.own_mean), inverse_classes = T(1.0 / classes);
+      const T alpha = T(concentration_grad * stats.scale), beta = T(separation_grad * stats.scale);
+      NCMI_SIMD()
+      for (int64_t k = 0; k < n; ++k) {
+        const Activation<T> a = activate<kind>(x[k] * s, shift);
+        const T p = a.value * inverse_norm;
+        const T g = alpha * concentration_gradient(a.slope * p, a.log - own_log[k], own_mean) +
+                    beta * separation_gradient_centroid(a.slope, p, q_mean[k], own_activation[k] * own_inverse_norm,
+                                                        inverse_classes);
+        grad[k] = g;
+        dot.lane[k] += x[k] * g;
       }
-      NCMI_SIMD()
-      for (int64_t k = 0; k < n; ++k) out[k] = narrow<Out>(a * u[k] + g * v[k]);
-    } else if (a == T(0)) {
-      memset(static_cast<void*>(out), 0, n * sizeof(Out));
     } else {
+      const SampleGradient g = sample_gradient(concentration_grad, separation_grad, classes, stats.own_mean,
+                                               stats.all_mean);
+      // near: the factor 1/4 of (1 - t^2) / 4 goes into the coefficients
+      const double factor = (is_near(kind) ? 0.25 : 1.0) * stats.scale / stats.norm;
+      const T by_all = T(factor * g.by_all), by_gap = T(factor * g.by_gap), constant = T(factor * g.constant);
       NCMI_SIMD()
-      for (int64_t k = 0; k < n; ++k) out[k] = narrow<Out>(a * u[k]);
+      for (int64_t k = 0; k < n; ++k) {
+        T value_slope, log;
+        if constexpr (is_near(kind)) {
+          const NearActivation a = near<kind>(x[k] * s);
+          value_slope = T(1) - a.excess * a.excess;
+          log = a.log;
+        } else {
+          const Activation<T> a = activate<kind>(x[k] * s, shift);
+          value_slope = a.value_slope;
+          log = a.log;
+        }
+        const T at = sample_gradient_at(value_slope, log - reference[k], reference[k] - own_log[k], by_all, by_gap,
+                                        constant);
+        grad[k] = at;
+        dot.lane[k] += x[k] * at;
+      }
     }
+  }
+
+  // Of the whole row; returns its product with x.
+  template <Kind kind>
+  double whole_row(const Row<T>& row, int64_t n, T* grad) const {
+    double total = 0;
+    const int64_t whole = n / kLanes<T> * kLanes<T>;
+    for (int64_t first = 0; first < whole; first += kBlock) {
+      const int64_t last = min(whole, first + kBlock);
+      Lanes<T> dot;
+      for_stretches<kLanes<T>>(first, last, [&](int64_t k, int64_t m) __attribute__((always_inline)) {
+        stretch<kind>(row.from(k), m, grad + k, dot);
+      });
+      total += dot.total();
+    }
+    if (whole < n) {
+      const Tail<T> tail(row, whole, n);
+      T end[kLanes<T>];
+      Lanes<T> unused;
+      stretch<kind>(tail.row(), kLanes<T>, end, unused);
+      for (int64_t k = whole; k < n; ++k) {
+        grad[k] = end[k - whole];
+        total += double(row.x[k]) * double(grad[k]);
+      }
+    }
+    return total;
+  }
+};
+
+template <bool centroid_to_sample, class Out, class T>
+void input_grad_range(const InputGradArgs<T>& args, int64_t row_begin, int64_t row_end, T* scratch) {
+  const Centroids<T>& q = args.centroids;
+  const int64_t n = q.columns;
+  T* __restrict x = scratch;
+  T* __restrict grad = scratch + n;
+  for (int64_t i = row_begin; i < row_end; ++i) {
+    Out* __restrict out = static_cast<Out*>(args.grad) + i * n;
+    const int64_t y = args.target[i];
+    if (y == args.target.ignore_index) {
+      memset(static_cast<void*>(out), 0, n * sizeof(Out));
+      continue;
+    }
+    const RowStats& stats = args.rows[i];
+    load(args.input, i, 0, n, args.center, x);
+    prefetch(out, n * sizeof(Out));
+    if (i + 1 < row_end) prefetch_row(args.input, args.target, i + 1, q);
+    const GradRow<centroid_to_sample, T> of_row{stats, centroid_to_sample ? exp(q.log_norm[y]) : 1.0,
+                                                double(q.classes), args.concentration_grad[i],
+                                                args.separation_grad[i]};
+    const Row<T> row = row_of(static_cast<const T*>(x), q, y);
+    const double dot = with_kind<T>(Kind(int(stats.kind)), [&]<Kind kind>() {
+      return of_row.template whole_row<kind>(row, n, grad);
+    });
+    // Where the length counts, through x / ||x|| as well: g - x (x . g) / ||x||^2.
+    const T share = stats.length == 0 ? T(0) : T(dot / stats.length / stats.length);
+    NCMI_SIMD()
+    for (int64_t k = 0; k < n; ++k) out[k] = narrow<Out>(grad[k] - x[k] * share);
   }
 }
 
-void input_grad(const InputGradArgs<float>& args, int64_t row_begin, int64_t row_end) {
+template <class Out, class T>
+void input_grad_as(const InputGradArgs<T>& args, int64_t row_begin, int64_t row_end, T* scratch) {
+  if (args.centroids.centroid_to_sample)
+    input_grad_range<true, Out>(args, row_begin, row_end, scratch);
+  else
+    input_grad_range<false, Out>(args, row_begin, row_end, scratch);
+}
+
+void input_grad(const InputGradArgs<float>& args, int64_t row_begin, int64_t row_end, float* scratch) {
   switch (args.grad_dtype) {
-    case Dtype::kBFloat16: return input_grad_as<BFloat16>(args, row_begin, row_end);
-    case Dtype::kFloat16: return input_grad_as<Float16>(args, row_begin, row_end);
-    default: return input_grad_as<float>(args, row_begin, row_end);
+    case Dtype::kBFloat16: return input_grad_as<BFloat16>(args, row_begin, row_end, scratch);
+    case Dtype::kFloat16: return input_grad_as<Float16>(args, row_begin, row_end, scratch);
+    default: return input_grad_as<float>(args, row_begin, row_end, scratch);
   }
 }
-void input_grad(const InputGradArgs<double>& args, int64_t row_begin, int64_t row_end) {
-  input_grad_as<double>(args, row_begin, row_end);
+void input_grad(const InputGradArgs<double>& args, int64_t row_begin, int64_t row_end, double* scratch) {
+  input_grad_as<double>(args, row_begin, row_end, scratch);
 }
 
 // -------------------------------------------------------------------------------------------------------------
 // Centroids: log a(xi), a(xi), their normalisers, and the sums over classes that stand in for the loop over them.
 // -------------------------------------------------------------------------------------------------------------
 
-template <Kind kind, class T>
+template <Kind kind, bool with_value, class T>
 double activate_row(const T* __restrict x, int64_t n, T shift, T* __restrict value, T* __restrict log) {
-  double norm = 0;
-  if (value) {
-    NCMI_SIMD(reduction(+ : norm))
-    for (int64_t k = 0; k < n; ++k) {
-      const Activation<T> a = activate<kind>(x[k], shift);
-      norm += double(a.value);
-      value[k] = a.value;
-      log[k] = a.log;
-    }
-  } else {
-    NCMI_SIMD(reduction(+ : norm))
-    for (int64_t k = 0; k < n; ++k) {
-      const Activation<T> a = activate<kind>(x[k], shift);
-      norm += double(a.value);
-      log[k] = a.log;
-    }
-  }
-  return norm;
+  Lanes<double> norm;
+  const auto take = [&](int64_t k, int64_t j) __attribute__((always_inline)) {
+    const Activation<T> a = activate<kind>(x[k], shift);
+    norm.lane[j] += double(a.value);
+    if constexpr (with_value) value[k] = a.value;
+    log[k] = a.log;
+  };
+  const int64_t whole = n / kLanes<T> * kLanes<T>;
+  for_stretches<kLanes<T>>(0, whole, [&](int64_t k, int64_t m) __attribute__((always_inline)) {
+    NCMI_SIMD()
+    for (int64_t j = 0; j < m; ++j) take(k + j, j);
+  });
+  for (int64_t k = whole; k < n; ++k) take(k, k - whole);
+  return norm.total();
 }
 
-template <class T>
-void centroid_rows(const CentroidStatsArgs<T>& args, int64_t class_begin, int64_t class_end, T* x) {
+template <bool with_value, class T>
+void centroid_rows_range(const CentroidStatsArgs<T>& args, int64_t class_begin, int64_t class_end, T* x) {
   const int64_t n = args.columns;
   for (int64_t c = class_begin; c < class_end; ++c) {
-    T* value = args.activation ? args.activation + c * n : nullptr;
+    T* value = with_value ? args.activation + c * n : nullptr;
     T* log = args.log_activation + c * n;
-    const double squares = load(args.logits, c, 0, n, static_cast<const T*>(nullptr), x);
+    const Size<T> size = load(args.logits, c, 0, n, static_cast<const T*>(nullptr), x);
     double norm;
     T shift = T(0);
     if (args.softmax) {
       shift = scaled_max(x, n, T(1));
-      norm = activate_row<Kind::kSoftmax>(x, n, shift, value, log);
+      norm = activate_row<Kind::kSoftmax, with_value>(x, n, shift, value, log);
     } else {
-      norm = activate_row<Kind::kNsf>(x, n, shift, value, log);
+      norm = activate_row<Kind::kNsf, with_value>(x, n, shift, value, log);
       if (!(norm > double(smallest_plain_sum<T>()))) {
         shift = scaled_max(x, n, T(1));
-        norm = activate_row<Kind::kNsfShifted>(x, n, shift, value, log);
+        norm = activate_row<Kind::kNsfShifted, with_value>(x, n, shift, value, log);
       }
     }
-    args.log_norm[c] = ::log(norm + double(poison(x, n, squares)));
+    args.log_norm[c] = ::log(norm + double(poison(x, n, size.squares)));
     args.shift[c] = double(shift);
   }
+}
+
+template <class T>
+void centroid_rows(const CentroidStatsArgs<T>& args, int64_t class_begin, int64_t class_end, T* scratch) {
+  if (args.activation)
+    centroid_rows_range<true>(args, class_begin, class_end, scratch);
+  else
+    centroid_rows_range<false>(args, class_begin, class_end, scratch);
 }
 
 // reference [2, M]: row 0 what log a is compared with, row 1 the mean q over classes (centroid_to_sample).
@@ -623,150 +724,204 @@ void centroid_columns(const CentroidStatsArgs<T>& args, int64_t column_begin, in
 // Sums of p and of log p are double: the gradient is their difference from q and log q, which may be near.
 // -------------------------------------------------------------------------------------------------------------
 
-Kind kind_of(bool is_softmax, double shift) {
+Kind kind_of_centroid(bool is_softmax, double shift) {
   return is_softmax ? Kind::kSoftmax : shift != 0 ? Kind::kNsfShifted : Kind::kNsf;
 }
 
-// Calls f with the activation kind as a template argument.
-template <class F>
-NCMI_INLINE void with_kind(Kind kind, const F& f) {
-  if (kind == Kind::kNsf) return f.template operator()<Kind::kNsf>();
-  if (kind == Kind::kNsfShifted) return f.template operator()<Kind::kNsfShifted>();
-  return f.template operator()<Kind::kSoftmax>();
-}
+// The sums of one owner of columns. Rows near the centre of the sigmoid, p = (1 + t) / 2 S, are summed as t in T: t is
+// small, and so is its rounding. All others are summed in double.
+template <class T>
+struct ColumnSums {
+  T x[kColumnBlock];
+  T own_excess[kColumnBlock], total_excess[kColumnBlock];
+  double own[kColumnBlock], own_log[kColumnBlock], total[kColumnBlock];
+};
 
-// own += own_factor * a, total += total_factor * a over a stretch; for centroid_to_sample the totals and a third
-// sum take log a instead.
+// Adds a row's stretch: own += own_factor p, total += beta p; for centroid_to_sample own_log and total take
+// beta log a instead.
 template <bool centroid_to_sample, class T>
 struct AddRow {
-  const T* __restrict x;
+  ColumnSums<T>& sums;
   int64_t n;
-  T scale, shift;
-  double inverse_norm, own_factor, separation_factor;
-  double* __restrict own;
-  double* __restrict own_log;
-  double* __restrict total;
+  const RowStats& row;
+  double own_factor, separation_grad;
 
   template <Kind kind>
   void operator()() const {
-    const double factor = own_factor * inverse_norm;
-    const double total_factor = centroid_to_sample ? separation_factor : separation_factor * inverse_norm;
-    NCMI_SIMD()
-    for (int64_t k = 0; k < n; ++k) {
-      const Activation<T> a = activate<kind>(x[k] * scale, shift);
-      const double value = double(a.value);
-      own[k] += factor * value;
-      if constexpr (centroid_to_sample) {
-        own_log[k] += total_factor * double(a.log);
-        total[k] += total_factor * double(a.log);
-      } else {
-        total[k] += total_factor * value;
+    const T* __restrict x = sums.x;
+    const T s = argument_scale<kind, T>(row.scale), shift = T(row.shift);
+    if constexpr (is_near(kind) && !centroid_to_sample) {
+      T* __restrict own = sums.own_excess;
+      T* __restrict total = sums.total_excess;
+      const T own_share = T(0.5 * own_factor / row.norm), total_share = T(0.5 * separation_grad / row.norm);
+      NCMI_SIMD()
+      for (int64_t k = 0; k < n; ++k) {
+        const T excess = near<kind>(x[k] * s).excess;
+        own[k] += own_share * excess;
+        total[k] += total_share * excess;
+      }
+    } else {
+      double* __restrict own = sums.own;
+      double* __restrict own_log = sums.own_log;
+      double* __restrict total = sums.total;
+      const double own_share = own_factor / row.norm, total_share = separation_grad / row.norm;
+      NCMI_SIMD()
+      for (int64_t k = 0; k < n; ++k) {
+        const Activation<T> a = activate<kind>(x[k] * s, shift);
+        own[k] += own_share * double(a.value);
+        if constexpr (centroid_to_sample) {
+          own_log[k] += separation_grad * double(a.log);
+          total[k] += separation_grad * double(a.log);
+        } else {
+          total[k] += total_share * double(a.value);
+        }
       }
     }
   }
 };
 
-// At the end of a class: grad = sum_i own_factor_i (p_ik - q_ck), and for centroid_to_sample
-// own_separation = sum_i beta_i (log a_ik - log a_ck).
-template <class T>
+// At the end of a class whose rows were not all near: grad = sum_i own_factor_i (p_ik - q_ck), and for
+// centroid_to_sample own_separation = sum_i beta_i (log a_ik - log a_ck).
+template <bool centroid_to_sample, class T>
 struct FinishClass {
-  const T* __restrict x;
+  const ColumnSums<T>& sums;  // with the logits of the class in x
   int64_t n;
   T shift;
-  double inverse_norm, own_factor_sum, separation_grad_sum;
-  const double* __restrict own;
-  const double* __restrict own_log;
+  double inverse_norm, excess_base, own_factor_sum, separation_grad_sum;
   T* __restrict grad;
   T* __restrict own_separation;
 
   template <Kind kind>
   void operator()() const {
+    const T* __restrict x = sums.x;
+    const T* __restrict own_excess = sums.own_excess;
+    const double* __restrict own = sums.own;
+    const double* __restrict own_log = sums.own_log;
     NCMI_SIMD()
     for (int64_t k = 0; k < n; ++k) {
       const Activation<T> a = activate<kind>(x[k], shift);
-      grad[k] = T(own[k] - own_factor_sum * (double(a.value) * inverse_norm));
-    }
-    if (own_separation) {
-      NCMI_SIMD()
-      for (int64_t k = 0; k < n; ++k)
-        own_separation[k] = T(own_log[k] - separation_grad_sum * double(activate<kind>(x[k], shift).log));
+      const double p_sum = own[k] + (excess_base + double(own_excess[k]));
+      grad[k] = T(p_sum - own_factor_sum * (double(a.value) * inverse_norm));
+      if constexpr (centroid_to_sample)
+        own_separation[k] = T(own_log[k] - separation_grad_sum * double(a.log));
     }
   }
 };
 
 template <bool centroid_to_sample, class T>
-void centroid_sums_range(const CentroidGradArgs<T>& args, int64_t column_begin, int64_t column_end) {
+void centroid_sums_range(const CentroidGradArgs<T>& args, int64_t column_begin, int64_t column_end,
+                         ColumnSums<T>& sums) {
+  constexpr int64_t kRowsPerFlush = 64;  // rows whose excess is added in T before it goes to a double
   const Centroids<T>& q = args.centroids;
-  const double inverse_classes = 1.0 / double(q.classes);
-  T x[kColumnBlock];
-  double own[kColumnBlock], own_log[kColumnBlock], total[kColumnBlock];
   for (int64_t begin = column_begin; begin < column_end; begin += kColumnBlock) {
     const int64_t n = min(kColumnBlock, column_end - begin);
-    for (int64_t k = 0; k < n; ++k) total[k] = 0;
-    for (int64_t c = 0; c < q.classes; ++c) {
-      if (args.class_begin[c] == args.class_begin[c + 1]) continue;
-      for (int64_t k = 0; k < n; ++k) own[k] = own_log[k] = 0;
-      double own_factor_sum = 0, separation_grad_sum = 0;
-      for (int64_t j = args.class_begin[c]; j < args.class_begin[c + 1]; ++j) {
-        const int64_t i = args.order[j];
-        // sample_to_centroid: the own class enters the separation too, as what its mean leaves out.
-        const double own_factor = centroid_to_sample
-                                      ? args.concentration_grad[i]
-                                      : args.concentration_grad[i] - inverse_classes * args.separation_grad[i];
-        load(args.input, i, begin, n, args.center, x);
-        with_kind(kind_of(args.softmax, args.row_shift[i]),
-                  AddRow<centroid_to_sample, T>{x, n, T(args.row_scale[i]), T(args.row_shift[i]),
-                                                exp(-args.row_log_norm[i]), own_factor, args.separation_grad[i], own,
-                                                own_log, total});
-        own_factor_sum += own_factor;
-        separation_grad_sum += args.separation_grad[i];
+    double total_base = 0;  // sum over near rows of beta / 2 S, for the 1 in 1 + t
+    int64_t unflushed = 0;
+    const auto flush = [&] {
+      for (int64_t k = 0; k < n; ++k) {
+        sums.total[k] += double(sums.total_excess[k]);
+        sums.total_excess[k] = 0;
       }
-      load(args.logits, c, begin, n, static_cast<const T*>(nullptr), x);
-      with_kind(kind_of(args.softmax, q.shift[c]),
-                FinishClass<T>{x, n, T(q.shift[c]), exp(-q.log_norm[c]), own_factor_sum, separation_grad_sum, own,
-                               own_log, args.grad + c * q.columns + begin,
-                               centroid_to_sample ? args.own_separation + c * q.columns + begin : nullptr});
+      unflushed = 0;
+    };
+    for (int64_t k = 0; k < n; ++k) sums.total[k] = sums.total_excess[k] = 0;
+    for (int64_t c = 0; c < q.classes; ++c) {
+      const int64_t first = args.class_begin[c], last = args.class_begin[c + 1];
+      if (first == last) continue;
+      T* grad = args.grad + c * q.columns + begin;
+      const ClassSums& of_class = args.class_sums[c];
+      memset(sums.own_excess, 0, n * sizeof(T));
+      if (!of_class.all_near) {
+        memset(sums.own, 0, n * sizeof(double));
+        memset(sums.own_log, 0, n * sizeof(double));
+      }
+      for (int64_t j = first; j < last; ++j) {
+        const int64_t i = args.order[j];
+        const RowStats& row = args.rows[i];
+        load(args.input, i, begin, n, args.center, sums.x);
+        with_kind<T>(Kind(int(row.kind)),
+                     AddRow<centroid_to_sample, T>{sums, n, row, args.own_factor[i], args.separation_grad[i]});
+        if (is_near(Kind(int(row.kind))) && !centroid_to_sample)
+          total_base += 0.5 * args.separation_grad[i] / row.norm;
+        if (++unflushed == kRowsPerFlush) flush();
+      }
+      if (of_class.all_near) {  // left to centroid_grad: the excess is all that it needs
+        memcpy(grad, sums.own_excess, n * sizeof(T));
+        continue;
+      }
+      load(args.logits, c, begin, n, static_cast<const T*>(nullptr), sums.x);
+      with_kind<T>(kind_of_centroid(args.softmax, q.shift[c]),
+                   FinishClass<centroid_to_sample, T>{
+                       sums, n, T(q.shift[c]), exp(-q.log_norm[c]), of_class.excess_base, of_class.own_factor,
+                       of_class.separation_grad, grad,
+                       centroid_to_sample ? args.own_separation + c * q.columns + begin : nullptr});
     }
-    for (int64_t k = 0; k < n; ++k) args.totals[begin + k] = total[k];
+    flush();
+    for (int64_t k = 0; k < n; ++k) args.totals[begin + k] = sums.total[k] + total_base;
   }
 }
 
 template <class T>
 void centroid_sums(const CentroidGradArgs<T>& args, int64_t column_begin, int64_t column_end) {
+  ColumnSums<T> sums;
   if (args.centroids.centroid_to_sample)
-    centroid_sums_range<true>(args, column_begin, column_end);
+    centroid_sums_range<true>(args, column_begin, column_end, sums);
   else
-    centroid_sums_range<false>(args, column_begin, column_end);
+    centroid_sums_range<false>(args, column_begin, column_end, sums);
 }
 
-// sample_to_centroid: slope (-own - (1/C) sum_i beta_i (p_ik - q_ck)).
+// What the classes' sums hold, decided before they are formed so that every owner of columns agrees.
+template <class T>
+void class_sums(const CentroidGradArgs<T>& args, ClassSums* result) {
+  for (int64_t c = 0; c < args.centroids.classes; ++c) {
+    const bool has_rows = args.class_begin[c] != args.class_begin[c + 1];
+    ClassSums of_class{0, 0, 0, has_rows, !args.centroids.centroid_to_sample};
+    for (int64_t j = args.class_begin[c]; j < args.class_begin[c + 1]; ++j) {
+      const int64_t i = args.order[j];
+      const bool near = is_near(Kind(int(args.rows[i].kind)));
+      of_class.own_factor += args.own_factor[i];
+      of_class.separation_grad += args.separation_grad[i];
+      if (near && !args.centroids.centroid_to_sample)
+        of_class.excess_base += 0.5 * args.own_factor[i] / args.rows[i].norm;
+      of_class.all_near = of_class.all_near && near;
+    }
+    result[c] = of_class;
+  }
+}
+
+// sample_to_centroid: slope (-own - (1/C) sum_i beta_i (p_ik - q_ck)), own = sum over the rows of the class of
+// own_factor_i (p_ik - q_ck).
+enum class Own { kNothing, kExcess, kFinished };
+
 template <class T>
 struct GradFromSample {
   const T* __restrict x;
   int64_t n;
   T shift;
   double inverse_norm, inverse_classes, separation_grad_sum;
+  const ClassSums& of_class;
   const double* __restrict totals;
-  bool has_rows;
   T* __restrict grad;
+
+  template <Kind kind, Own own>
+  void loop() const {
+    // own + all = (excess_base + own_excess) - own_factor q + (1/C) (total - beta q), or with own finished without it.
+    const double own_factor = own == Own::kExcess ? of_class.own_factor : 0;
+    const double base = own == Own::kExcess ? of_class.excess_base : 0;
+    const double q_factor = (own_factor + inverse_classes * separation_grad_sum) * inverse_norm;
+    NCMI_SIMD()
+    for (int64_t k = 0; k < n; ++k) {
+      const Activation<T> a = activate<kind>(x[k], shift);
+      const double all = (base + inverse_classes * totals[k]) - q_factor * double(a.value);
+      grad[k] = -a.slope * T(own == Own::kNothing ? all : all + double(grad[k]));
+    }
+  }
 
   template <Kind kind>
   void operator()() const {
-    const double q_factor = separation_grad_sum * inverse_norm;
-    if (has_rows) {
-      NCMI_SIMD()
-      for (int64_t k = 0; k < n; ++k) {
-        const Activation<T> a = activate<kind>(x[k], shift);
-        const T all = T(inverse_classes * (totals[k] - q_factor * double(a.value)));
-        grad[k] = a.slope * (-grad[k] - all);
-      }
-    } else {
-      NCMI_SIMD()
-      for (int64_t k = 0; k < n; ++k) {
-        const Activation<T> a = activate<kind>(x[k], shift);
-        grad[k] = -a.slope * T(inverse_classes * (totals[k] - q_factor * double(a.value)));
-      }
-    }
+    if (!of_class.has_rows) return loop<kind, Own::kNothing>();
+    if (of_class.all_near) return loop<kind, Own::kExcess>();
+    loop<kind, Own::kFinished>();
   }
 };
 
@@ -785,13 +940,19 @@ struct GradFromCentroid {
 
   template <Kind kind>
   void operator()() const {
-    double mean = 0;
-    NCMI_SIMD(reduction(+ : mean))
-    for (int64_t k = 0; k < n; ++k) {
-      const Activation<T> a = activate<kind>(x[k], shift);
-      const double s = separation_grad_sum * double(a.log) - totals[k] + (has_rows ? double(own_separation[k]) : 0);
-      mean += double(a.value) * inverse_norm * s;
+    Lanes<double> sum;
+    for (int64_t begin = 0; begin < n; begin += kWide) {
+      const int64_t m = min(kWide, n - begin);
+      NCMI_SIMD()
+      for (int64_t j = 0; j < m; ++j) {
+        const int64_t k = begin + j;
+        const Activation<T> a = activate<kind>(x[k], shift);
+        const double s =
+            separation_grad_sum * double(a.log) - totals[k] + (has_rows ? double(own_separation[k]) : 0);
+        sum.lane[j] += double(a.value) * inverse_norm * s;
+      }
     }
+    const double mean = sum.total();
     NCMI_SIMD()
     for (int64_t k = 0; k < n; ++k) {
       const Activation<T> a = activate<kind>(x[k], shift);
@@ -808,17 +969,18 @@ void centroid_grad(const CentroidGradArgs<T>& args, int64_t class_begin, int64_t
   const int64_t n = q.columns;
   const double inverse_classes = 1.0 / double(q.classes);
   for (int64_t c = class_begin; c < class_end; ++c) {
-    const bool has_rows = args.class_begin[c] != args.class_begin[c + 1];
-    const Kind kind = kind_of(args.softmax, q.shift[c]);
+    const ClassSums& of_class = args.class_sums[c];
+    const Kind kind = kind_of_centroid(args.softmax, q.shift[c]);
+    const double inverse_norm = exp(-q.log_norm[c]);
     T* grad = args.grad + c * n;
     load(args.logits, c, 0, n, static_cast<const T*>(nullptr), x);
     if (q.centroid_to_sample)
-      with_kind(kind, GradFromCentroid<T>{x, n, T(q.shift[c]), exp(-q.log_norm[c]), inverse_classes,
-                                          args.separation_grad_sum, args.totals, has_rows, grad,
-                                          args.own_separation + c * n});
+      with_kind<T>(kind, GradFromCentroid<T>{x, n, T(q.shift[c]), inverse_norm, inverse_classes,
+                                             args.separation_grad_sum, args.totals, of_class.has_rows, grad,
+                                             args.own_separation + c * n});
     else
-      with_kind(kind, GradFromSample<T>{x, n, T(q.shift[c]), exp(-q.log_norm[c]), inverse_classes,
-                                        args.separation_grad_sum, args.totals, has_rows, grad});
+      with_kind<T>(kind, GradFromSample<T>{x, n, T(q.shift[c]), inverse_norm, inverse_classes,
+                                           args.separation_grad_sum, of_class, args.totals, grad});
   }
 }
 
@@ -865,7 +1027,7 @@ void column_sums(const Matrix& m, const Targets& target, int64_t rows, int64_t c
 
 template <class T>
 constexpr Kernels<T> table() {
-  return {terms<T>, input_grad, centroid_rows<T>, centroid_columns<T>, centroid_sums<T>, centroid_grad<T>,
+  return {terms<T>, input_grad, centroid_rows<T>, centroid_columns<T>, class_sums<T>, centroid_sums<T>, centroid_grad<T>,
           column_sums<T>};
 }
 

@@ -197,6 +197,10 @@ Centroids<T> centroids(const Tensor& log_activation, const Tensor& activation, c
           n[2 * classes + 1]};
 }
 
+const RowStats* row_stats_of(const Tensor& t, int64_t rows) {
+  return reinterpret_cast<const RowStats*>(data<double>(t, "rows", {rows, kRowStats}));
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_stats(const Tensor& logits, bool softmax,
                                                           bool centroid_to_sample) {
   const Matrix xi = matrix(logits, "centroid_logits");
@@ -258,71 +262,51 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_stats(const Tensor& logits, 
   });
 }
 
-// The terms of every row, with what differentiates them.
-struct Rows {
-  std::vector<double> values;  // [2, B] concentration, separation
-  Tensor stats;                // [3, B]
-  Tensor direction;            // [B, M] or [0, M]
-  Tensor separation_direction;
-};
-
-// With `ratio_eps` the one direction is that of concentration / (separation + ratio_eps).
+// Concentration and separation of every row [2, B], and the rows' statistics [B, kRowStats].
 template <class T>
-Rows compute_rows(const Tensor& input, const Targets& target, const std::optional<Tensor>& center,
-                  const Centroids<T>& q, const Features& features, bool with_directions,
-                  std::optional<double> ratio_eps) {
+std::tuple<std::vector<double>, Tensor> compute_terms(const Tensor& input, const Targets& target,
+                                                      const std::optional<Tensor>& center, const Centroids<T>& q,
+                                                      const Features& features) {
   const Matrix z = matrix(input, "input");
   const int64_t rows = input.size(0), columns = q.columns;
   check_shape(input, "input", {rows, columns});
   STD_TORCH_CHECK(z.dtype != Dtype::kFloat64 || kIsDouble<T>,
                   "ncmi_kernels: float64 input needs float64 centroid_logits");
-  const bool apart = with_directions && !ratio_eps;
-  // Two direction tensors, not one of both: allocators map each very large block anew, and its pages cost more than
-  // the arithmetic.
-  Rows result{std::vector<double>(2 * rows), empty({3, rows}, ScalarType::Double),
-              empty({with_directions ? rows : 0, columns}, kScalarType<T>),
-              empty({apart ? rows : 0, columns}, kScalarType<T>)};
-  double* stats = output<double>(result.stats);
+  std::vector<double> values(2 * rows);
+  Tensor stats = empty({rows, kRowStats}, ScalarType::Double);
   const TermsArgs<T> args{z,
                           target,
                           data<T>(center, "center", {columns}),
                           features,
                           q,
-                          result.values.data(),
-                          result.values.data() + rows,
-                          stats,
-                          stats + rows,
-                          stats + 2 * rows,
-                          with_directions ? output<T>(result.direction) : nullptr,
-                          apart ? output<T>(result.separation_direction) : nullptr,
-                          ratio_eps.value_or(0)};
+                          values.data(),
+                          values.data() + rows,
+                          output<RowStats>(stats)};
   parallel_rows(rows, columns, [&](int64_t begin, int64_t end) {
-    std::unique_ptr<T[]> scratch(new T[kTermsScratchRows * columns]);
+    std::unique_ptr<T[]> scratch(new T[columns]);
     kernels_for<T>().terms(args, begin, end, scratch.get());
   });
-  return result;
+  return {std::move(values), stats};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> terms(const Tensor& input, const Tensor& target,
-                                                 const std::optional<Tensor>& center, const Tensor& log_activation,
-                                                 const Tensor& activation, const Tensor& reference,
-                                                 const Tensor& norms, double temperature, bool l2_normalize,
-                                                 bool softmax, bool centroid_to_sample, int64_t ignore_index,
-                                                 bool with_directions) {
+std::tuple<Tensor, Tensor> terms(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
+                                 const Tensor& log_activation, const Tensor& activation, const Tensor& reference,
+                                 const Tensor& norms, double temperature, bool l2_normalize, bool softmax,
+                                 bool centroid_to_sample, int64_t ignore_index) {
   return with_arithmetic_type(log_activation.scalar_type(), "log_activation", [&]<class T>() {
     const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample);
     const int64_t rows = target.numel();
-    const Rows result = compute_rows<T>(input, targets(target, rows, ignore_index, q.classes), center, q,
-                                        {temperature, l2_normalize, softmax}, with_directions, std::nullopt);
-    Tensor values = empty({2, rows}, kScalarType<T>);
-    std::transform(result.values.begin(), result.values.end(), output<T>(values), [](double v) { return T(v); });
-    return std::make_tuple(values, result.stats, result.direction, result.separation_direction);
+    const auto [values, stats] = compute_terms<T>(input, targets(target, rows, ignore_index, q.classes), center, q,
+                                                  {temperature, l2_normalize, softmax});
+    Tensor result = empty({2, rows}, kScalarType<T>);
+    std::transform(values.begin(), values.end(), output<T>(result), [](double v) { return T(v); });
+    return std::make_tuple(result, stats);
   });
 }
 
 enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 
-// The rows' terms to the loss (one value, or [B] for kNone) and its derivatives [3, B] by A, G and A / (G + eps).
+// The rows' terms to the loss (one value, or [B] for kNone) and its derivatives [2, B].
 template <class T>
 void reduce(const double* concentration, const double* separation, const Targets& target, int64_t rows,
             const T* class_weight, bool batch_ratio, int64_t reduction, double eps, T* loss, double* derivatives) {
@@ -337,17 +321,16 @@ void reduce(const double* concentration, const double* separation, const Targets
   const Ratio of_batch = ratio(a / weight_sum, g / weight_sum, eps);
   double total = 0;
   for (int64_t i = 0; i < rows; ++i) {
-    double value = 0, by_concentration = 0, by_separation = 0, by_ratio = 0;
+    double value = 0, by_concentration = 0, by_separation = 0;
     if (target[i] != target.ignore_index) {
       const Ratio r = batch_ratio ? of_batch : ratio(concentration[i], separation[i], eps);
-      by_ratio = weight_of(i) / (reduction == kMean ? weight_sum : 1.0);
-      by_concentration = by_ratio * r.d_concentration;
-      by_separation = by_ratio * r.d_separation;
-      value = by_ratio * r.value;
+      const double w = weight_of(i) / (reduction == kMean ? weight_sum : 1.0);
+      by_concentration = w * r.d_concentration;
+      by_separation = w * r.d_separation;
+      value = w * r.value;
     }
     derivatives[i] = by_concentration;
     derivatives[rows + i] = by_separation;
-    derivatives[2 * rows + i] = by_ratio;
     total += value;
     if (reduction == kNone) loss[i] = T(value);
   }
@@ -356,11 +339,12 @@ void reduce(const double* concentration, const double* separation, const Targets
   if (reduction != kNone) *loss = T(batch_ratio ? of_batch.value : total);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss(
-    const Tensor& input, const Tensor& target, const std::optional<Tensor>& center, const Tensor& log_activation,
-    const Tensor& activation, const Tensor& reference, const Tensor& norms, const std::optional<Tensor>& weight,
-    double temperature, bool l2_normalize, bool softmax, bool centroid_to_sample, bool batch_ratio, int64_t reduction,
-    double eps, int64_t ignore_index, bool with_directions) {
+std::tuple<Tensor, Tensor, Tensor> loss(const Tensor& input, const Tensor& target,
+                                        const std::optional<Tensor>& center, const Tensor& log_activation,
+                                        const Tensor& activation, const Tensor& reference, const Tensor& norms,
+                                        const std::optional<Tensor>& weight, double temperature, bool l2_normalize,
+                                        bool softmax, bool centroid_to_sample, bool batch_ratio, int64_t reduction,
+                                        double eps, int64_t ignore_index) {
   STD_TORCH_CHECK(reduction == kNone || reduction == kMean || reduction == kSum, "ncmi_kernels: unknown reduction");
   STD_TORCH_CHECK(!batch_ratio || reduction == kMean, "ncmi_kernels: ratio over the batch needs reduction mean");
   return with_arithmetic_type(log_activation.scalar_type(), "log_activation", [&]<class T>() {
@@ -368,20 +352,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss(
     const int64_t rows = target.numel();
     const Targets y = targets(target, rows, ignore_index, q.classes);
     const T* class_weight = data<T>(weight, "weight", {q.classes});
-    Rows result = compute_rows<T>(input, y, center, q, {temperature, l2_normalize, softmax}, with_directions,
-                                  batch_ratio ? std::nullopt : std::optional<double>(eps));
-    Tensor value = reduction == kNone ? empty({rows}, kScalarType<T>) : empty({}, kScalarType<T>);
-    Tensor coefficients = empty({3, rows}, ScalarType::Double);
-    reduce<T>(result.values.data(), result.values.data() + rows, y, rows, class_weight, batch_ratio, reduction, eps,
-              output<T>(value), output<double>(coefficients));
-    return std::make_tuple(value, coefficients, result.stats, result.direction, result.separation_direction);
+    const auto [values, stats] = compute_terms<T>(input, y, center, q, {temperature, l2_normalize, softmax});
+    Tensor result = reduction == kNone ? empty({rows}, kScalarType<T>) : empty({}, kScalarType<T>);
+    Tensor coefficients = empty({2, rows}, ScalarType::Double);
+    reduce<T>(values.data(), values.data() + rows, y, rows, class_weight, batch_ratio, reduction, eps,
+              output<T>(result), output<double>(coefficients));
+    return std::make_tuple(result, coefficients, stats);
   });
 }
 
-// The coefficients [3, B] times the upstream gradient.
+// The coefficients [2, B] times the upstream gradient.
 std::vector<double> with_upstream(const Tensor& coefficients, const std::optional<Tensor>& upstream, int64_t rows) {
-  const double* c = data<double>(coefficients, "coefficients", {3, rows});
-  std::vector<double> result(c, c + 3 * rows);
+  const double* c = data<double>(coefficients, "coefficients", {2, rows});
+  std::vector<double> result(c, c + 2 * rows);
   if (!upstream) return result;
   const bool by_row = upstream->dim() == 1;
   STD_TORCH_CHECK(by_row ? upstream->size(0) == rows : upstream->dim() == 0,
@@ -389,45 +372,42 @@ std::vector<double> with_upstream(const Tensor& coefficients, const std::optiona
   const int64_t stride = by_row ? upstream->stride(0) : 0;
   with_arithmetic_type(upstream->scalar_type(), "upstream", [&]<class T>() {
     const T* up = static_cast<const T*>(upstream->data_ptr());
-    for (int64_t j = 0; j < 3 * rows; ++j)
-      if (result[j] != 0) result[j] *= double(up[j % rows * stride]);  // an ignored row stays 0 whatever comes
+    for (int64_t i = 0; i < rows; ++i) {
+      result[i] *= double(up[i * stride]);
+      result[rows + i] *= double(up[i * stride]);
+    }
   });
   return result;
 }
 
-void input_grad_into(const Tensor& direction, const Tensor& separation_direction, const Tensor& coefficients,
-                     const std::optional<Tensor>& upstream, const Tensor& grad) {
-  STD_TORCH_CHECK(direction.dim() == 2, "ncmi_kernels: direction must have 2 dimensions");
-  const int64_t rows = direction.size(0), columns = direction.size(1);
-  const std::vector<double> c = with_upstream(coefficients, upstream, rows);
-  const bool combined = separation_direction.size(0) == 0;
-  with_arithmetic_type(direction.scalar_type(), "direction", [&]<class T>() {
-    const Dtype grad_dtype = dtype_of(grad.scalar_type(), "input");
-    STD_TORCH_CHECK((grad_dtype == Dtype::kFloat64) == kIsDouble<T>,
-                    "ncmi_kernels: float64 input and float64 directions go together");
-    const T* second = data<T>(separation_direction, "separation_direction", {combined ? 0 : rows, columns});
-    const InputGradArgs<T> args{data<T>(direction, "direction", {rows, columns}),
-                                combined ? nullptr : second,
-                                combined ? c.data() + 2 * rows : c.data(),
-                                combined ? nullptr : c.data() + rows,
-                                columns,
+Tensor input_grad(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
+                  const Tensor& log_activation, const Tensor& activation, const Tensor& reference,
+                  const Tensor& norms, const Tensor& row_stats, const Tensor& coefficients,
+                  const std::optional<Tensor>& upstream, bool centroid_to_sample, int64_t ignore_index) {
+  const Matrix z = matrix(input, "input");
+  const int64_t rows = input.size(0), columns = input.size(1);
+  Tensor grad = empty({rows, columns}, input.scalar_type());
+  with_arithmetic_type(log_activation.scalar_type(), "log_activation", [&]<class T>() {
+    const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample);
+    check_shape(input, "input", {rows, q.columns});
+    STD_TORCH_CHECK((z.dtype == Dtype::kFloat64) == kIsDouble<T>,
+                    "ncmi_kernels: float64 input and float64 centroid_logits go together");
+    const std::vector<double> c = with_upstream(coefficients, upstream, rows);
+    const InputGradArgs<T> args{z,
+                                targets(target, rows, ignore_index, q.classes),
+                                data<T>(center, "center", {columns}),
+                                q,
+                                row_stats_of(row_stats, rows),
+                                c.data(),
+                                c.data() + rows,
                                 grad.data_ptr(),
-                                grad_dtype};
-    parallel_rows(rows, (columns + 3) / 4,
-                  [&](int64_t begin, int64_t end) { kernels_for<T>().input_grad(args, begin, end); });
+                                z.dtype};
+    parallel_rows(rows, columns, [&](int64_t begin, int64_t end) {
+      std::unique_ptr<T[]> scratch(new T[2 * columns]);
+      kernels_for<T>().input_grad(args, begin, end, scratch.get());
+    });
   });
-}
-
-Tensor input_grad(const Tensor& direction, const Tensor& separation_direction, const Tensor& coefficients,
-                  const std::optional<Tensor>& upstream, ScalarType dtype) {
-  Tensor grad = empty({direction.size(0), direction.size(1)}, dtype);
-  input_grad_into(direction, separation_direction, coefficients, upstream, grad);
   return grad;
-}
-
-void input_grad_(const Tensor& direction, const Tensor& separation_direction, const Tensor& coefficients,
-                 const std::optional<Tensor>& upstream) {
-  input_grad_into(direction, separation_direction, coefficients, upstream, direction);
 }
 
 Tensor centroid_grad(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
@@ -443,7 +423,6 @@ Tensor centroid_grad(const Tensor& input, const Tensor& target, const std::optio
     const Targets y = targets(target, rows, ignore_index, q.classes);
     check_shape(input, "input", {rows, q.columns});
     check_shape(centroid_logits, "centroid_logits", {q.classes, q.columns});
-    const double* stats = data<double>(row_stats, "rows", {3, rows});
     const std::vector<double> c = with_upstream(coefficients, upstream, rows);
 
     // Rows by class, in the order of the batch.
@@ -455,28 +434,34 @@ Tensor centroid_grad(const Tensor& input, const Tensor& target, const std::optio
     for (int64_t i = 0; i < rows; ++i)
       if (y[i] != ignore_index) order[next[y[i]]++] = i;
     double separation_grad_sum = 0;
-    for (int64_t i = 0; i < rows; ++i)
-      if (y[i] != ignore_index) separation_grad_sum += c[rows + i];
+    std::vector<double> own_factor(c.begin(), c.begin() + rows);
+    for (int64_t i = 0; i < rows; ++i) {
+      if (y[i] == ignore_index) continue;
+      separation_grad_sum += c[rows + i];
+      // The own class enters the mean over classes of KL(p || q_v) too, and is taken out again here.
+      if (!centroid_to_sample) own_factor[i] -= c[rows + i] / double(q.classes);
+    }
 
     std::unique_ptr<T[]> own_separation(centroid_to_sample ? new T[q.classes * q.columns] : nullptr);
     std::vector<double> totals(q.columns);
+    std::vector<ClassSums> class_sums(q.classes);
     const CentroidGradArgs<T> args{z,
                                    data<T>(center, "center", {q.columns}),
                                    softmax,
                                    q,
                                    xi,
-                                   stats,
-                                   stats + rows,
-                                   stats + 2 * rows,
-                                   c.data(),
+                                   row_stats_of(row_stats, rows),
+                                   own_factor.data(),
                                    c.data() + rows,
                                    order.data(),
                                    class_begin.data(),
+                                   class_sums.data(),
                                    output<T>(grad),
                                    own_separation.get(),
                                    totals.data(),
                                    separation_grad_sum};
     const Kernels<T>& kernel = kernels_for<T>();
+    kernel.class_sums(args, class_sums.data());
     parallel_columns(q.columns, rows, [&](int64_t begin, int64_t end) { kernel.centroid_sums(args, begin, end); });
     parallel_rows(q.classes, q.columns, [&](int64_t begin, int64_t end) {
       std::vector<T> scratch(q.columns);
@@ -532,7 +517,6 @@ STABLE_TORCH_LIBRARY_IMPL(ncmi_kernels, CPU, m) {
   m.impl("terms", TORCH_BOX(&ncmi::cpu::terms));
   m.impl("loss", TORCH_BOX(&ncmi::cpu::loss));
   m.impl("input_grad", TORCH_BOX(&ncmi::cpu::input_grad));
-  m.impl("input_grad_", TORCH_BOX(&ncmi::cpu::input_grad_));
   m.impl("centroid_grad", TORCH_BOX(&ncmi::cpu::centroid_grad));
   m.impl("update_center_", TORCH_BOX(&ncmi::cpu::update_center_));
 }
