@@ -35,9 +35,9 @@ NCMI_INLINE To bit_cast(From from) {
 NCMI_INLINE float absolute(float x) { return bit_cast<float>(bit_cast<uint32_t>(x) & 0x7fffffffu); }
 NCMI_INLINE double absolute(double x) { return fabs(x); }
 
-// e^-x for x >= 0. Past 86.5 the result stays at 2^-125: no denormals, and rows that small are rescaled by their
-// maximum before it matters. The bound is an integer minimum (non-negative floats order as integers), which no
-// compiler turns into a branch; it sends NaN there too, so callers see to NaN themselves.
+// e^-x for x >= 0. Past 86.5 the result is 0: no denormals, and rows that small are rescaled by their maximum before
+// it matters. The bound is an integer minimum (non-negative floats order as integers), which no compiler turns into a
+// branch; it sends NaN there too, so callers see to NaN themselves.
 // Relative error under 1 ulp: -x = n ln 2 + r, e^r = 1 + r + r^2 Q(r), Q minimax (3e-9) on |r| <= ln(2) / 2.
 NCMI_INLINE float exp_minus(float x) {
   const float kRoundToInt = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(x) in the low mantissa bits
@@ -53,7 +53,8 @@ NCMI_INLINE float exp_minus(float x) {
   q = q * r + 1.66665183e-1f;
   q = q * r + 5.00000010e-1f;
   const float y = (q * (r * r) + r) + 1.0f;
-  return bit_cast<float>(bit_cast<uint32_t>(y) + (bit_cast<uint32_t>(shifted) << 23));  // y * 2^n
+  const uint32_t result = bit_cast<uint32_t>(y) + (bit_cast<uint32_t>(shifted) << 23);  // y * 2^n
+  return bit_cast<float>(bits < 0x42ad0000u ? result : 0u);
 }
 NCMI_INLINE double exp_minus(double x) { return exp(-x); }
 

@@ -10,7 +10,7 @@
 STABLE_TORCH_LIBRARY(ncmi_kernels, m) {
   // What the rows need to know of the centroids, from their logits [C, M] in the arithmetic type:
   // log_activation [C, M]; activation [C, M], or [0, M] for sample_to_centroid; reference [2, M];
-  // norms [2 C + 2] float64.
+  // norms [3 C + 2] float64.
   m.def(
       "centroid_stats(Tensor centroid_logits, bool softmax, bool centroid_to_sample)"
       " -> (Tensor log_activation, Tensor activation, Tensor reference, Tensor norms)");
@@ -41,7 +41,7 @@ STABLE_TORCH_LIBRARY(ncmi_kernels, m) {
   m.def(
       "centroid_grad(Tensor input, Tensor target, Tensor? center, Tensor centroid_logits, Tensor log_activation,"
       " Tensor activation, Tensor reference, Tensor norms, Tensor rows, Tensor coefficients, Tensor? upstream,"
-      " bool softmax, bool centroid_to_sample, int ignore_index) -> Tensor");
+      " bool centroid_to_sample, int ignore_index) -> Tensor");
 
   // The running centre: set to the mean of the rows at the first batch, then momentum * center +
   // (1 - momentum) * mean. Returns a copy of the new centre, for the graph to keep.

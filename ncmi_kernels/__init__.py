@@ -7,7 +7,6 @@ from ncmi_kernels._backends import BackendWarning, available_backends
 from ncmi_kernels.functional import DegenerateMinimumWarning, log_nsf, ncmi_loss, ncmi_terms, nsf
 from ncmi_kernels.modules import NCMILoss
 
-
 __version__ = "0.1.0"
 
 __all__ = [

@@ -14,9 +14,7 @@ class BackendWarning(UserWarning):
     """The compiled kernels are missing, and the reference path runs in their place."""
 
 
-@cache
-def load_library() -> str | None:
-    """Load the compiled operators; None if that worked, else the reason why not."""
+def _load_library() -> str | None:
     candidates = sorted(Path(__file__).parent.glob("_C*.so"))
     if not candidates:
         return (
@@ -29,6 +27,14 @@ def load_library() -> str | None:
     except (OSError, RuntimeError) as error:
         return f"{candidates[0].name} could not be loaded with torch {torch.__version__}: {error}"
     return None
+
+
+_failure = _load_library()
+
+
+def load_library() -> str | None:
+    """None if the compiled operators are loaded, else the reason why not."""
+    return _failure
 
 
 def available_backends() -> dict[str, str | None]:

@@ -11,7 +11,6 @@ from torch import Tensor
 from ncmi_kernels import _backends, reference
 from ncmi_kernels._options import REDUCTIONS, Options
 
-
 ROW_STATS = 7  # columns of the operators' `rows`
 
 
@@ -21,7 +20,7 @@ class CentroidStats(NamedTuple):
     log_activation: Tensor  # [C, M]
     activation: Tensor  # [C, M], or [0, M] for sample_to_centroid
     reference: Tensor  # [2, M]
-    norms: Tensor  # [2 C + 2] float64
+    norms: Tensor  # [3 C + 2] float64
 
 
 def centroid_stats(centroid_logits: Tensor, options: Options) -> CentroidStats:
@@ -36,9 +35,7 @@ def centroid_stats(centroid_logits: Tensor, options: Options) -> CentroidStats:
 CenterUpdate = tuple[Tensor, float, int]
 
 
-def update_center_(
-    center: Tensor, update: CenterUpdate, input: Tensor, target: Tensor, ignore_index: int
-) -> Tensor:
+def update_center_(center: Tensor, update: CenterUpdate, input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """Move `center` [M] towards the mean of the rows of `input`, in place; returns a copy of it."""
     num_batches_tracked, momentum, num_classes = update
     return torch.ops.ncmi_kernels.update_center_.default(
@@ -120,7 +117,6 @@ def _grads(
             rows,
             coefficients,
             upstream,
-            options.softmax,
             options.centroid_to_sample,
             options.ignore_index,
         )
@@ -133,10 +129,16 @@ def _differentiable_backward() -> bool:
 
 
 def _reference_grads(
-    ctx: Any, outputs: tuple[Tensor, ...], input: Tensor, centroid_logits: Tensor, upstream: tuple[Tensor, ...]
+    ctx: Any,
+    outputs: tuple[Tensor, ...],
+    input: Tensor,
+    centroid_logits: Tensor,
+    upstream: tuple[Tensor, ...],
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients as a differentiable function of the inputs and of the upstream gradient."""
-    wanted = [t for t, needed in ((input, ctx.needs_input_grad[0]), (centroid_logits, ctx.needs_input_grad[2])) if needed]
+    wanted = [
+        t for t, needed in ((input, ctx.needs_input_grad[0]), (centroid_logits, ctx.needs_input_grad[2])) if needed
+    ]
     grads = iter(torch.autograd.grad(outputs, wanted, upstream, create_graph=True))
     return (
         next(grads) if ctx.needs_input_grad[0] else None,
@@ -169,14 +171,14 @@ class _Loss(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        tensors = ctx.saved_tensors
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        input, target, centroid_logits = ctx.saved_tensors
         center, weight, stats, rows, coefficients, options = ctx.kept
         if _differentiable_backward():
-            result = reference.loss(*tensors, center, weight, options)
-            grads = _reference_grads(ctx, (result,), tensors[0], tensors[2], (upstream,))
+            result = reference.loss(input, target, centroid_logits, center, weight, options)
+            grads = _reference_grads(ctx, (result,), input, centroid_logits, (upstream,))
         else:
-            grads = _grads(ctx, *tensors, center, stats, rows, coefficients, upstream, options)
+            grads = _grads(ctx, input, target, centroid_logits, center, stats, rows, coefficients, upstream, options)
         return grads[0], None, grads[1], None, None, None, None, None
 
 
@@ -185,7 +187,12 @@ class _Terms(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, target: Tensor, centroid_logits: Tensor, center: Tensor | None, options: Options
+        ctx: Any,
+        input: Tensor,
+        target: Tensor,
+        centroid_logits: Tensor,
+        center: Tensor | None,
+        options: Options,
     ) -> tuple[Tensor, Tensor]:
         stats = centroid_stats(centroid_logits, options)
         values, rows = _call_terms(input, target, center, stats, options)
@@ -195,14 +202,14 @@ class _Terms(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
+        input, target, centroid_logits = ctx.saved_tensors
         center, stats, rows, options = ctx.kept
         if _differentiable_backward():
-            outputs = reference.terms(*tensors, center, options)
-            grads = _reference_grads(ctx, outputs, tensors[0], tensors[2], upstream)
+            outputs = reference.terms(input, target, centroid_logits, center, options)
+            grads = _reference_grads(ctx, outputs, input, centroid_logits, upstream)
         else:
             coefficients = torch.stack(upstream).to(torch.float64)
-            grads = _grads(ctx, *tensors, center, stats, rows, coefficients, None, options)
+            grads = _grads(ctx, input, target, centroid_logits, center, stats, rows, coefficients, None, options)
         return grads[0], None, grads[1], None, None
 
 
@@ -237,7 +244,7 @@ def _register_fakes() -> None:
             centroid_logits.new_empty((classes, columns)),
             centroid_logits.new_empty((classes if centroid_to_sample else 0, columns)),
             centroid_logits.new_empty((2, columns)),
-            centroid_logits.new_empty((2 * classes + 2,), dtype=torch.float64),
+            centroid_logits.new_empty((3 * classes + 2,), dtype=torch.float64),
         )
 
     @torch.library.register_fake("ncmi_kernels::terms")
@@ -314,7 +321,6 @@ def _register_fakes() -> None:
         rows: Tensor,
         coefficients: Tensor,
         upstream: Tensor | None,
-        softmax: bool,
         centroid_to_sample: bool,
         ignore_index: int,
     ) -> Tensor:

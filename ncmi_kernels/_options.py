@@ -67,7 +67,8 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 def check_positive(name: str, value: Any) -> None:
     """Raise TypeError or ValueError unless `value` is a finite number above zero."""
+    number: Any = value
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name}: got {value!r}, expected a number > 0")
-    if not (value > 0 and math.isfinite(value)):
+    if not 0 < number < math.inf:
         raise ValueError(f"{name}: got {value!r}, expected a finite number > 0")

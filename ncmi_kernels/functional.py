@@ -10,6 +10,8 @@ from torch import Tensor
 from ncmi_kernels import _backends, _ops, reference
 from ncmi_kernels._options import Options
 
+_NOTHING_IGNORED = torch.iinfo(torch.int64).min
+
 
 class DegenerateMinimumWarning(UserWarning):
     """The settings have a minimum that the loss reaches without separating the classes."""
@@ -79,9 +81,7 @@ def ncmi_loss(
         >>> round(loss.item(), 4)
         0.7143
     """
-    options = Options(
-        temperature, l2_normalize, activation, separation, ratio, ignore_index, reduction, eps
-    )
+    options = Options(temperature, l2_normalize, activation, separation, ratio, ignore_index, reduction, eps)
     warn_if_degenerate(options)
     check_parameters(centroid_logits, center, weight)
     check_batch(input, target, centroid_logits)
@@ -119,16 +119,13 @@ def ncmi_terms(
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as :func:`ncmi_loss`.
     """
-    # No class has the most negative int64, so nothing is ignored.
-    options = Options(
-        temperature, l2_normalize, activation, separation, ignore_index=torch.iinfo(torch.int64).min
-    )
+    options = Options(temperature, l2_normalize, activation, separation, ignore_index=_NOTHING_IGNORED)
     check_parameters(centroid_logits, center, None)
     check_batch(input, target, centroid_logits)
     rows, classes = flatten(input, target)
     rows, centroid_logits, center, _ = to_arithmetic_dtype(rows, centroid_logits, center, None)
+    check_range(classes, len(centroid_logits), None)
     if _backends.resolve(backend, input) == "reference":
-        check_range(classes, len(centroid_logits), options.ignore_index)
         concentration, separated = reference.terms(rows, classes, centroid_logits, center, options)
     else:
         concentration, separated = _ops.terms(rows, classes, centroid_logits, center, options)
@@ -147,7 +144,7 @@ def log_nsf(input: Tensor, dim: int = -1) -> Tensor:
     Returns:
         Shape and dtype of `input`.
     """
-    _check_floating("input", input)
+    check_floating("input", input)
     x = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
     log_sigmoid = F.logsigmoid(x)
     return (log_sigmoid - log_sigmoid.logsumexp(dim=dim, keepdim=True)).to(input.dtype)
@@ -163,7 +160,7 @@ def nsf(input: Tensor, dim: int = -1) -> Tensor:
     Returns:
         Shape and dtype of `input`; non-negative, with sum 1 along `dim`.
     """
-    _check_floating("input", input)
+    check_floating("input", input)
     x = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
     return log_nsf(x, dim).exp().to(input.dtype)
 
@@ -240,25 +237,24 @@ def warn_if_degenerate(options: Options) -> None:
 
 def check_parameters(centroid_logits: Tensor, center: Tensor | None, weight: Tensor | None) -> None:
     """Raise the errors that :func:`ncmi_loss` documents for these."""
-    _check_floating("centroid_logits", centroid_logits)
+    check_floating("centroid_logits", centroid_logits)
     if centroid_logits.dim() != 2 or centroid_logits.shape[0] < 2 or centroid_logits.shape[1] < 1:
         raise ValueError(
-            f"centroid_logits: got shape {tuple(centroid_logits.shape)}, "
-            "expected [C, M] with C >= 2 classes and M >= 1"
+            f"centroid_logits: got shape {tuple(centroid_logits.shape)}, expected [C, M] with C >= 2 classes and M >= 1"
         )
     classes, columns = centroid_logits.shape
     for name, tensor, size in (("center", center, columns), ("weight", weight, classes)):
         if tensor is None:
             continue
-        _check_floating(name, tensor)
+        check_floating(name, tensor)
         if tensor.shape != (size,):
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected ({size},)")
-        _check_device(name, tensor, centroid_logits)
+        check_device(name, tensor, centroid_logits)
 
 
 def check_batch(input: Tensor, target: Tensor, centroid_logits: Tensor) -> None:
     """Raise the errors that :func:`ncmi_loss` documents for these, but for the range of the targets."""
-    _check_floating("input", input)
+    check_floating("input", input)
     _check_tensor("target", target)
     if target.dtype != torch.int64:
         hint = "; class probabilities are not supported" if target.dtype.is_floating_point else ""
@@ -276,25 +272,31 @@ def check_batch(input: Tensor, target: Tensor, centroid_logits: Tensor) -> None:
         raise ValueError(
             f"target: got shape {tuple(target.shape)}, expected {tuple(expected)} for input {tuple(shape)}"
         )
-    _check_device("target", target, input)
-    _check_device("centroid_logits", centroid_logits, input)
+    check_device("target", target, input)
+    check_device("centroid_logits", centroid_logits, input)
 
 
-def _check_device(name: str, tensor: Tensor, like: Tensor) -> None:
+def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
+    """Raise RuntimeError unless both tensors are on one device."""
     if tensor.device != like.device:
         raise RuntimeError(f"{name}: got device {tensor.device}, expected {like.device}, that of the other tensors")
 
 
-def check_range(target: Tensor, classes: int, ignore_index: int) -> None:
-    """Raise IndexError for a target that is neither a class nor ignored; the compiled operators do it themselves."""
-    bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
+def check_range(target: Tensor, classes: int, ignore_index: int | None) -> None:
+    """Raise IndexError for a target that is neither a class nor ignored; the operator of the loss does it itself."""
+    target = target.flatten()
+    bad = (target < 0) | (target >= classes)
+    ignored = ""
+    if ignore_index is not None:
+        bad &= target != ignore_index
+        ignored = f" or ignore_index ({ignore_index})"
     if target.device.type != "cpu" or torch.compiler.is_compiling():
-        torch._assert_async(~bad.any(), "target: a value is neither a class nor ignore_index")
+        torch._assert_async(~bad.any(), f"target: a value is not a class in [0, {classes}){ignored}")
     elif bad.any():
         row = int(bad.nonzero()[0])
         raise IndexError(
             f"target: value {int(target[row])} at row {row} is out of range, "
-            f"expected a class in [0, {classes}) or ignore_index ({ignore_index})"
+            f"expected a class in [0, {classes}){ignored}"
         )
 
 
@@ -308,7 +310,8 @@ def _check_tensor(name: str, value: Tensor) -> None:
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _check_floating(name: str, value: Tensor) -> None:
+def check_floating(name: str, value: Tensor) -> None:
+    """Raise TypeError or RuntimeError unless `value` is a dense floating tensor."""
     _check_tensor(name, value)
     if value.dtype not in _FLOATING:
         raise RuntimeError(

@@ -1,7 +1,6 @@
 """The criterion: centroids, the running centre, prediction."""
 
 from collections.abc import Iterable
-from numbers import Real
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ class NCMILoss(nn.Module):
         separation: "sample_to_centroid" or "centroid_to_sample".
         ratio: "batch" or "sample".
         learn_centroids: whether `centroid_logits` requires a gradient. Fixed centroids cost nothing: what the
-            loss needs of them is computed once.
+            loss needs of them is computed once (again after a change, or a call of `train` or `eval`).
         weight: [C] class weights, or None.
         ignore_index: samples with this target count for nothing, in the centre too.
         reduction: "mean", and for ratio "sample" also "sum" and "none".
@@ -69,6 +68,7 @@ class NCMILoss(nn.Module):
     num_batches_tracked: Tensor
     weight: Tensor | None
     class_means: Tensor | None
+    center_momentum: float | None
 
     def __init__(
         self,
@@ -91,19 +91,24 @@ class NCMILoss(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.options = Options(
-            temperature, l2_normalize, activation, separation, ratio, ignore_index, reduction, eps
-        )
+        self.options = Options(temperature, l2_normalize, activation, separation, ratio, ignore_index, reduction, eps)
         functional.warn_if_degenerate(self.options)
         self.num_classes = _check_count("num_classes", num_classes)
         self.feature_dim = num_classes if feature_dim is None else _check_count("feature_dim", feature_dim)
-        if center_momentum is not None and not (isinstance(center_momentum, Real) and 0 <= center_momentum <= 1):
-            raise ValueError(f"center_momentum: got {center_momentum!r}, expected a number in [0, 1] or None")
+        if center_momentum is not None:
+            if not isinstance(center_momentum, (int, float)) or isinstance(center_momentum, bool):
+                raise TypeError(f"center_momentum: got {center_momentum!r}, expected a number in [0, 1] or None")
+            if not 0 <= center_momentum <= 1:
+                raise ValueError(f"center_momentum: got {center_momentum!r}, expected a number in [0, 1] or None")
         self.center_momentum = center_momentum
+        if not isinstance(learn_centroids, bool):
+            raise TypeError(f"learn_centroids: got {learn_centroids!r}, expected True or False")
         if backend is not None:
             check_choice("backend", backend, _backends.BACKENDS)
         self.backend = backend
         dtype = torch.get_default_dtype() if dtype is None else dtype
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype: got {dtype!r}, expected a floating torch.dtype")
         if not dtype.is_floating_point:
             raise ValueError(f"dtype: got {dtype}, expected a floating dtype")
 
@@ -112,11 +117,12 @@ class NCMILoss(nn.Module):
         self.register_buffer("center", torch.zeros(self.feature_dim, device=device, dtype=dtype))
         self.register_buffer("num_batches_tracked", torch.zeros((), device=device, dtype=torch.int64))
         if weight is not None:
-            if not isinstance(weight, Tensor):
-                raise TypeError(f"weight: got {type(weight).__name__}, expected a torch.Tensor")
+            functional.check_floating("weight", weight)
             if weight.shape != (self.num_classes,):
                 raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected ({self.num_classes},)")
-            weight = weight.detach().to(device=device, dtype=dtype, copy=True)
+            if weight.is_meta:  # nothing to copy from
+                functional.check_device("weight", weight, self.center)
+            weight = weight.detach().to(device=self.center.device, dtype=dtype, copy=True)
         self.register_buffer("weight", weight)
         self.register_buffer("class_means", None)
         self._stats_cache: tuple[Any, ...] | None = None
@@ -140,9 +146,7 @@ class NCMILoss(nn.Module):
         functional.check_batch(input, target, logits)
         center, update = self._center(input, target)
         stats = None if logits.requires_grad else self._fixed_stats(logits, input)
-        return functional.loss(
-            input, target, logits, center, self.weight, self.options, self.backend, stats, update
-        )
+        return functional.loss(input, target, logits, center, self.weight, self.options, self.backend, stats, update)
 
     def centroids(self) -> Tensor:
         """The centroids [C, M] as distributions: each row sums to one. Differentiable."""
@@ -163,17 +167,28 @@ class NCMILoss(nn.Module):
         Raises:
             RuntimeError: class means asked for before they were fitted.
         """
-        log_p, log_q = self._log_probabilities(features), self._log_centroids(class_means)
-        p, log_q = log_p.exp().to(log_q.dtype), log_q.to(log_p.dtype)
-        common = _common(log_q)
-        return p @ (log_q - common).T + (p @ common)[:, None]
+        relative, common = self._relative_scores(features, class_means)
+        return relative + common[:, None]
 
     @torch.no_grad()
     def predict(self, features: Tensor, *, class_means: bool = False) -> Tensor:
         """The class [B] of the highest score for each of features [B, M]; arguments as for `scores`."""
+        return self._relative_scores(features, class_means)[0].argmax(dim=1)
+
+    def _relative_scores(self, features: Tensor, class_means: bool) -> tuple[Tensor, Tensor]:
+        """Scores [B, C] less what all classes of a sample share, and that [B].
+
+        The differences between classes may be small beside the scores; adding what they share would round them.
+        """
         log_q = self._log_centroids(class_means)
-        # What all classes have in common is left out here: the differences of the scores may be small beside it.
-        return (self._log_probabilities(features).exp() @ (log_q - _common(log_q)).T).argmax(dim=1)
+        log_p = self._log_probabilities(features)
+        missing = log_q[:, 0].isneginf()
+        log_q = log_q.masked_fill(missing[:, None], 0).to(torch.promote_types(log_p.dtype, log_q.dtype))
+        p = log_p.to(log_q.dtype).exp()
+        shared = log_q.sum(dim=0) / (~missing).sum().clamp(min=1)
+        with reference.no_autocast(features.device):
+            relative = p @ (log_q - shared).T
+            return relative.masked_fill(missing, -torch.inf), p @ shared
 
     @torch.no_grad()
     def fit_class_means(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
@@ -191,6 +206,8 @@ class NCMILoss(nn.Module):
         count = torch.zeros(self.num_classes, device=total.device, dtype=torch.float64)
         for features, target in batches:
             functional.check_batch(features, target, self.centroid_logits)
+            if features.dim() != 2:
+                raise ValueError(f"features: got shape {tuple(features.shape)}, expected [B, {self.feature_dim}]")
             functional.check_range(target, self.num_classes, self.options.ignore_index)
             kept = target != self.options.ignore_index
             p = self._log_probabilities(features[kept]).exp().to(total.dtype)
@@ -215,13 +232,19 @@ class NCMILoss(nn.Module):
     # --------------------------------------------------------------------------------------------------------
 
     def _log_probabilities(self, features: Tensor) -> Tensor:
+        functional.check_floating("features", features)
+        functional.check_device("features", features, self.centroid_logits)
         if features.dim() != 2 or features.shape[1] != self.feature_dim:
             raise ValueError(f"features: got shape {tuple(features.shape)}, expected [B, {self.feature_dim}]")
         dtype = torch.promote_types(torch.promote_types(features.dtype, self.centroid_logits.dtype), torch.float32)
         center = None if self.center_momentum is None else self.center.to(dtype)
-        with torch.autocast(features.device.type, enabled=False):
+        with reference.no_autocast(features.device):
             return reference.log_probabilities(
-                features.to(dtype), center, self.options.temperature, self.options.l2_normalize, self.options.activation
+                features.to(dtype),
+                center,
+                self.options.temperature,
+                self.options.l2_normalize,
+                self.options.activation,
             )
 
     def _log_centroids(self, class_means: bool) -> Tensor:
@@ -241,12 +264,14 @@ class NCMILoss(nn.Module):
         center = self.center
         if not self.training:
             return center, None
+        backend = _backends.resolve(self.backend, input)  # raises before anything has moved
         dtype = center.dtype
         if (
-            (dtype == torch.float32 or dtype == torch.float64)
+            backend != "reference"
+            and (dtype == torch.float32 or dtype == torch.float64)
             and dtype == self.centroid_logits.dtype
             and (input.dtype != torch.float64 or dtype == torch.float64)
-            and _backends.resolve(self.backend, input) != "reference"
+            and center.is_contiguous()
         ):
             update = (self.num_batches_tracked, self.center_momentum, self.num_classes)
             if not torch.compiler.is_compiling():
@@ -261,12 +286,11 @@ class NCMILoss(nn.Module):
         assert self.center_momentum is not None
         functional.check_range(classes, self.num_classes, self.options.ignore_index)
         kept = (classes != self.options.ignore_index)[:, None]
-        wide = torch.promote_types(self.center.dtype, torch.float32)
         mean = torch.where(kept, rows, 0).sum(dim=0, dtype=torch.float64) / kept.sum()
         moved = self.center_momentum * self.center.double() + (1 - self.center_momentum) * mean
-        moved = torch.where(self.num_batches_tracked == 0, mean, moved)
-        usable = mean.isfinite().all()
-        self.center.copy_(torch.where(usable, moved, self.center.double()).to(wide))
+        moved = torch.where(self.num_batches_tracked == 0, mean, moved).to(self.center.dtype)
+        usable = moved.isfinite().all()
+        self.center.copy_(torch.where(usable, moved, self.center))
         self.num_batches_tracked.add_(usable)
         return self.center.clone()
 
@@ -274,7 +298,8 @@ class NCMILoss(nn.Module):
         """The cached statistics of fixed centroids; None where they have to be computed.
 
         Keyed on the tensor, its memory (kept alive, so no other tensor can get the address) and its version
-        counter, which every in-place operation, optimiser step and load_state_dict moves.
+        counter, which every in-place operation, optimiser step and load_state_dict moves. Writing through `.data`
+        or NumPy moves no counter, here as in autograd; `train()` and `eval()` drop the cache for that.
         """
         if (
             torch.compiler.is_compiling()
@@ -286,12 +311,24 @@ class NCMILoss(nn.Module):
         ):
             return None
         options = self.options
-        key = (logits._version, logits.data_ptr(), logits.shape, options.activation, options.separation)
+        key = (
+            logits._version,
+            logits.data_ptr(),
+            logits.dtype,
+            logits.stride(),
+            options.softmax,
+            options.centroid_to_sample,
+        )
         cache = self._stats_cache
         if cache is None or cache[0] is not logits or cache[1] != key:
             stats = _ops.centroid_stats(logits, options)
             cache = self._stats_cache = (logits, key, logits.detach(), stats)
         return cache[3]
+
+    def train(self, mode: bool = True) -> "NCMILoss":
+        """As `nn.Module.train`; also forgets what was computed of fixed centroids."""
+        self._stats_cache = None
+        return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_stats_cache": None}
@@ -299,7 +336,9 @@ class NCMILoss(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # class_means is there only once fitted, on either side.
         saved = state_dict.get(prefix + "class_means")
-        self.class_means = None if saved is None else torch.empty_like(saved, device=self.center.device)
+        self.class_means = (
+            None if saved is None else torch.empty_like(saved, device=self.center.device, dtype=self.center.dtype)
+        )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -325,9 +364,3 @@ def _check_count(name: str, value: int) -> int:
     if value < 2:
         raise ValueError(f"{name}: got {value!r}, expected an integer >= 2")
     return value
-
-
-def _common(log_q: Tensor) -> Tensor:
-    """The mean of log q over the classes that are present [M]: shared by all scores of a sample."""
-    present = log_q.isfinite().all(dim=1)
-    return torch.where(present[:, None], log_q, 0).sum(dim=0) / present.sum().clamp(min=1)

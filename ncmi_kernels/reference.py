@@ -5,6 +5,8 @@ kernels exist to avoid. :func:`collapsed_terms` is the same arithmetic without i
 floating dtype, and differentiate as often as torch does; half-precision input is computed in float32.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,6 +40,13 @@ def log_probabilities(
     if l2_normalize:
         x = F.normalize(x, dim=-1, eps=1e-12)
     return log_activation(x / temperature, activation) + poison
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Autocast off, on the devices that have it."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -75,8 +84,8 @@ def literal_terms(log_p: Tensor, target: Tensor, log_q: Tensor, separation: str)
 def collapsed_terms(log_p: Tensor, target: Tensor, log_q: Tensor, separation: str) -> tuple[Tensor, Tensor]:
     """:func:`literal_terms` in O((B + C) M): the sums over samples and classes factorise.
 
-        sample_to_centroid: G_i = sum_k p_k (log p_k - mean_c log q_ck) - A_i / C
-        centroid_to_sample: G_i = mean_c sum_k q_ck log q_ck - sum_k mean_c q_ck log p_k - KL(q_{y_i} || p_i) / C
+    sample_to_centroid: G_i = sum_k p_k (log p_k - mean_c log q_ck) - A_i / C
+    centroid_to_sample: G_i = mean_c sum_k q_ck log q_ck - sum_k mean_c q_ck log p_k - KL(q_{y_i} || p_i) / C
     """
     own_log_q = log_q[target]
     concentration = kl_divergence(log_p, own_log_q)
@@ -99,7 +108,7 @@ def terms(
 ) -> tuple[Tensor, Tensor]:
     """Concentration A [B] and separation G [B] from features [B, M] and centroid logits [C, M]."""
     dtype = torch.promote_types(torch.promote_types(input.dtype, centroid_logits.dtype), torch.float32)
-    with torch.autocast(input.device.type, enabled=False):
+    with no_autocast(input.device):
         log_p = log_probabilities(
             input.to(dtype),
             None if center is None else center.to(dtype),

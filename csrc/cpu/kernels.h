@@ -44,6 +44,7 @@ struct Centroids {
   const T* reference;       // [2, M] see centroid_columns
   const double* log_norm;   // [C] log sum_k a(xi_c)_k, shifted
   const double* shift;      // [C] what log a(xi_c) was shifted by; 0 but for softmax and rows that underflow
+  const double* kind;       // [C] how the centroid was activated (kernels_impl.h)
   double weight_sum;         // sum_k q_mean_k as rounded (1 for sample_to_centroid)
   double weighted_log_norm;  // the mean log_norm, weighted as `reference` is, less what rounding that lost
 };
@@ -96,6 +97,7 @@ struct CentroidStatsArgs {
   T* activation;          // [C, M] or null
   double* log_norm;       // [C]
   double* shift;          // [C]
+  double* kind;           // [C]
   T* reference;           // [2, M]
   double* residual;           // [M] workspace: what rounding `reference` lost
   double* weighted_log_norm;  // [M] workspace: q_mean_k times the mean log_norm under it; centroid_to_sample only
@@ -114,7 +116,6 @@ template <class T>
 struct CentroidGradArgs {
   Matrix input;                      // [B, M]
   const T* center;                   // [M] or null
-  bool softmax;
   Centroids<T> centroids;
   Matrix logits;                     // [C, M] xi
   const RowStats* rows;              // [B]

@@ -256,6 +256,13 @@ NCMI_INLINE auto with_kind(Kind kind, const F& f) {
   return f.template operator()<Kind::kNsf>();
 }
 
+// The kind to try for a row with |f| up to `reach`; kNsf becomes kNsfShifted where its sum underflows.
+Kind first_kind(bool is_softmax, double reach, size_t size_of_type) {
+  if (is_softmax) return Kind::kSoftmax;
+  if (size_of_type > sizeof(float) || !(reach <= kNear)) return Kind::kNsf;
+  return reach <= kNearest ? Kind::kNsfNearest : Kind::kNsfNear;
+}
+
 template <class T>
 T scaled_max(const T* x, int64_t n, T scale) {
   T largest = x[0];
@@ -407,29 +414,14 @@ __attribute__((noinline)) RowSums sum_row(const Row<T>& row, int64_t n, double s
 // The activation that the row needs, and its sums under it.
 template <bool centroid_to_sample, class T>
 RowSums sum_row_stable(const Row<T>& row, int64_t n, double scale, T largest, bool is_softmax, Kind* kind, T* shift) {
-  *shift = T(0);
-  if (is_softmax) {
-    *kind = Kind::kSoftmax;
-    *shift = scaled_max(row.x, n, T(scale));
-    return sum_row<Kind::kSoftmax, centroid_to_sample>(row, n, scale, *shift);
-  }
-  if constexpr (sizeof(T) == sizeof(float)) {
-    const double reach = double(largest) * scale;
-    if (reach <= kNearest) {
-      *kind = Kind::kNsfNearest;
-      return sum_row<Kind::kNsfNearest, centroid_to_sample>(row, n, scale, T(0));
-    }
-    if (reach <= kNear) {
-      *kind = Kind::kNsfNear;
-      return sum_row<Kind::kNsfNear, centroid_to_sample>(row, n, scale, T(0));
-    }
-  }
-  *kind = Kind::kNsf;
-  const RowSums sums = sum_row<Kind::kNsf, centroid_to_sample>(row, n, scale, T(0));
-  if (sums.norm > double(smallest_plain_sum<T>())) return sums;
+  *kind = first_kind(is_softmax, double(largest) * scale, sizeof(T));
+  *shift = is_softmax ? scaled_max(row.x, n, T(scale)) : T(0);
+  const auto sum_as = [&]<Kind as>() { return sum_row<as, centroid_to_sample>(row, n, scale, *shift); };
+  const RowSums sums = with_kind<T>(*kind, sum_as);
+  if (*kind != Kind::kNsf || sums.norm > double(smallest_plain_sum<T>())) return sums;
   *kind = Kind::kNsfShifted;
   *shift = scaled_max(row.x, n, T(scale));
-  return sum_row<Kind::kNsfShifted, centroid_to_sample>(row, n, scale, *shift);
+  return with_kind<T>(*kind, sum_as);
 }
 
 template <bool centroid_to_sample, class T>
@@ -631,12 +623,20 @@ void input_grad(const InputGradArgs<double>& args, int64_t row_begin, int64_t ro
 
 template <Kind kind, bool with_value, class T>
 double activate_row(const T* __restrict x, int64_t n, T shift, T* __restrict value, T* __restrict log) {
-  Lanes<double> norm;
+  Lanes<double> norm;  // near: of the excess
+  const T s = argument_scale<kind, T>(1.0);
   const auto take = [&](int64_t k, int64_t j) __attribute__((always_inline)) {
-    const Activation<T> a = activate<kind>(x[k], shift);
-    norm.lane[j] += double(a.value);
-    if constexpr (with_value) value[k] = a.value;
-    log[k] = a.log;
+    if constexpr (is_near(kind)) {
+      const NearActivation a = near<kind>(x[k] * s);
+      norm.lane[j] += double(a.excess);
+      if constexpr (with_value) value[k] = T(0.5) + T(0.5) * a.excess;
+      log[k] = a.log;
+    } else {
+      const Activation<T> a = activate<kind>(x[k] * s, shift);
+      norm.lane[j] += double(a.value);
+      if constexpr (with_value) value[k] = a.value;
+      log[k] = a.log;
+    }
   };
   const int64_t whole = n / kLanes<T> * kLanes<T>;
   for_stretches<kLanes<T>>(0, whole, [&](int64_t k, int64_t m) __attribute__((always_inline)) {
@@ -644,7 +644,7 @@ double activate_row(const T* __restrict x, int64_t n, T shift, T* __restrict val
     for (int64_t j = 0; j < m; ++j) take(k + j, j);
   });
   for (int64_t k = whole; k < n; ++k) take(k, k - whole);
-  return norm.total();
+  return is_near(kind) ? 0.5 * (double(n) + norm.total()) : norm.total();
 }
 
 template <bool with_value, class T>
@@ -654,20 +654,18 @@ void centroid_rows_range(const CentroidStatsArgs<T>& args, int64_t class_begin, 
     T* value = with_value ? args.activation + c * n : nullptr;
     T* log = args.log_activation + c * n;
     const Size<T> size = load(args.logits, c, 0, n, static_cast<const T*>(nullptr), x);
-    double norm;
-    T shift = T(0);
-    if (args.softmax) {
+    Kind kind = first_kind(args.softmax, double(size.largest), sizeof(T));
+    T shift = kind == Kind::kSoftmax ? scaled_max(x, n, T(1)) : T(0);
+    const auto activate_as = [&]<Kind as>() { return activate_row<as, with_value>(x, n, shift, value, log); };
+    double norm = with_kind<T>(kind, activate_as);
+    if (kind == Kind::kNsf && !(norm > double(smallest_plain_sum<T>()))) {
+      kind = Kind::kNsfShifted;
       shift = scaled_max(x, n, T(1));
-      norm = activate_row<Kind::kSoftmax, with_value>(x, n, shift, value, log);
-    } else {
-      norm = activate_row<Kind::kNsf, with_value>(x, n, shift, value, log);
-      if (!(norm > double(smallest_plain_sum<T>()))) {
-        shift = scaled_max(x, n, T(1));
-        norm = activate_row<Kind::kNsfShifted, with_value>(x, n, shift, value, log);
-      }
+      norm = with_kind<T>(kind, activate_as);
     }
     args.log_norm[c] = ::log(norm + double(poison(x, n, size.squares)));
     args.shift[c] = double(shift);
+    args.kind[c] = double(kind);
   }
 }
 
@@ -723,10 +721,6 @@ void centroid_columns(const CentroidStatsArgs<T>& args, int64_t column_begin, in
 // Centroid gradient. First by column blocks, where each owner adds the rows of a class in order; then by class.
 // Sums of p and of log p are double: the gradient is their difference from q and log q, which may be near.
 // -------------------------------------------------------------------------------------------------------------
-
-Kind kind_of_centroid(bool is_softmax, double shift) {
-  return is_softmax ? Kind::kSoftmax : shift != 0 ? Kind::kNsfShifted : Kind::kNsf;
-}
 
 // The sums of one owner of columns. Rows near the centre of the sigmoid, p = (1 + t) / 2 S, are summed as t in T: t is
 // small, and so is its rounding. All others are summed in double.
@@ -797,9 +791,10 @@ struct FinishClass {
     const T* __restrict own_excess = sums.own_excess;
     const double* __restrict own = sums.own;
     const double* __restrict own_log = sums.own_log;
+    const T s = argument_scale<kind, T>(1.0);
     NCMI_SIMD()
     for (int64_t k = 0; k < n; ++k) {
-      const Activation<T> a = activate<kind>(x[k], shift);
+      const Activation<T> a = activate<kind>(x[k] * s, shift);
       const double p_sum = own[k] + (excess_base + double(own_excess[k]));
       grad[k] = T(p_sum - own_factor_sum * (double(a.value) * inverse_norm));
       if constexpr (centroid_to_sample)
@@ -850,7 +845,7 @@ void centroid_sums_range(const CentroidGradArgs<T>& args, int64_t column_begin, 
         continue;
       }
       load(args.logits, c, begin, n, static_cast<const T*>(nullptr), sums.x);
-      with_kind<T>(kind_of_centroid(args.softmax, q.shift[c]),
+      with_kind<T>(Kind(int(q.kind[c])),
                    FinishClass<centroid_to_sample, T>{
                        sums, n, T(q.shift[c]), exp(-q.log_norm[c]), of_class.excess_base, of_class.own_factor,
                        of_class.separation_grad, grad,
@@ -909,9 +904,10 @@ struct GradFromSample {
     const double own_factor = own == Own::kExcess ? of_class.own_factor : 0;
     const double base = own == Own::kExcess ? of_class.excess_base : 0;
     const double q_factor = (own_factor + inverse_classes * separation_grad_sum) * inverse_norm;
+    const T s = argument_scale<kind, T>(1.0);
     NCMI_SIMD()
     for (int64_t k = 0; k < n; ++k) {
-      const Activation<T> a = activate<kind>(x[k], shift);
+      const Activation<T> a = activate<kind>(x[k] * s, shift);
       const double all = (base + inverse_classes * totals[k]) - q_factor * double(a.value);
       grad[k] = -a.slope * T(own == Own::kNothing ? all : all + double(grad[k]));
     }
@@ -940,13 +936,14 @@ struct GradFromCentroid {
 
   template <Kind kind>
   void operator()() const {
+    const T argument = argument_scale<kind, T>(1.0);
     Lanes<double> sum;
     for (int64_t begin = 0; begin < n; begin += kWide) {
       const int64_t m = min(kWide, n - begin);
       NCMI_SIMD()
       for (int64_t j = 0; j < m; ++j) {
         const int64_t k = begin + j;
-        const Activation<T> a = activate<kind>(x[k], shift);
+        const Activation<T> a = activate<kind>(x[k] * argument, shift);
         const double s =
             separation_grad_sum * double(a.log) - totals[k] + (has_rows ? double(own_separation[k]) : 0);
         sum.lane[j] += double(a.value) * inverse_norm * s;
@@ -955,7 +952,7 @@ struct GradFromCentroid {
     const double mean = sum.total();
     NCMI_SIMD()
     for (int64_t k = 0; k < n; ++k) {
-      const Activation<T> a = activate<kind>(x[k], shift);
+      const Activation<T> a = activate<kind>(x[k] * argument, shift);
       const double s = separation_grad_sum * double(a.log) - totals[k] + (has_rows ? double(own_separation[k]) : 0);
       const double q = double(a.value) * inverse_norm;
       grad[k] = T(double(a.slope) * (inverse_classes * q * (s - mean) - (has_rows ? double(grad[k]) : 0)));
@@ -970,7 +967,7 @@ void centroid_grad(const CentroidGradArgs<T>& args, int64_t class_begin, int64_t
   const double inverse_classes = 1.0 / double(q.classes);
   for (int64_t c = class_begin; c < class_end; ++c) {
     const ClassSums& of_class = args.class_sums[c];
-    const Kind kind = kind_of_centroid(args.softmax, q.shift[c]);
+    const Kind kind = Kind(int(q.kind[c]));
     const double inverse_norm = exp(-q.log_norm[c]);
     T* grad = args.grad + c * n;
     load(args.logits, c, 0, n, static_cast<const T*>(nullptr), x);

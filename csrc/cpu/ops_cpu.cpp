@@ -184,7 +184,7 @@ Centroids<T> centroids(const Tensor& log_activation, const Tensor& activation, c
                        const Tensor& norms, bool centroid_to_sample) {
   STD_TORCH_CHECK(log_activation.dim() == 2, "ncmi_kernels: log_activation must have 2 dimensions");
   const int64_t classes = log_activation.size(0), columns = log_activation.size(1);
-  const double* n = data<double>(norms, "norms", {2 * classes + 2});
+  const double* n = data<double>(norms, "norms", {3 * classes + 2});
   return {classes,
           columns,
           centroid_to_sample,
@@ -193,8 +193,9 @@ Centroids<T> centroids(const Tensor& log_activation, const Tensor& activation, c
           data<T>(reference, "reference", {2, columns}),
           n,
           n + classes,
-          n[2 * classes],
-          n[2 * classes + 1]};
+          n + 2 * classes,
+          n[3 * classes],
+          n[3 * classes + 1]};
 }
 
 const RowStats* row_stats_of(const Tensor& t, int64_t rows) {
@@ -211,7 +212,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_stats(const Tensor& logits, 
     Tensor log_activation = empty({classes, columns}, dtype);
     Tensor activation = empty({centroid_to_sample ? classes : 0, columns}, dtype);
     Tensor reference = empty({2, columns}, dtype);
-    Tensor norms = empty({2 * classes + 2}, ScalarType::Double);
+    Tensor norms = empty({3 * classes + 2}, ScalarType::Double);
     std::vector<double> workspace(2 * columns);
     double* n = output<double>(norms);
     const CentroidStatsArgs<T> args{xi,
@@ -223,6 +224,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_stats(const Tensor& logits, 
                                     centroid_to_sample ? output<T>(activation) : nullptr,
                                     n,
                                     n + classes,
+                                    n + 2 * classes,
                                     output<T>(reference),
                                     workspace.data(),
                                     workspace.data() + columns};
@@ -256,8 +258,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_stats(const Tensor& logits, 
       lost /= total;
       constant = std::accumulate(args.log_norm, args.log_norm + classes, 0.0) / double(classes);
     }
-    n[2 * classes] = weight_sum;
-    n[2 * classes + 1] = constant - lost;
+    n[3 * classes] = weight_sum;
+    n[3 * classes + 1] = constant - lost;
     return std::make_tuple(log_activation, activation, reference, norms);
   });
 }
@@ -413,8 +415,8 @@ Tensor input_grad(const Tensor& input, const Tensor& target, const std::optional
 Tensor centroid_grad(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
                      const Tensor& centroid_logits, const Tensor& log_activation, const Tensor& activation,
                      const Tensor& reference, const Tensor& norms, const Tensor& row_stats,
-                     const Tensor& coefficients, const std::optional<Tensor>& upstream, bool softmax,
-                     bool centroid_to_sample, int64_t ignore_index) {
+                     const Tensor& coefficients, const std::optional<Tensor>& upstream, bool centroid_to_sample,
+                     int64_t ignore_index) {
   const Matrix z = matrix(input, "input"), xi = matrix(centroid_logits, "centroid_logits");
   const int64_t rows = input.size(0);
   Tensor grad = empty({centroid_logits.size(0), centroid_logits.size(1)}, centroid_logits.scalar_type());
@@ -447,7 +449,6 @@ Tensor centroid_grad(const Tensor& input, const Tensor& target, const std::optio
     std::vector<ClassSums> class_sums(q.classes);
     const CentroidGradArgs<T> args{z,
                                    data<T>(center, "center", {q.columns}),
-                                   softmax,
                                    q,
                                    xi,
                                    row_stats_of(row_stats, rows),
@@ -487,22 +488,25 @@ Tensor update_center_(const Tensor& center, const Tensor& num_batches_tracked, c
                     "ncmi_kernels: float64 input needs a float64 center");
     T* c = const_cast<T*>(data<T>(center, "center", {columns}));
     int64_t* batches = const_cast<int64_t*>(data<int64_t>(num_batches_tracked, "num_batches_tracked", {}));
-    std::vector<double> mean(columns);
+    std::vector<double> sums(columns);
     parallel_columns(columns, rows, [&](int64_t begin, int64_t end) {
-      kernels_for<T>().column_sums(z, y, rows, begin, end, mean.data());
+      kernels_for<T>().column_sums(z, y, rows, begin, end, sums.data());
     });
+    // A batch without rows says nothing, and one NaN, or a mean beyond T, must not stay in the centre for good.
+    const double keep = *batches == 0 ? 0.0 : momentum;
+    T* moved = output<T>(copy);
     bool finite = count > 0;
-    for (double& m : mean) {
-      m /= double(count);
-      finite = finite && std::isfinite(m);
+    for (int64_t k = 0; k < columns; ++k) {
+      const double mean = sums[k] / double(count);
+      moved[k] = T(keep == 0 ? mean : keep * double(c[k]) + (1 - keep) * mean);
+      finite = finite && std::isfinite(moved[k]);
     }
-    // A batch without rows says nothing, and one NaN must not stay in the centre for good.
     if (finite) {
-      const double keep = *batches == 0 ? 0.0 : momentum;
-      for (int64_t k = 0; k < columns; ++k) c[k] = T(keep == 0 ? mean[k] : keep * double(c[k]) + (1 - keep) * mean[k]);
+      std::copy(moved, moved + columns, c);
       ++*batches;
+    } else {
+      std::copy(c, c + columns, moved);
     }
-    std::copy(c, c + columns, output<T>(copy));
   });
   return copy;
 }

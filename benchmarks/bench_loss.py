@@ -1,0 +1,480 @@
+"""Time and memory of the NCMI loss on the CPU, beside cross-entropy and the same loss in plain PyTorch.
+
+    python benchmarks/bench_loss.py [--csv FILE] [--threads 1 2] [--shapes 256x1000x1000 ...] [--quick]
+
+What is measured is in cases.py. All numbers are float32.
+
+Time. The implementations run interleaved in one process: a round is one step of each in random order, so that
+none always inherits the caches and the heap of the same neighbour. Slow ones sit out rounds while they have
+used more than their share of the time. A step starts with no gradients allocated, and is one of
+- forward: the training forward, the graph kept;
+- forward+backward: the same step to the end, the graph freed;
+- no-grad forward: the same criterion, still in training mode, under torch.no_grad().
+Steps that compile or load code, and a few rounds more, are thrown away. Reported are the median and the 20th
+and 80th percentile. `ratio_to_cross_entropy` is the median over the rounds of the quotient with the
+cross_entropy step of the same round. The quotient of the two medians would compare steps from different
+moments; on a machine whose speed drifts (neighbours, clock frequency) the halves of a pair drift together.
+
+The allocator keeps its defaults, as it does for users. glibc hands large freed blocks back to the system, and
+touching new pages may then cost more than the arithmetic; so the minor page faults of a step are reported
+(their mean). glibc raises its threshold for that to the largest block freed so far, up to 32 MiB. The
+implementations share one such state, as the parts of a training program do; alone in a process, one may fault
+more.
+
+Memory. `peak_extra_bytes` is what the first forward+backward step of a fresh criterion has allocated at once,
+at most, on top of what was there before it: gradients, what the graph keeps, temporaries, and what NCMILoss
+caches of fixed centroids. `later_peak_extra_bytes` is the same for its second step. glibc is asked, so blocks
+of ATen and the malloc of any library count alike: in a process of its own, malloc maps every block of 16 KiB
+or more separately and keeps the high-water mark of the mapped bytes (smaller blocks do not count). The
+kernel's mark of the resident set would be off by hundreds of KiB, as Linux counts pages by CPU, in batches;
+torch.profiler does not see malloc. Code was loaded and compiled, and threads were started, by a step of
+another criterion. Needs Linux with glibc 2.33; empty elsewhere.
+"""
+
+import argparse
+import csv
+import ctypes
+import gc
+import os
+import platform
+import random
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime, timezone
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from cases import CROSS_ENTROPY, DTYPE, IMPLEMENTATIONS, SHAPES, Implementation, Shape, batch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import ncmi_kernels
+
+FORWARD, FULL, NO_GRAD = "forward", "forward+backward", "no-grad forward"
+MODES = (FORWARD, FULL, NO_GRAD)
+
+WARM_UP_ROUNDS = 3
+MIN_ROUNDS = 5
+MAX_ROUNDS = 2000
+QUICK_LITERAL_BYTES = 2**28
+
+LIBC = ctypes.CDLL(None)
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # malloc.h
+MAPPED_FROM = 16 * 1024
+MAX_CHUNKS = 20_000
+
+
+class Sample(NamedTuple):
+    """One step in one mode."""
+
+    microseconds: float
+    faults: int
+
+
+@dataclass
+class Row:
+    """A row of the CSV file: one implementation in one mode at one shape."""
+
+    device: str
+    torch: str
+    ncmi_kernels: str
+    cpu_capability: str
+    date: str
+    B: int
+    C: int
+    M: int
+    dtype: str
+    threads: int
+    implementation: str
+    mode: str
+    repetitions: int = 0
+    median_us: float | None = None
+    p20_us: float | None = None
+    p80_us: float | None = None
+    ratio_to_cross_entropy: float | None = None
+    peak_extra_bytes: int | None = None
+    later_peak_extra_bytes: int | None = None
+    minor_faults_per_step: float | None = None
+    note: str = ""
+
+
+COLUMNS = [column.name for column in fields(Row)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Steps
+# ------------------------------------------------------------------------------------------------------------
+
+
+def forget_gradients(criterion: nn.Module, z: Tensor) -> None:
+    """Free every gradient of an earlier step."""
+    z.grad = None
+    criterion.zero_grad(set_to_none=True)
+
+
+def train_step(criterion: nn.Module, z: Tensor, y: Tensor) -> dict[str, Sample]:
+    """A forward and backward step; gives both training modes."""
+    forget_gradients(criterion, z)
+    before, start = _faults(), time.perf_counter_ns()
+    loss = criterion(z, y)
+    forward = time.perf_counter_ns() - start
+    middle, start = _faults(), time.perf_counter_ns()
+    loss.backward()
+    del loss
+    backward = time.perf_counter_ns() - start
+    after = _faults()
+    return {
+        FORWARD: Sample(forward / 1e3, middle - before),
+        FULL: Sample((forward + backward) / 1e3, after - before),
+    }
+
+
+def no_grad_step(criterion: nn.Module, z: Tensor, y: Tensor) -> dict[str, Sample]:
+    """A forward step without a graph."""
+    forget_gradients(criterion, z)
+    with torch.no_grad():
+        before, start = _faults(), time.perf_counter_ns()
+        loss = criterion(z, y)
+        del loss
+        forward = time.perf_counter_ns() - start
+        after = _faults()
+    return {NO_GRAD: Sample(forward / 1e3, after - before)}
+
+
+def _faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Memory
+# ------------------------------------------------------------------------------------------------------------
+
+
+def memory_worker() -> ProcessPoolExecutor:
+    """A process to run `peak_of` and `step_peaks` in."""
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_map_blocks_separately)
+
+
+def _map_blocks_separately() -> None:
+    if hasattr(LIBC, "mallinfo2"):
+        LIBC.mallopt(M_MMAP_THRESHOLD, MAPPED_FROM)
+        LIBC.mallopt(M_ARENA_MAX, 1)  # a thread's arena would come with room for some blocks
+
+
+class _MallInfo(ctypes.Structure):
+    """Struct mallinfo2 of malloc.h; hblkhd is the number of mapped bytes."""
+
+    _fields_ = (
+        *((f"other{index}", ctypes.c_size_t) for index in range(4)),
+        ("hblkhd", ctypes.c_size_t),
+        *((f"other{index}", ctypes.c_size_t) for index in range(4, 9)),
+    )
+
+
+def peak_of(function: Callable[[], object]) -> int | None:
+    """Bytes that `function` has allocated at once, at most; None if unknown. To be run by `memory_worker`."""
+    if not hasattr(LIBC, "mallinfo2"):
+        return None
+    LIBC.mallinfo2.restype = _MallInfo
+    LIBC.malloc.restype = ctypes.c_void_p
+    LIBC.malloc.argtypes = (ctypes.c_size_t,)
+    LIBC.free.argtypes = (ctypes.c_void_p,)
+    gc.collect()
+    # malloc prefers the free chunks of its heap to a mapping: use them up, until it maps a block.
+    mapped = LIBC.mallinfo2().hblkhd
+    for _ in range(MAX_CHUNKS):
+        block = LIBC.malloc(MAPPED_FROM)
+        if LIBC.mallinfo2().hblkhd > mapped:
+            LIBC.free(block)
+            break
+    else:
+        return None  # this malloc is not glibc's
+    # The mark cannot be set back, so what is allocated is brought up to it, by a block that is never touched.
+    ballast = LIBC.malloc(max(MAPPED_FROM, _most_mapped_bytes() - mapped))
+    if not ballast:
+        return None
+    before = LIBC.mallinfo2().hblkhd
+    function()
+    peak = _most_mapped_bytes() - before
+    LIBC.free(ballast)
+    return peak
+
+
+def _most_mapped_bytes() -> int:
+    """The high-water mark, which glibc gives only as text on stderr."""
+    with tempfile.TemporaryFile() as file:
+        stderr = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        LIBC.malloc_stats()
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        file.seek(0)
+        text = file.read().decode()
+    return int(text.split("max mmap bytes")[1].split()[1])
+
+
+def step_peaks(name: str, shape: Shape, threads: int) -> tuple[int | None, int | None]:
+    """What a fresh criterion's first and second step take at most; of a heavy one, only the first.
+
+    To be run by `memory_worker`.
+    """
+    torch.set_num_threads(threads)
+    torch.compiler.reset()
+    implementation = next(each for each in IMPLEMENTATIONS if each.name == name)
+    warm_shape = shape._replace(B=min(2, shape.B)) if implementation.heavy else shape
+    train_step(implementation.build(warm_shape), *batch(warm_shape))
+    criterion, (z, y) = implementation.build(shape), batch(shape)
+
+    def peak() -> int | None:
+        forget_gradients(criterion, z)
+        return peak_of(lambda: criterion(z, y).backward())
+
+    return peak(), None if implementation.heavy else peak()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One shape
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Measurement:
+    """What is known of one implementation at one shape."""
+
+    implementation: Implementation
+    criterion: nn.Module | None = None
+    note: str = ""
+    peaks: tuple[int | None, int | None] = (None, None)
+    spent: float = 0.0
+    samples: dict[str, list[Sample]] = field(default_factory=lambda: {mode: [] for mode in MODES})
+    ratios: dict[str, list[float]] = field(default_factory=lambda: {mode: [] for mode in MODES})
+
+
+def prepare(implementation: Implementation, shape: Shape, threads: int, worker: Executor) -> Measurement:
+    """Measure the memory of an implementation, then make and warm up a criterion to be timed."""
+    peaks = worker.submit(step_peaks, implementation.name, shape, threads).result()
+    criterion = implementation.build(shape)
+    if not implementation.heavy:
+        for step in (train_step, no_grad_step):
+            step(criterion, *batch(shape))
+    return Measurement(implementation, criterion, peaks=peaks)
+
+
+def run_rounds(measurements: Sequence[Measurement], z: Tensor, y: Tensor, deadline: float) -> None:
+    """Fill in the samples and ratios until the deadline, a reading of time.perf_counter."""
+    order = random.Random(0)
+    running = [measurement for measurement in measurements if measurement.criterion is not None]
+    began = time.perf_counter()
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(-WARM_UP_ROUNDS, MAX_ROUNDS):
+            now = time.perf_counter()
+            if number >= MIN_ROUNDS and now > deadline:
+                break
+            due = [
+                measurement
+                for measurement in running
+                if measurement.implementation.share == 1
+                or (number >= 0 and measurement.spent <= measurement.implementation.share * (now - began))
+            ]
+            results = _round(due, z, y, order)
+            if number >= 0:
+                _keep(due, results)
+    finally:
+        gc.enable()
+
+
+def _round(due: Sequence[Measurement], z: Tensor, y: Tensor, order: random.Random) -> list[dict[str, Sample]]:
+    """One step of each, trained and without gradients, in random order; one dict by mode for each."""
+    results: list[dict[str, Sample]] = [{} for _ in due]
+    steps = [(index, step) for index in range(len(due)) for step in (train_step, no_grad_step)]
+    order.shuffle(steps)
+    for index, step in steps:
+        measurement = due[index]
+        assert measurement.criterion is not None
+        start = time.perf_counter()
+        results[index].update(step(measurement.criterion, z, y))
+        measurement.spent += time.perf_counter() - start
+    return results
+
+
+def _keep(due: Sequence[Measurement], results: Sequence[dict[str, Sample]]) -> None:
+    price = next(
+        result for measurement, result in zip(due, results, strict=True) if measurement.implementation is CROSS_ENTROPY
+    )
+    for measurement, result in zip(due, results, strict=True):
+        for mode, sample in result.items():
+            measurement.samples[mode].append(sample)
+            measurement.ratios[mode].append(sample.microseconds / price[mode].microseconds)
+
+
+def measure(shape: Shape, threads: int, budget: float, worker: Executor, *, quick: bool = False) -> list[Row]:
+    """All implementations in all modes at one shape.
+
+    Args:
+        shape: B, C and M.
+        threads: for torch.set_num_threads.
+        budget: seconds, of which a third at least goes to the timed rounds.
+        worker: from `memory_worker`.
+        quick: leave the literal form out unless it is small.
+
+    Returns:
+        A row for each implementation and mode; one with a note and without numbers where it was left out.
+    """
+    start = time.perf_counter()
+    torch.set_num_threads(threads)
+    torch.compiler.reset()  # else earlier shapes count towards the limit on recompilations
+    z, y = batch(shape)
+    measurements = []
+    for implementation in IMPLEMENTATIONS:
+        note = implementation.obstacle(shape) or ""
+        if quick and implementation.heavy and shape.literal_bytes() > QUICK_LITERAL_BYTES:
+            note = "left out by --quick"
+        if note:
+            measurements.append(Measurement(implementation, note=note))
+        else:
+            measurements.append(prepare(implementation, shape, threads, worker))
+    run_rounds(measurements, z, y, max(start + budget, time.perf_counter() + budget / 3))
+    common = {**describe_machine(), **shape._asdict(), "threads": threads}
+    common["dtype"] = str(DTYPE).removeprefix("torch.")
+    return [Row(**common, **_summary(measurement, mode)) for measurement in measurements for mode in MODES]
+
+
+def _summary(measurement: Measurement, mode: str) -> dict[str, Any]:
+    summary: dict[str, Any] = {
+        "implementation": measurement.implementation.name,
+        "mode": mode,
+        "note": measurement.note,
+    }
+    samples = measurement.samples[mode]
+    if not samples:
+        return summary
+    levels = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    times = torch.tensor([sample.microseconds for sample in samples], dtype=torch.float64)
+    p20, median, p80 = times.quantile(levels).tolist()
+    ratios = torch.tensor(measurement.ratios[mode], dtype=torch.float64)
+    return summary | {
+        "repetitions": len(samples),
+        "median_us": round(median, 2),
+        "p20_us": round(p20, 2),
+        "p80_us": round(p80, 2),
+        "ratio_to_cross_entropy": round(ratios.quantile(0.5).item(), 4),
+        "peak_extra_bytes": measurement.peaks[0] if mode == FULL else None,
+        "later_peak_extra_bytes": measurement.peaks[1] if mode == FULL else None,
+        "minor_faults_per_step": round(sum(sample.faults for sample in samples) / len(samples), 1),
+    }
+
+
+def describe_machine() -> dict[str, Any]:
+    """What the numbers depend on, for the columns of the same names."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.open() if line.startswith("model name")]
+        model = names[0] if names else model
+    return {
+        "device": model,
+        "torch": torch.__version__,
+        "ncmi_kernels": ncmi_kernels.__version__,
+        "cpu_capability": torch.ops.ncmi_kernels.cpu_capability(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Output
+# ------------------------------------------------------------------------------------------------------------
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Write the rows under a header, replacing the file."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+TABLE_LINES = (
+    "forward, us",
+    "no-grad forward, us",
+    "forward+backward, us",
+    "  / cross_entropy",
+    "  peak extra, MiB",
+    "  page faults",
+)
+
+
+def make_table(rows: Sequence[Row]) -> Table:
+    """A table row for each shape and thread count, a column for each implementation."""
+    machine = rows[0]
+    title = f"{machine.device}, {machine.cpu_capability}, torch {machine.torch}, {machine.dtype}; medians"
+    table = Table(title=title, show_lines=True)
+    for name in ("B x C x M", "threads", ""):
+        table.add_column(name, no_wrap=True)
+    names = list(dict.fromkeys(row.implementation for row in rows))
+    for name in names:
+        table.add_column(name, justify="right", max_width=22)
+    found = {((row.B, row.C, row.M, row.threads), row.implementation, row.mode): row for row in rows}
+    for case in dict.fromkeys(key[0] for key in found):
+        cells = [_cell({mode: found[case, name, mode] for mode in MODES}) for name in names]
+        table.add_row(" x ".join(map(str, case[:3])), str(case[3]), "\n".join(TABLE_LINES), *cells)
+    return table
+
+
+def _cell(rows: dict[str, Row]) -> str:
+    full = rows[FULL]
+    if full.note:
+        return full.note
+    peak = full.peak_extra_bytes
+    return "\n".join(
+        (
+            f"{rows[FORWARD].median_us:.0f}",
+            f"{rows[NO_GRAD].median_us:.0f}",
+            f"{full.median_us:.0f}",
+            f"{full.ratio_to_cross_entropy:.2f}",
+            "unknown" if peak is None else f"{peak / 2**20:.1f}",
+            f"{full.minor_faults_per_step:.0f}",
+        )
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Benchmark the NCMI loss on the CPU.")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the results here")
+    parser.add_argument("--threads", type=int, nargs="+", help="thread counts (default: 1 2; quick: 1)")
+    parser.add_argument("--shapes", type=Shape.parse, nargs="+", metavar="BxCxM")
+    parser.add_argument("--quick", action="store_true", help="two small shapes in about half a minute")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="in all (default: 300; quick: 30)")
+    options = parser.parse_args(arguments)
+    reason = ncmi_kernels.available_backends()["cpu"]
+    if reason is not None:
+        sys.exit(f"nothing to measure: {reason}")
+    shapes = options.shapes or (SHAPES[:2] if options.quick else SHAPES)
+    threads = options.threads or ([1] if options.quick else [1, 2])
+    end = time.perf_counter() + (options.budget or (30 if options.quick else 300))
+
+    cases = [(shape, count) for shape in shapes for count in threads]
+    rows: list[Row] = []
+    with memory_worker() as worker:
+        for index, (shape, count) in enumerate(cases):
+            print(f"{shape}, {count} thread(s) [{index + 1} of {len(cases)}]", file=sys.stderr, flush=True)
+            budget = max(0.0, end - time.perf_counter()) / (len(cases) - index)
+            rows += measure(shape, count, budget, worker, quick=options.quick)
+            if options.csv:
+                write_csv(options.csv, rows)
+    table = make_table(rows)
+    Console(width=Console(width=1000).measure(table).maximum).print(table)
+
+
+if __name__ == "__main__":
+    main()

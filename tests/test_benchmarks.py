@@ -1,0 +1,271 @@
+"""The benchmark's own parts on a tiny shape, the memory of a step, and the cases for pytest-benchmark.
+
+The last are skipped unless asked for: pytest tests/test_benchmarks.py --benchmark-only --benchmark-autosave
+"""
+
+import csv
+import ctypes
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ncmi_kernels import available_backends, reference
+
+if importlib.util.find_spec("rich") is None:
+    pytest.skip("the benchmark needs rich", allow_module_level=True)
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import bench_loss
+import cases
+from cases import COMPILED, CROSS_ENTROPY, IMPLEMENTATIONS, KERNELS, LITERAL, NCMI_SAMPLE, SHAPES, Shape
+
+pytestmark = pytest.mark.skipif(
+    available_backends()["cpu"] is not None, reason=f"no C++ kernels: {available_backends()['cpu']}"
+)
+
+TINY = Shape(6, 4, 10)
+MIB = 2**20
+
+
+def slug(implementation):
+    return implementation.name.replace(" + ", "+").replace(" ", "-")
+
+
+def build(implementation, shape):
+    obstacle = implementation.obstacle(shape)
+    if obstacle:
+        pytest.skip(obstacle)
+    return implementation.build(shape)
+
+
+@pytest.fixture(autouse=True)
+def _restore_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def worker():
+    with bench_loss.memory_worker() as pool:
+        yield pool
+
+
+def two_steps(criterion):
+    """Losses and gradients of two batches; the second one uses the centre that the first one set."""
+    results = []
+    for seed in (0, 1):
+        z, y = cases.batch(TINY, seed)
+        loss = criterion(z + seed, y)
+        loss.backward()
+        results.append((loss.detach(), z.grad))
+    return results
+
+
+def relative_error(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The implementations
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=slug)
+def test_gives_a_loss_and_a_gradient(implementation):
+    criterion = build(implementation, TINY)
+    z, y = cases.batch(TINY)
+    loss = criterion(z, y)
+    assert loss.shape == ()
+    assert loss.isfinite()
+    loss.backward()
+    wanted = [z, *(parameter for parameter in criterion.parameters() if parameter.requires_grad)]
+    for tensor in wanted:
+        assert tensor.grad.isfinite().all()
+        assert tensor.grad.abs().max() > 0
+    assert len(wanted) == (2 if implementation is cases.NCMI_CENTROIDS else 1)
+
+
+@pytest.mark.parametrize(
+    "implementation", [each for each in IMPLEMENTATIONS if each not in (CROSS_ENTROPY, NCMI_SAMPLE)], ids=slug
+)
+def test_the_same_loss(implementation):
+    expected = two_steps(LITERAL.build(TINY))
+    for (loss, grad), (expected_loss, expected_grad) in zip(
+        two_steps(build(implementation, TINY)), expected, strict=True
+    ):
+        assert relative_error(loss, expected_loss) < 1e-4
+        assert relative_error(grad, expected_grad) < 1e-4
+
+
+def test_ratio_by_sample():
+    criterion = NCMI_SAMPLE.build(TINY)
+    assert criterion.ratio == "sample"
+    (loss, grad), _ = two_steps(criterion)
+    z, y = cases.batch(TINY)
+    expected = reference.loss(
+        z, y, criterion.centroid_logits, z.detach().mean(dim=0), None, criterion.options, literal=True
+    )
+    expected.backward()
+    assert relative_error(loss, expected.detach()) < 1e-4
+    assert relative_error(grad, z.grad) < 1e-4
+
+
+def test_shape_text():
+    assert [Shape.parse(str(shape)) for shape in SHAPES] == list(SHAPES)
+    for text in ("256x1000", "0x3x4", "4x1x4", "4x3x4x5", "axbxc"):
+        with pytest.raises(ValueError):  # noqa: PT011, two sources
+            Shape.parse(text)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The measurement
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_command_line(tmp_path, capsys, monkeypatch):
+    measured = [each for each in IMPLEMENTATIONS if each is not COMPILED]  # which takes seconds to compile
+    monkeypatch.setattr(bench_loss, "IMPLEMENTATIONS", measured)
+    monkeypatch.setattr(bench_loss, "MAX_ROUNDS", 12)
+    file = tmp_path / "out.csv"
+    bench_loss.main(["--shapes", str(TINY), "--threads", "1", "--budget", "6", "--csv", str(file)])
+
+    table = capsys.readouterr().out
+    assert "6 x 4 x 10" in table
+    assert all(implementation.name in table for implementation in measured)
+    with file.open(newline="") as opened:
+        reader = csv.DictReader(opened)
+        rows = list(reader)
+    columns = (
+        "device torch ncmi_kernels cpu_capability date B C M dtype threads implementation mode repetitions "
+        "median_us p20_us p80_us ratio_to_cross_entropy peak_extra_bytes later_peak_extra_bytes "
+        "minor_faults_per_step note"
+    )
+    assert reader.fieldnames == columns.split()
+    assert [(row["implementation"], row["mode"]) for row in rows] == [
+        (implementation.name, mode) for implementation in measured for mode in bench_loss.MODES
+    ]
+    for row in rows:
+        assert (row["B"], row["C"], row["M"], row["dtype"], row["threads"]) == (
+            "6",
+            "4",
+            "10",
+            "float32",
+            "1",
+        )
+        assert 1 <= int(row["repetitions"]) <= 12
+        assert 0 < float(row["p20_us"]) <= float(row["median_us"]) <= float(row["p80_us"])
+        assert float(row["ratio_to_cross_entropy"]) > 0
+        if row["implementation"] == CROSS_ENTROPY.name:
+            assert int(row["repetitions"]) >= bench_loss.MIN_ROUNDS
+            assert float(row["ratio_to_cross_entropy"]) == 1
+
+
+def test_what_does_not_fit_is_noted(worker, monkeypatch):
+    assert LITERAL.obstacle(TINY) is None
+    monkeypatch.setattr(cases, "free_bytes", lambda: 0)
+    monkeypatch.setattr(bench_loss, "IMPLEMENTATIONS", (CROSS_ENTROPY, LITERAL))
+    rows = bench_loss.measure(TINY, 1, 0.1, worker)
+    timed, left_out = rows[:3], rows[3:]
+    assert [row.note for row in timed] == ["", "", ""]
+    assert all(row.median_us is not None for row in timed)
+    for row in left_out:
+        assert "GiB" in row.note
+        assert (row.repetitions, row.median_us, row.ratio_to_cross_entropy) == (0, None, None)
+    assert bench_loss.make_table(rows).row_count == 1
+
+
+def allocate_four_mib():
+    malloc = ctypes.CDLL(None).malloc
+    free = ctypes.CDLL(None).free
+    malloc.restype = ctypes.c_void_p
+    malloc.argtypes = (ctypes.c_size_t,)
+    free.argtypes = (ctypes.c_void_p,)
+    for _ in range(2):  # one after the other: at once there are no more than four
+        tensor = torch.empty(2 * MIB, dtype=torch.uint8)
+        free(malloc(2 * MIB))
+        del tensor
+
+
+def peak_of_four_mib():
+    return [bench_loss.peak_of(allocate_four_mib) for _ in range(3)]
+
+
+def test_memory_counts_tensors_and_malloc(worker):
+    for peak in worker.submit(peak_of_four_mib).result():
+        if peak is None:
+            pytest.skip("needs Linux with glibc 2.33")
+        assert peak == pytest.approx(4 * MIB, abs=MIB // 16)
+
+
+@pytest.mark.parametrize(
+    ("shape", "too_large"),
+    [
+        pytest.param(Shape(256, 1000, 1000), 256 * 1000 * 1000, id="256x1000x1000"),
+        pytest.param(Shape(64, 4000, 512), 64 * 4000 * 512, id="64x4000x512"),
+        pytest.param(Shape(4096, 4000, 16), 4096 * 4000, id="4096x4000x16"),  # shows a [B, C] tensor too
+    ],
+)
+@pytest.mark.parametrize("implementation", KERNELS, ids=slug)
+def test_memory_is_linear(implementation, shape, too_large, worker):
+    first, later = worker.submit(bench_loss.step_peaks, implementation.name, shape, 1).result()
+    if first is None:
+        pytest.skip("needs Linux with glibc 2.33")
+    bound = 4 * (shape.B * shape.M + shape.C * shape.M) * 4 + MIB
+    assert bound < 4 * too_large
+    gradient = 4 * shape.B * shape.M
+    assert gradient <= later <= bound
+    assert gradient <= first <= bound
+
+
+# ------------------------------------------------------------------------------------------------------------
+# For pytest-benchmark: in one thread, so that the runs of different machines compare.
+# ------------------------------------------------------------------------------------------------------------
+
+EVERY_CASE = pytest.mark.parametrize(
+    ("shape", "implementation"),
+    [
+        pytest.param(shape, implementation, id=f"{shape}-{slug(implementation)}")
+        for shape in SHAPES
+        for implementation in IMPLEMENTATIONS
+    ],
+)
+
+
+def run_benchmark(benchmark, group, shape, implementation, step):
+    torch.set_num_threads(1)
+    torch.compiler.reset()
+    benchmark.group = f"{shape} {group}"
+    benchmark.extra_info.update(implementation=implementation.name, **bench_loss.describe_machine())
+    criterion, (z, y) = build(implementation, shape), cases.batch(shape)
+
+    def call():
+        bench_loss.forget_gradients(criterion, z)
+        step(criterion, z, y)
+
+    if implementation.heavy:
+        benchmark.pedantic(call, rounds=2)
+    else:
+        call()  # compiles
+        benchmark(call)
+
+
+@EVERY_CASE
+def test_forward_backward(benchmark, shape, implementation):
+    run_benchmark(
+        benchmark,
+        "forward+backward",
+        shape,
+        implementation,
+        lambda criterion, z, y: criterion(z, y).backward(),
+    )
+
+
+@EVERY_CASE
+def test_no_grad_forward(benchmark, shape, implementation):
+    with torch.no_grad():
+        run_benchmark(benchmark, "no-grad forward", shape, implementation, lambda criterion, z, y: criterion(z, y))

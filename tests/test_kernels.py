@@ -1,0 +1,612 @@
+"""The C++ kernels and the reference against the literal definition in float64."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import relative
+from torch import Tensor
+
+import ncmi_kernels
+from ncmi_kernels import _ops, ncmi_loss, ncmi_terms, reference
+from ncmi_kernels._options import Options
+
+SEPARATIONS = ("sample_to_centroid", "centroid_to_sample")
+RATIOS = ("batch", "sample")
+ACTIVATIONS = ("nsf", "softmax")
+HALF = (torch.bfloat16, torch.float16)
+
+
+def make(rows, classes, columns, *, ignore=False, center=False, weight=False, spread=2.0, dtype=torch.float64):
+    """A random problem: input, target, centroid_logits, center, weight."""
+    target = torch.randint(classes, (rows,))
+    if ignore:
+        target[::3] = -100
+    return (
+        (spread * torch.randn(rows, columns, dtype=torch.float64)).to(dtype),
+        target,
+        (spread * torch.randn(classes, columns, dtype=torch.float64)).to(dtype),
+        torch.randn(columns, dtype=torch.float64).to(dtype) if center else None,
+        (torch.rand(classes, dtype=torch.float64) + 0.1).to(dtype) if weight else None,
+    )
+
+
+def evaluate(problem, options: Options, backend: str, literal=False, upstream=1.0):
+    """Loss and gradients of input and centroid_logits. backend "float64" is the literal or collapsed reference."""
+    z, target, xi, center, weight = problem
+    if backend == "float64":
+        z, xi = z.double(), xi.double()
+        center, weight = (None if t is None else t.double() for t in (center, weight))
+    z, xi = z.clone().requires_grad_(), xi.clone().requires_grad_()
+    if backend == "float64":
+        loss = reference.loss(z, target, xi, center, weight, options, literal=literal)
+    else:
+        keywords = {
+            name: getattr(options, name)
+            for name in (
+                "temperature",
+                "l2_normalize",
+                "activation",
+                "separation",
+                "ratio",
+                "reduction",
+                "eps",
+                "ignore_index",
+            )
+        }
+        loss = ncmi_loss(z, target, xi, center=center, weight=weight, backend=backend, **keywords)
+    grads = torch.autograd.grad(loss, (z, xi), torch.full_like(loss, upstream))
+    return loss.detach(), *grads
+
+
+VARIANTS = list(
+    itertools.product(SEPARATIONS, RATIOS, ACTIVATIONS, (False, True), (False, True), (False, True), (False, True))
+)
+
+
+@pytest.mark.parametrize(("separation", "ratio", "activation", "l2", "center", "weight", "ignore"), VARIANTS)
+def test_every_variant_matches_the_literal_definition(separation, ratio, activation, l2, center, weight, ignore):
+    options = Options(0.7, l2, activation, separation, ratio)
+    problem = make(13, 7, 37, center=center, weight=weight, ignore=ignore)
+    expected = evaluate(problem, options, "float64", literal=True)
+    for actual in (evaluate(problem, options, "float64"), evaluate(problem, options, "cpu")):
+        for a, e in zip(actual, expected, strict=True):
+            assert relative(a, e) < 1e-10
+
+    single = tuple(None if t is None else t.float() if t.is_floating_point() else t for t in problem)
+    expected = evaluate(single, options, "float64", literal=True)
+    for a, e, bound in zip(evaluate(single, options, "cpu"), expected, (2e-6, 5e-6, 5e-6), strict=True):
+        assert a.dtype == torch.float32
+        assert relative(a, e) < bound
+
+
+@pytest.mark.parametrize(("separation", "ratio", "activation", "l2", "center"), [v[:5] for v in VARIANTS[::4]])
+def test_gradcheck(separation, ratio, activation, l2, center):
+    options = {"l2_normalize": l2, "activation": activation, "separation": separation, "temperature": 0.7}
+    z, target, xi, c, w = make(5, 3, 6, center=center, weight=True, ignore=True, spread=1.0)
+    z, xi = z.requires_grad_(), xi.requires_grad_()
+    inside = target.clamp(min=0)
+    for reduction in ("mean",) if ratio == "batch" else ("mean", "sum", "none"):
+        assert torch.autograd.gradcheck(
+            lambda a, b, reduction=reduction: ncmi_loss(
+                a, target, b, center=c, weight=w, ratio=ratio, reduction=reduction, backend="cpu", **options
+            ),
+            (z, xi),
+        )
+    assert torch.autograd.gradcheck(lambda a, b: ncmi_terms(a, inside, b, center=c, backend="cpu", **options), (z, xi))
+
+
+@pytest.mark.parametrize("separation", SEPARATIONS)
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_double_backward(separation, ratio):
+    z, target, xi, c, _ = make(4, 3, 5, center=True, spread=1.0)
+    arguments = {"center": c, "separation": separation, "ratio": ratio, "l2_normalize": True, "backend": "cpu"}
+    assert torch.autograd.gradgradcheck(
+        lambda a, b: ncmi_loss(a, target, b, **arguments), (z.requires_grad_(), xi.requires_grad_())
+    )
+
+
+@pytest.mark.parametrize("separation", SEPARATIONS)
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("temperature", [0.2, 1.0])
+def test_authors_regime_in_float32(separation, ratio, temperature):
+    """Unit features and one-hot centroids: p and q differ by a percent, and so much the more do roundings count."""
+    options = Options(temperature, True, "nsf", separation, ratio)
+    worst = torch.zeros(2, 3)
+    for _ in range(3):
+        z, target, _, _, _ = make(128, 100, 512, dtype=torch.float32)
+        problem = z, target, 10 * torch.eye(100, 512), z.mean(0), None
+        expected = evaluate(problem, options, "float64")
+        for i, backend in enumerate(("cpu", "reference")):
+            errors = [relative(a, e) for a, e in zip(evaluate(problem, options, backend), expected, strict=True)]
+            worst[i] = torch.maximum(worst[i], torch.tensor(errors))
+    assert (worst[0] <= 1e-5).all(), worst
+    assert (worst[0] * 10 < worst[1]).all(), "the kernels should be far closer to float64 than autograd is"
+
+
+@pytest.mark.parametrize("separation", SEPARATIONS)
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("l2", [False, True])
+@pytest.mark.parametrize("shape", [(64, 10, 100), (33, 100, 17), (16, 1000, 40), (20, 17, 1000), (9, 5, 4097)])
+def test_random_centroids_in_float32(shape, separation, ratio, l2):
+    options = Options(1.0, l2, "nsf", separation, ratio)
+    problem = make(*shape, center=True, dtype=torch.float32)
+    expected = evaluate(problem, options, "float64")
+    ours, autograd = (evaluate(problem, options, backend) for backend in ("cpu", "reference"))
+    for a, r, e, bound in zip(ours, autograd, expected, (2e-6, 5e-6, 5e-6), strict=True):
+        assert relative(a, e) <= bound
+        # "no further off than autograd", but for what either rounds its own result by
+        assert relative(a, e) <= relative(r, e) + 5e-7
+
+
+@pytest.mark.parametrize("reach", [1e-3, 0.1, 0.24, 0.26, 0.9, 1.1, 4.0, 30.0])
+@pytest.mark.parametrize("separation", SEPARATIONS)
+def test_every_range_of_the_activation(reach, separation):
+    """The kernels choose polynomials by a row's largest |f|; errors stay small on both sides of each border."""
+    z, target, xi, _, _ = make(32, 10, 200, dtype=torch.float32, spread=1.0)
+    z = reach * z / z.abs().amax(dim=1, keepdim=True)
+    options = Options(separation=separation)
+    for logits, bound in ((xi, 5e-6), (10 * torch.eye(10, 200), 1e-5)):
+        problem = z, target, logits, None, None
+        expected = evaluate(problem, options, "float64")
+        for a, e in zip(evaluate(problem, options, "cpu"), expected, strict=True):
+            assert relative(a, e) < bound
+
+
+def test_rows_of_every_range_in_one_class():
+    """Rows that are summed differently meet in the gradient of one centroid."""
+    z, _, xi, _, _ = make(12, 2, 50, dtype=torch.float32, spread=1.0)
+    z = z * torch.logspace(-3, 2, 12)[:, None]
+    for target in (torch.zeros(12, dtype=torch.int64), torch.arange(12) % 2):
+        for separation, ratio in itertools.product(SEPARATIONS, RATIOS):
+            options = Options(separation=separation, ratio=ratio)
+            problem = z, target, xi, None, None
+            expected = evaluate(problem, options, "float64")
+            for a, e in zip(evaluate(problem, options, "cpu"), expected, strict=True):
+                assert relative(a, e) < 5e-6
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("separation", SEPARATIONS)
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("l2", [False, True])
+@pytest.mark.parametrize("wide_centroids", [False, True])
+def test_half_precision(dtype, separation, ratio, l2, wide_centroids):
+    z, target, xi, center, _ = make(24, 9, 133, center=True, dtype=dtype, spread=1.0)
+    problem = z, target, xi.float() if wide_centroids else xi, center, None
+    options = Options(0.5, l2, "nsf", separation, ratio)
+    # Upstream 64: the gradients are well inside float16's range, as under a GradScaler.
+    expected = evaluate(problem, options, "float64", upstream=64.0)
+    loss, grad_z, grad_xi = evaluate(problem, options, "cpu", upstream=64.0)
+    assert loss.dtype == torch.float32
+    assert grad_z.dtype == dtype
+    assert relative(loss, expected[0]) < 2e-6
+    for grad, exact in ((grad_z, expected[1]), (grad_xi, expected[2])):
+        rounding = relative(exact.to(grad.dtype), exact)  # what storing the exact gradient would cost
+        assert relative(grad, exact) <= 1.05 * rounding + 5e-6
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 15, 16, 17, 63, 64, 65, 80, 1000, 4097])
+@pytest.mark.parametrize("separation", SEPARATIONS)
+def test_odd_columns(columns, separation):
+    for l2 in (False, True):
+        options = Options(1.0, l2, "nsf", separation)
+        problem = make(3, 4, columns, center=True)
+        for a, e in zip(
+            evaluate(problem, options, "cpu"), evaluate(problem, options, "float64", literal=True), strict=True
+        ):
+            # One column: p = q = 1, every term is exactly zero and only rounding is left.
+            assert relative(a, e) < 1e-9 or (columns == 1 and a.abs().max() < 1e-6)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 17, 1000, 4097])
+@pytest.mark.parametrize("rows", [1, 2, 50])
+def test_odd_classes_and_rows(classes, rows):
+    for separation in SEPARATIONS:
+        options = Options(separation=separation)
+        problem = make(rows, classes, 19)
+        for a, e in zip(evaluate(problem, options, "cpu"), evaluate(problem, options, "float64"), strict=True):
+            assert relative(a, e) < 1e-10
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_nothing_to_average(backend, ratio):
+    """An empty batch and one of ignored rows only: NaN for the mean, zero gradients, as cross_entropy."""
+    xi = torch.randn(4, 6, requires_grad=True)
+    for rows in (0, 5):
+        z = torch.randn(rows, 6, requires_grad=True)
+        target = torch.full((rows,), -100)
+        loss = ncmi_loss(z, target, xi, ratio=ratio, backend=backend)
+        assert loss.isnan()
+        if backend == "cpu":
+            grads = torch.autograd.grad(loss, (z, xi))
+            assert all(bool((g == 0).all()) for g in grads)
+        if ratio == "sample":
+            assert ncmi_loss(z, target, xi, ratio=ratio, reduction="sum", backend=backend) == 0
+            each = ncmi_loss(z, target, xi, ratio=ratio, reduction="none", backend=backend)
+            assert each.shape == (rows,)
+            assert bool((each == 0).all())
+
+
+def test_ignored_rows_leave_no_trace():
+    """Their content, NaN included, changes no bit; their gradient is written and zero, whatever the upstream."""
+    z, target, xi, _, _ = make(10, 4, 33, ignore=True, dtype=torch.float32)
+    kept = target != -100
+    for ratio, reduction in (("batch", "mean"), ("sample", "mean"), ("sample", "none")):
+        options = Options(ratio=ratio, reduction=reduction)
+        dirty = z.clone()
+        dirty[~kept] = float("nan")
+        clean = evaluate((z, target, xi, None, None), options, "cpu")
+        for a, e in zip(evaluate((dirty, target, xi, None, None), options, "cpu"), clean, strict=True):
+            assert torch.equal(a, e)
+        without = evaluate((z[kept], target[kept], xi, None, None), options, "cpu")
+        assert torch.equal(clean[1][kept], without[1])
+        assert bool((clean[1][~kept] == 0).all())
+        assert torch.equal(clean[2], without[2])
+
+
+@pytest.mark.parametrize(
+    "layout", ["transposed", "every other column", "expanded", "offset", "reversed rows", "column stride 3"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layouts(layout, dtype):
+    base = torch.randn(60, 60).to(dtype)
+    z = {
+        "transposed": base.t()[:20, :31],
+        "every other column": base[:20, ::2],
+        "expanded": base[:1, :30].expand(20, 30),
+        "offset": base[7:27, 5:38],
+        "reversed rows": base.flip(0)[:20],
+        "column stride 3": base[:20, 1::3],
+    }[layout]
+    target = torch.arange(20) % 3
+    target_strided = torch.stack((target, target + 1), dim=1)[:, 0]
+    xi_base = torch.randn(60, 120)
+    xi = xi_base[: z.shape[1], :3].t()
+    before = base.clone()
+    options = Options(separation="sample_to_centroid")
+    strided = evaluate((z, target_strided, xi, None, None), options, "cpu")
+    packed = evaluate((z.contiguous(), target, xi.contiguous(), None, None), options, "cpu")
+    for a, e in zip(strided, packed, strict=True):
+        assert torch.equal(a, e)
+    assert torch.equal(base, before), "the input was modified"
+
+
+def test_upstream_gradients():
+    """Non-unit, stride-0 and strided upstream gradients."""
+    z, target, xi, _, _ = make(8, 3, 21)
+    z.requires_grad_(), xi.requires_grad_()
+    losses = ncmi_loss(z, target, xi, ratio="sample", reduction="none", backend="cpu")
+    factors = torch.randn(16, dtype=torch.float64)[::2]
+    for upstream in (factors, torch.tensor(3.0, dtype=torch.float64).expand(8)):
+        grads = torch.autograd.grad(losses, (z, xi), upstream, retain_graph=True)
+        expected = torch.autograd.grad(
+            reference.loss(z, target, xi, None, None, Options(ratio="sample", reduction="none"), literal=True),
+            (z, xi),
+            upstream,
+        )
+        for a, e in zip(grads, expected, strict=True):
+            assert relative(a, e) < 1e-10
+    mean = ncmi_loss(z, target, xi, backend="cpu")
+    one, three = (torch.autograd.grad(factor * mean, z, retain_graph=True)[0] for factor in (1, 3))
+    assert relative(three, 3 * one) < 1e-14
+
+
+def test_backward_twice_gives_the_same_bits():
+    z, target, xi, _, _ = make(8, 3, 21, dtype=torch.float32)
+    z.requires_grad_(), xi.requires_grad_()
+    loss = ncmi_loss(z, target, xi, backend="cpu")
+    first = torch.autograd.grad(loss, (z, xi), retain_graph=True)
+    second = torch.autograd.grad(loss, (z, xi))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gradients_only_where_asked_for(monkeypatch):
+    calls = []
+    for name in ("input_grad", "centroid_grad"):
+        operator = getattr(torch.ops.ncmi_kernels, name)
+
+        class Spy:
+            def __init__(self, name, operator):
+                self.name, self.operator = name, operator
+
+            def default(self, *arguments):
+                calls.append(self.name)
+                return self.operator.default(*arguments)
+
+        monkeypatch.setattr(torch.ops.ncmi_kernels, name, Spy(name, operator))
+    z, target, xi, _, _ = make(8, 3, 21)
+    ncmi_loss(z.requires_grad_(), target, xi, backend="cpu").backward()
+    assert calls == ["input_grad"]
+    ncmi_loss(z.detach(), target, xi.requires_grad_(), backend="cpu").backward()
+    assert calls == ["input_grad", "centroid_grad"]
+
+
+@pytest.mark.parametrize("value", [-200.0, 200.0])
+@pytest.mark.parametrize("separation", SEPARATIONS)
+def test_saturated_rows(value, separation):
+    """All -200: the sum of the sigmoids underflows in float32, the distribution and its gradient are still right."""
+    options = Options(separation=separation)
+    z = torch.full((4, 30), value) + torch.linspace(-3, 3, 30)
+    problem = z, torch.arange(4) % 3, torch.randn(3, 30), None, None
+    expected = evaluate(problem, options, "float64")
+    loss, grad_z, grad_xi = evaluate(problem, options, "cpu")
+    assert relative(loss, expected[0]) < 1e-5
+    assert relative(grad_xi, expected[2]) < 1e-5
+    if value < 0:
+        assert relative(grad_z, expected[1]) < 1e-5
+    else:
+        assert bool((grad_z.abs() < 1e-30).all())
+
+
+@pytest.mark.parametrize("separation", SEPARATIONS)
+def test_saturated_centroids(separation):
+    xi = torch.cat((torch.full((1, 30), -200.0), torch.full((1, 30), 60.0), torch.randn(1, 30)))
+    xi = xi + torch.linspace(-3, 3, 30)
+    problem = torch.randn(6, 30), torch.arange(6) % 3, xi, None, None
+    for activation in ACTIVATIONS:
+        options = Options(separation=separation, activation=activation)
+        expected = evaluate(problem, options, "float64")
+        for a, e in zip(evaluate(problem, options, "cpu"), expected, strict=True):
+            assert relative(a, e) < 1e-5
+
+
+@pytest.mark.parametrize("huge", [1e4, 1e18, 3e37])
+@pytest.mark.parametrize("l2", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_one_huge_element(huge, l2, activation):
+    """The square of 1e20 overflows float32; a vector with it has a direction all the same."""
+    z = torch.randn(3, 30)
+    z[torch.arange(3), torch.arange(3) * 7] = huge
+    options = Options(1.0, l2, activation)
+    problem = z, torch.arange(3), torch.randn(3, 30), None, None
+    loss, grad_z, grad_xi = evaluate(problem, options, "cpu")
+    expected = evaluate(problem, options, "float64")
+    assert relative(loss, expected[0]) < 1e-5
+    assert bool(grad_z.isfinite().all())
+    assert relative(grad_xi, expected[2]) < 1e-5
+
+
+def test_feature_vector_of_zeros():
+    """Its length is under the floor of 1e-12: divided by the floor, as torch.nn.functional.normalize."""
+    z = torch.randn(3, 20)
+    z[1] = 0
+    problem = z, torch.arange(3), torch.randn(3, 20), None, None
+    options = Options(1.0, True)
+    expected = evaluate(problem, options, "float64")
+    for a, e in zip(evaluate(problem, options, "cpu"), expected, strict=True):
+        assert bool(a.isfinite().all())
+        assert relative(a, e) < 1e-5
+
+
+def test_confident_predictions():
+    """p on the own centroid, far from the others: the concentration is near zero, the loss and gradients finite."""
+    xi = 10 * torch.eye(5, 40) - 5
+    z = xi.clone() + 1e-3 * torch.randn_like(xi)
+    problem = z, torch.arange(5), xi, None, None
+    for separation, ratio in itertools.product(SEPARATIONS, RATIOS):
+        options = Options(separation=separation, ratio=ratio)
+        expected = evaluate(problem, options, "float64")
+        ours, autograd = (evaluate(problem, options, backend) for backend in ("cpu", "reference"))
+        for a, r, e in zip(ours, autograd, expected, strict=True):
+            assert bool(a.isfinite().all())
+            assert relative(a, e) <= 1.1 * relative(r, e) + 5e-6
+
+
+@pytest.mark.parametrize("separation", SEPARATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_terms(separation, activation):
+    z, target, xi, c, _ = make(9, 5, 33, center=True)
+    z.requires_grad_(), xi.requires_grad_()
+    options = Options(0.5, True, activation, separation)
+    expected = reference.terms(z, target, xi, c, options, literal=True)
+    actual = ncmi_terms(
+        z,
+        target,
+        xi,
+        center=c,
+        temperature=0.5,
+        l2_normalize=True,
+        activation=activation,
+        separation=separation,
+        backend="cpu",
+    )
+    for a, e in zip(actual, expected, strict=True):
+        assert relative(a, e) < 1e-10
+    upstream = torch.randn(2, 9, dtype=torch.float64).unbind()
+    grads = torch.autograd.grad(actual, (z, xi), upstream)
+    for a, e in zip(grads, torch.autograd.grad(expected, (z, xi), upstream), strict=True):
+        assert relative(a, e) < 1e-10
+    # One of the two alone.
+    lone = torch.autograd.grad(
+        ncmi_terms(z, target, xi, center=c, separation=separation, activation=activation, backend="cpu")[1].sum(), z
+    )[0]
+    full = Options(activation=activation, separation=separation)
+    assert relative(lone, torch.autograd.grad(reference.terms(z, target, xi, c, full)[1].sum(), z)[0]) < 1e-10
+
+
+def test_gradients_of_identical_distributions_vanish():
+    """p = q for every class: both terms are zero, and the ratio is 0 / eps."""
+    xi = torch.randn(1, 30).expand(4, 30)
+    z = xi.clone()
+    loss, *_ = evaluate((z, torch.arange(4), xi, None, None), Options(), "cpu")
+    assert loss.abs() < 1.0
+    concentration, separation = ncmi_terms(z, torch.arange(4), xi, backend="cpu")
+    assert concentration.abs().max() < 1e-9
+    assert separation.abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_same_bits_whatever_the_threads(threads):
+    problem = make(300, 40, 700, center=True, ignore=True, dtype=torch.float32)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, threads, threads):
+            torch.set_num_threads(count)
+            for separation in SEPARATIONS:
+                results.append(evaluate(problem, Options(1.0, True, "nsf", separation), "cpu"))
+    finally:
+        torch.set_num_threads(before)
+    for later in (results[2:4], results[4:6]):
+        for a, b in zip(results[:2], later, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_backend_runs_under_autocast():
+    z, target, xi, _, _ = make(8, 3, 21, dtype=torch.float32)
+    expected = ncmi_loss(z, target, xi, backend="cpu")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(ncmi_loss(z, target, xi, backend="cpu"), expected)
+        assert relative(ncmi_loss(z, target, xi, backend="reference"), expected) < 1e-5
+        assert ncmi_loss(z.bfloat16(), target, xi, backend="cpu").dtype == torch.float32
+
+
+def test_nsf_is_a_distribution_and_its_logarithm_right_everywhere():
+    x = torch.cat((torch.randn(5, 12), torch.full((1, 12), -200.0), torch.full((1, 12), 200.0)))
+    exact = (torch.sigmoid(x.double()) / torch.sigmoid(x.double()).sum(-1, keepdim=True)).log()
+    assert relative(ncmi_kernels.log_nsf(x), exact) < 1e-6
+    assert relative(ncmi_kernels.nsf(x).sum(-1), torch.ones(7)) < 1e-6
+    assert torch.equal(ncmi_kernels.nsf(x, dim=0), ncmi_kernels.nsf(x.t()).t())
+    assert ncmi_kernels.nsf(x.bfloat16()).dtype == torch.bfloat16
+    y = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(ncmi_kernels.nsf, y)
+    assert torch.autograd.gradgradcheck(ncmi_kernels.log_nsf, y)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The operators themselves
+# ------------------------------------------------------------------------------------------------------------
+
+
+def operator_calls(dtype: torch.dtype, separation: str, ratio: str):
+    """Every operator with arguments that fit each other."""
+    ops = torch.ops.ncmi_kernels
+    z, target, xi, center, weight = make(6, 3, 20, center=True, weight=True, ignore=True, dtype=torch.float32)
+    if dtype == torch.float64:
+        z, xi, center, weight = (t.double() for t in (z, xi, center, weight))
+    else:
+        z = z.to(dtype)
+    c2s, batch = separation == "centroid_to_sample", ratio == "batch"
+    stats = ops.centroid_stats(xi, False, c2s)
+    features = (0.5, True, False, c2s)
+    reduced = (z, target, center, *stats, weight, *features, batch, 1, 1e-8, -100)
+    loss, coefficients, rows = ops.loss(*reduced)
+    upstream = torch.full_like(loss, 2.0)
+    return [
+        (ops.centroid_stats, (xi, False, c2s)),
+        (ops.terms, (z, target, center, *stats, *features, -100)),
+        (ops.loss, reduced),
+        (ops.input_grad, (z, target, center, *stats, rows, coefficients, upstream, c2s, -100)),
+        (ops.centroid_grad, (z, target, center, xi, *stats, rows, coefficients, upstream, c2s, -100)),
+        (ops.update_center_, (center.clone(), torch.tensor(1), z, target, 0.9, 3, -100)),
+    ]
+
+
+@pytest.mark.parametrize("separation", SEPARATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_opcheck(dtype, separation):
+    for operator, arguments in operator_calls(dtype, separation, "batch"):
+        torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize("separation", SEPARATIONS)
+def test_every_element_of_every_output_is_written(separation):
+    """Outputs land in freed memory that was filled with NaN: an element that a kernel forgets shows."""
+    for rows, classes, columns in ((5, 3, 17), (40, 30, 65), (300, 200, 500)):
+        problem = make(rows, classes, columns, ignore=True, dtype=torch.float32)
+        for _ in range(3):
+            garbage = [torch.full((size,), float("nan")) for size in (rows * columns, classes * columns) * 4]
+            del garbage
+            for result in evaluate(problem, Options(separation=separation), "cpu"):
+                assert bool(result.isfinite().all())
+
+
+CAPABILITY_SCRIPT = """
+import torch
+from ncmi_kernels import ncmi_loss
+assert torch.ops.ncmi_kernels.cpu_capability() == "{capability}"
+results = []
+for dtype in (torch.float32, torch.float64, torch.bfloat16):
+    for separation in ("sample_to_centroid", "centroid_to_sample"):
+        for l2 in (False, True):
+            generator = torch.Generator().manual_seed(1)
+            z = torch.randn(20, 133, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+            xi = torch.randn(7, 133, generator=generator, dtype=torch.float64)
+            xi = xi.to(torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_()
+            loss = ncmi_loss(z, torch.arange(20) % 7, xi, l2_normalize=l2, separation=separation, backend="cpu")
+            results.append((loss.detach(), *torch.autograd.grad(loss, (z, xi))))
+torch.save(results, "{path}")
+"""
+
+
+def test_instruction_sets_agree(tmp_path):
+    """The plain and the AVX2 kernels against the ones that this processor runs, each in a process of its own."""
+    best = torch.ops.ncmi_kernels.cpu_capability()
+    names = ["default", "avx2", "avx512"]
+    results = {}
+    for capability in names[: names.index(best) + 1]:
+        path = tmp_path / f"{capability}.pt"
+        subprocess.run(
+            [sys.executable, "-c", CAPABILITY_SCRIPT.format(capability=capability, path=path)],
+            check=True,
+            env={**os.environ, "NCMI_CPU_CAPABILITY": capability},
+        )
+        results[capability] = torch.load(path)
+    for capability, result in results.items():
+        for ours, theirs in zip(result, results[best], strict=True):
+            for a, b in zip(ours, theirs, strict=True):
+                bound = {torch.float32: 3e-6, torch.float64: 1e-12, torch.bfloat16: 3e-3}[a.dtype]
+                assert relative(a, b) < bound, capability
+
+
+def test_unknown_instruction_set_is_refused():
+    code = "import torch, ncmi_kernels; torch.ops.ncmi_kernels.cpu_capability()"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NCMI_CPU_CAPABILITY": "avx1024"},
+    )
+    assert run.returncode != 0
+    assert "NCMI_CPU_CAPABILITY is 'avx1024', expected" in run.stderr
+
+
+def test_half_conversions_are_those_of_torch():
+    """Every float16 and bfloat16 bit pattern in; gradients of every magnitude out, rounded to nearest even."""
+    for dtype in HALF:
+        bits = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(dtype).view(-1, 64)
+        target = torch.zeros(len(bits), dtype=torch.int64)
+        center, tracked = torch.zeros(64), torch.zeros((), dtype=torch.int64)
+        for row in (0, 100, 481, 700, 1000):
+            copy = torch.ops.ncmi_kernels.update_center_(center, tracked, bits[row : row + 1], target[:1], 0.0, 2, -100)
+            if bits[row].isfinite().all():
+                assert torch.equal(copy, bits[row].float())
+        z, xi = torch.randn(40, 64), torch.randn(2, 64)
+        y = torch.arange(40) % 2
+        for scale in torch.logspace(-12, 12, 25).tolist():
+            low = z.to(dtype).requires_grad_()
+            wide = z.to(dtype).float().requires_grad_()
+            for leaf in (low, wide):
+                (scale * ncmi_loss(leaf, y, xi, backend="cpu")).backward()
+            assert torch.equal(low.grad, wide.grad.to(dtype))
+
+
+def test_large_batch_of_one_class_against_reference() -> None:
+    """More rows of one class than are summed in float32 before going to float64."""
+    z: Tensor = 0.05 * torch.randn(1000, 24)
+    problem = z, torch.zeros(1000, dtype=torch.int64), 0.1 * torch.randn(3, 24), None, None
+    for separation in SEPARATIONS:
+        options = Options(separation=separation)
+        expected = evaluate(problem, options, "float64")
+        for a, e in zip(evaluate(problem, options, "cpu"), expected, strict=True):
+            assert relative(a, e) < 5e-6
+
+
+assert _ops.ROW_STATS == 7
