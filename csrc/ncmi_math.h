@@ -133,8 +133,23 @@ NCMI_INLINE NearActivation nsf_near(float y) {
 NCMI_INLINE NearActivation nsf_nearest(float y) {
   const float w = y * y;
   const float t = 1.32077663e-1f * w - 3.33325995e-1f;
-  const float c = (2.20650242e-2f * w - 8.33324141e-2f) * w + 0.5f;
+  const float c = -8.29876397e-2f * w + 4.99999326e-1f;  // off by 7e-7, of which y^2 / y <= 1/8 counts
   return {t * (y * w) + y, y - c * w};
+}
+
+// What their gradients need: log 2 sigma, and 1 - t^2 = sech^2 y, for which t itself is not needed where y is small.
+struct NearSlope {
+  float slope;
+  float log;
+};
+NCMI_INLINE NearSlope nsf_near_slope(float y) {
+  const NearActivation a = nsf_near(y);
+  return {1.0f - a.excess * a.excess, a.log};
+}
+NCMI_INLINE NearSlope nsf_nearest_slope(float y) {
+  const float w = y * y;
+  const float c = -8.29876397e-2f * w + 4.99999326e-1f;
+  return {(0.660809714f * w + -0.999988603f) * w + 1.0f, y - c * w};
 }
 
 // NSF of a row whose sum of sigma underflows (every f very negative): sigma(f) e^-shift with shift = max f < 0.
@@ -193,9 +208,9 @@ struct SampleGradient {
   double constant;  // their means under p: the log-normalisers are constant along the row and cancel
 };
 
-NCMI_INLINE SampleGradient sample_gradient(double alpha, double beta, double classes, double own_mean,
+NCMI_INLINE SampleGradient sample_gradient(double alpha, double beta, double inverse_classes, double own_mean,
                                            double all_mean) {
-  const double own = alpha - beta / classes;
+  const double own = alpha - beta * inverse_classes;
   return {own + beta, own, own * own_mean + beta * all_mean};
 }
 

@@ -22,7 +22,7 @@ STABLE_TORCH_LIBRARY(ncmi_kernels, m) {
       " Tensor reference, Tensor norms, float temperature, bool l2_normalize, bool softmax,"
       " bool centroid_to_sample, int ignore_index) -> (Tensor terms, Tensor rows)");
 
-  // The same, reduced: the loss in the arithmetic type, a scalar or for reduction 0 (none; 1 mean, 2 sum) [B];
+  // The same, reduced, the loss in the arithmetic type, a scalar or for reduction 0 (none; 1 mean, 2 sum) [B];
   // coefficients [2, B] float64 = d loss / d terms.
   m.def(
       "loss(Tensor input, Tensor target, Tensor? center, Tensor log_activation, Tensor activation,"

@@ -11,6 +11,19 @@ from torch import Tensor
 from ncmi_kernels import _backends, reference
 from ncmi_kernels._options import REDUCTIONS, Options
 
+
+class _Operators:
+    """The operators' overloads, looked up once: a look-up costs as much as some of the calls."""
+
+    if _backends.load_library() is None:
+        centroid_stats = torch.ops.ncmi_kernels.centroid_stats.default
+        update_center_ = torch.ops.ncmi_kernels.update_center_.default
+        terms = torch.ops.ncmi_kernels.terms.default
+        loss = torch.ops.ncmi_kernels.loss.default
+        input_grad = torch.ops.ncmi_kernels.input_grad.default
+        centroid_grad = torch.ops.ncmi_kernels.centroid_grad.default
+
+
 ROW_STATS = 7  # columns of the operators' `rows`
 
 
@@ -25,9 +38,7 @@ class CentroidStats(NamedTuple):
 
 def centroid_stats(centroid_logits: Tensor, options: Options) -> CentroidStats:
     """Statistics of centroid logits [C, M], float32 or float64. Not differentiable: the autograd Functions are."""
-    stats = torch.ops.ncmi_kernels.centroid_stats.default(
-        centroid_logits.detach(), options.softmax, options.centroid_to_sample
-    )
+    stats = _Operators.centroid_stats(centroid_logits.detach(), options.softmax, options.centroid_to_sample)
     return CentroidStats(*stats)
 
 
@@ -38,9 +49,7 @@ CenterUpdate = tuple[Tensor, float, int]
 def update_center_(center: Tensor, update: CenterUpdate, input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """Move `center` [M] towards the mean of the rows of `input`, in place; returns a copy of it."""
     num_batches_tracked, momentum, num_classes = update
-    return torch.ops.ncmi_kernels.update_center_.default(
-        center, num_batches_tracked, input, target, momentum, num_classes, ignore_index
-    )
+    return _Operators.update_center_(center, num_batches_tracked, input, target, momentum, num_classes, ignore_index)
 
 
 def _features(options: Options) -> tuple[float, bool, bool, bool]:
@@ -54,9 +63,7 @@ def _call_terms(
     stats: CentroidStats,
     options: Options,
 ) -> tuple[Tensor, Tensor]:
-    return torch.ops.ncmi_kernels.terms.default(
-        input, target, center, *stats, *_features(options), options.ignore_index
-    )
+    return _Operators.terms(input, target, center, *stats, *_features(options), options.ignore_index)
 
 
 def _call_loss(
@@ -67,7 +74,7 @@ def _call_loss(
     stats: CentroidStats,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.ncmi_kernels.loss.default(
+    return _Operators.loss(
         input,
         target,
         center,
@@ -96,7 +103,7 @@ def _grads(
     """The gradients of input [B, M] and centroid_logits [C, M], each only where it is asked for."""
     grad_input = grad_centroids = None
     if ctx.needs_input_grad[0]:
-        grad_input = torch.ops.ncmi_kernels.input_grad.default(
+        grad_input = _Operators.input_grad(
             input,
             target,
             center,
@@ -108,7 +115,7 @@ def _grads(
             options.ignore_index,
         )
     if ctx.needs_input_grad[2]:
-        grad_centroids = torch.ops.ncmi_kernels.centroid_grad.default(
+        grad_centroids = _Operators.centroid_grad(
             input,
             target,
             center,

@@ -51,13 +51,13 @@ struct Centroids {
 
 // What the forward pass leaves of a row for the backward passes.
 struct RowStats {
-  double scale;     // f = (z - center) * scale
-  double length;    // ||z - center||, or 0 where its chain rule does not apply
-  double kind;      // how the row was activated (kernels_impl.h)
-  double shift;     // what its log a was shifted by
-  double norm;      // sum_k a_k
-  double own_mean;  // mean under p of log a - log a(xi_y)
-  double all_mean;  // mean under p of log a - reference
+  double scale;           // f = (z - center) * scale
+  double inverse_length;  // 1 / ||z - center||, or 0 where its chain rule does not apply
+  double kind;            // how the row was activated (kernels_impl.h)
+  double shift;           // what its log a was shifted by
+  double inverse_norm;    // 1 / sum_k a_k
+  double own_mean;        // mean under p of log a - log a(xi_y)
+  double all_mean;        // mean under p of log a - reference
 };
 constexpr int64_t kRowStats = sizeof(RowStats) / sizeof(double);
 

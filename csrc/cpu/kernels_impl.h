@@ -60,6 +60,19 @@ struct alignas(64) Lanes {
     for (int j = 0; j < 4; ++j) lane[j] += lane[j + 4];
     return double((lane[0] + lane[2]) + (lane[1] + lane[3]));
   }
+
+  T maximum() const {
+    T largest[16];
+    NCMI_SIMD()
+    for (int j = 0; j < 16; ++j) {
+      const T a = lane[j] > lane[j + 16] ? lane[j] : lane[j + 16];
+      const T b = lane[j + 32] > lane[j + 48] ? lane[j + 32] : lane[j + 48];
+      largest[j] = a > b ? a : b;
+    }
+    T result = largest[0];
+    for (int j = 1; j < 16; ++j) result = largest[j] > result ? largest[j] : result;
+    return result;
+  }
 };
 static_assert(kWide == 64, "Lanes::total folds 64 lanes");
 
@@ -131,7 +144,7 @@ NCMI_INLINE uint64_t magnitude_bits(double x) { return bit_cast<uint64_t>(x) & 0
 
 // Leaves x = z - center. The largest magnitude is found on the bits, which order as the numbers do: that lets no NaN
 // get lost.
-template <bool centered, class In, class T>
+template <bool centered, bool measured, class In, class T>
 Size<T> load_as(const In* __restrict in, int64_t stride, int64_t n, const T* __restrict center, T* __restrict x) {
   using Bits = decltype(magnitude_bits(T()));
   Size<T> size{};
@@ -141,10 +154,12 @@ Size<T> load_as(const In* __restrict in, int64_t stride, int64_t n, const T* __r
     Lanes<T> squares;
     const auto take = [&](int64_t k, int64_t j, T z) __attribute__((always_inline)) {
       const T value = centered ? z - center[k] : z;
-      const Bits bits = magnitude_bits(value);
       x[k] = value;
-      squares.lane[j] += value * value;
-      largest.lane[j] = bits > largest.lane[j] ? bits : largest.lane[j];
+      if constexpr (measured) {
+        const Bits bits = magnitude_bits(value);
+        squares.lane[j] += value * value;
+        largest.lane[j] = bits > largest.lane[j] ? bits : largest.lane[j];
+      }
     };
     if (stride == 1) {
       const int64_t whole = first + (last - first) / kLanes<T> * kLanes<T>;
@@ -156,31 +171,31 @@ Size<T> load_as(const In* __restrict in, int64_t stride, int64_t n, const T* __r
     } else {
       for (int64_t k = first; k < last; ++k) take(k, k % kWide, T(widen(in[k * stride])));
     }
-    size.squares += squares.total();
+    if constexpr (measured) size.squares += squares.total();
   }
-  for (int width = kWide / 2; width > 0; width /= 2)
-    for (int j = 0; j < width; ++j)
-      if (largest.lane[j + width] > largest.lane[j]) largest.lane[j] = largest.lane[j + width];
-  size.largest = bit_cast<T>(largest.lane[0]);
+  if constexpr (measured) size.largest = bit_cast<T>(largest.maximum());
   return size;
 }
 
-template <class In, class T>
+template <bool measured, class In, class T>
 Size<T> load_stretch(const Matrix& m, int64_t row, int64_t begin, int64_t n, const T* center, T* x) {
   const In* in = static_cast<const In*>(m.data) + row * m.row_stride + begin * m.column_stride;
-  return center ? load_as<true>(in, m.column_stride, n, center + begin, x)
-                : load_as<false>(in, m.column_stride, n, center, x);
+  return center ? load_as<true, measured>(in, m.column_stride, n, center + begin, x)
+                : load_as<false, measured>(in, m.column_stride, n, center, x);
 }
 
-template <class T>
+// Leaves the stretch in x, less the centre. Its size only where it is `measured`.
+template <bool measured = false, class T>
 Size<T> load(const Matrix& m, int64_t row, int64_t begin, int64_t n, const T* center, T* x) {
   switch (m.dtype) {
-    case Dtype::kFloat32: return load_stretch<float>(m, row, begin, n, center, x);
-    case Dtype::kFloat64: return load_stretch<double>(m, row, begin, n, center, x);
-    case Dtype::kBFloat16: return load_stretch<BFloat16>(m, row, begin, n, center, x);
-    default: return load_stretch<Float16>(m, row, begin, n, center, x);
+    case Dtype::kFloat32: return load_stretch<measured, float>(m, row, begin, n, center, x);
+    case Dtype::kFloat64: return load_stretch<measured, double>(m, row, begin, n, center, x);
+    case Dtype::kBFloat16: return load_stretch<measured, BFloat16>(m, row, begin, n, center, x);
+    default: return load_stretch<measured, Float16>(m, row, begin, n, center, x);
   }
 }
+
+constexpr int64_t kNearby = 131072;  // elements that stay in the inner caches between the passes
 
 // Asks for memory to be in cache soon. Rows are read in bursts with arithmetic between, too short for the hardware's
 // own prefetching to get going.
@@ -231,6 +246,11 @@ NCMI_INLINE T argument_scale(double scale) {
 template <Kind kind>
 NCMI_INLINE NearActivation near(float y) {
   return kind == Kind::kNsfNear ? nsf_near(y) : nsf_nearest(y);
+}
+
+template <Kind kind>
+NCMI_INLINE NearSlope near_slope(float y) {
+  return kind == Kind::kNsfNear ? nsf_near_slope(y) : nsf_nearest_slope(y);
 }
 
 template <Kind kind, class T>
@@ -428,6 +448,8 @@ template <bool centroid_to_sample, class T>
 void terms_range(const TermsArgs<T>& args, int64_t row_begin, int64_t row_end, T* x) {
   const Centroids<T>& q = args.centroids;
   const int64_t n = q.columns;
+  const bool far = (row_end - row_begin) * n > kNearby;
+  const double inverse_temperature = 1.0 / args.features.temperature, inverse_classes = 1.0 / double(q.classes);
   for (int64_t i = row_begin; i < row_end; ++i) {
     const int64_t y = args.target[i];
     if (y == args.target.ignore_index) {
@@ -436,18 +458,16 @@ void terms_range(const TermsArgs<T>& args, int64_t row_begin, int64_t row_end, T
       continue;
     }
 
-    const Size<T> size = load(args.input, i, 0, n, args.center, x);
-    double scale = 1.0 / args.features.temperature, length = 0;
+    const Size<T> size = load<true>(args.input, i, 0, n, args.center, x);
+    double scale = inverse_temperature, inverse_length = 0;
     if (args.features.l2_normalize) {
-      length = norm(x, n, size);
-      if (length < kSmallestLength) {
-        scale /= kSmallestLength;
-        length = 0;
-      } else {
-        scale /= length;
-      }
+      const double length = norm(x, n, size);
+      const bool floored = length < kSmallestLength;
+      const double inverse = 1.0 / (floored ? kSmallestLength : length);
+      scale *= inverse;
+      inverse_length = floored ? 0 : inverse;
     }
-    if (i + 1 < row_end) prefetch_row(args.input, args.target, i + 1, q);
+    if (far && i + 1 < row_end) prefetch_row(args.input, args.target, i + 1, q);
 
     Kind kind;
     T shift;
@@ -456,19 +476,16 @@ void terms_range(const TermsArgs<T>& args, int64_t row_begin, int64_t row_end, T
     sums.norm += double(poison(x, n, size.squares));
 
     // KL divergences as differences of logarithms, then of log-normalisers: each difference apart.
-    const double log_norm = ::log(sums.norm);
+    const double log_norm = ::log(sums.norm), inverse_norm = 1.0 / sums.norm;
+    const double own_mean = sums.own * inverse_norm, all_mean = sums.all * inverse_norm;
     const double own_gap = log_norm - q.log_norm[y];
-    const double concentration = sums.own / sums.norm - own_gap;
+    const double concentration = own_mean - own_gap;
     args.concentration[i] = concentration;
     args.separation[i] =
-        centroid_to_sample
-            ? (q.weight_sum * log_norm - q.weighted_log_norm) - sums.all +
-                  (sums.own_cross / exp(q.log_norm[y]) - own_gap) / double(q.classes)
-            : sums.all / sums.norm - (log_norm - q.weighted_log_norm) - concentration / double(q.classes);
-    args.rows[i] = {scale,     length,
-                    double(kind), double(shift),
-                    sums.norm, sums.own / sums.norm,
-                    sums.all / sums.norm};
+        centroid_to_sample ? (q.weight_sum * log_norm - q.weighted_log_norm) - sums.all +
+                                 (sums.own_cross * exp(-q.log_norm[y]) - own_gap) * inverse_classes
+                           : all_mean - (log_norm - q.weighted_log_norm) - concentration * inverse_classes;
+    args.rows[i] = {scale, inverse_length, double(kind), double(shift), inverse_norm, own_mean, all_mean};
   }
 }
 
@@ -489,7 +506,7 @@ void terms(const TermsArgs<T>& args, int64_t row_begin, int64_t row_end, T* scra
 template <bool centroid_to_sample, class T>
 struct GradRow {
   const RowStats& stats;
-  double own_norm, classes, concentration_grad, separation_grad;
+  double own_inverse_norm, inverse_classes, concentration_grad, separation_grad;
 
   // Of `n` <= kWide columns, into grad; adds its product with x to dot.
   template <Kind kind>
@@ -501,31 +518,30 @@ struct GradRow {
     const T* __restrict q_mean = row.q_mean;
     const T s = argument_scale<kind, T>(stats.scale), shift = T(stats.shift);
     if constexpr (centroid_to_sample) {
-      const T inverse_norm = T(1.0 / stats.norm), own_inverse_norm = T(1.0 / own_norm);
-      const T own_mean = T(stats.own_mean), inverse_classes = T(1.0 / classes);
+      const T inverse_norm = T(stats.inverse_norm), q_factor = T(own_inverse_norm);
+      const T own_mean = T(stats.own_mean), inverse_c = T(inverse_classes);
       const T alpha = T(concentration_grad * stats.scale), beta = T(separation_grad * stats.scale);
       NCMI_SIMD()
       for (int64_t k = 0; k < n; ++k) {
         const Activation<T> a = activate<kind>(x[k] * s, shift);
         const T p = a.value * inverse_norm;
         const T g = alpha * concentration_gradient(a.slope * p, a.log - own_log[k], own_mean) +
-                    beta * separation_gradient_centroid(a.slope, p, q_mean[k], own_activation[k] * own_inverse_norm,
-                                                        inverse_classes);
+                    beta * separation_gradient_centroid(a.slope, p, q_mean[k], own_activation[k] * q_factor, inverse_c);
         grad[k] = g;
         dot.lane[k] += x[k] * g;
       }
     } else {
-      const SampleGradient g = sample_gradient(concentration_grad, separation_grad, classes, stats.own_mean,
+      const SampleGradient g = sample_gradient(concentration_grad, separation_grad, inverse_classes, stats.own_mean,
                                                stats.all_mean);
       // near: the factor 1/4 of (1 - t^2) / 4 goes into the coefficients
-      const double factor = (is_near(kind) ? 0.25 : 1.0) * stats.scale / stats.norm;
+      const double factor = (is_near(kind) ? 0.25 : 1.0) * stats.scale * stats.inverse_norm;
       const T by_all = T(factor * g.by_all), by_gap = T(factor * g.by_gap), constant = T(factor * g.constant);
       NCMI_SIMD()
       for (int64_t k = 0; k < n; ++k) {
         T value_slope, log;
         if constexpr (is_near(kind)) {
-          const NearActivation a = near<kind>(x[k] * s);
-          value_slope = T(1) - a.excess * a.excess;
+          const NearSlope a = near_slope<kind>(x[k] * s);
+          value_slope = a.slope;
           log = a.log;
         } else {
           const Activation<T> a = activate<kind>(x[k] * s, shift);
@@ -573,6 +589,8 @@ void input_grad_range(const InputGradArgs<T>& args, int64_t row_begin, int64_t r
   const int64_t n = q.columns;
   T* __restrict x = scratch;
   T* __restrict grad = scratch + n;
+  const double inverse_classes = 1.0 / double(q.classes);
+  const bool far = (row_end - row_begin) * n > kNearby;
   for (int64_t i = row_begin; i < row_end; ++i) {
     Out* __restrict out = static_cast<Out*>(args.grad) + i * n;
     const int64_t y = args.target[i];
@@ -582,17 +600,16 @@ void input_grad_range(const InputGradArgs<T>& args, int64_t row_begin, int64_t r
     }
     const RowStats& stats = args.rows[i];
     load(args.input, i, 0, n, args.center, x);
-    prefetch(out, n * sizeof(Out));
-    if (i + 1 < row_end) prefetch_row(args.input, args.target, i + 1, q);
-    const GradRow<centroid_to_sample, T> of_row{stats, centroid_to_sample ? exp(q.log_norm[y]) : 1.0,
-                                                double(q.classes), args.concentration_grad[i],
-                                                args.separation_grad[i]};
+    if (far) prefetch(out, n * sizeof(Out));
+    if (far && i + 1 < row_end) prefetch_row(args.input, args.target, i + 1, q);
+    const GradRow<centroid_to_sample, T> of_row{stats, centroid_to_sample ? exp(-q.log_norm[y]) : 1.0,
+                                                inverse_classes, args.concentration_grad[i], args.separation_grad[i]};
     const Row<T> row = row_of(static_cast<const T*>(x), q, y);
     const double dot = with_kind<T>(Kind(int(stats.kind)), [&]<Kind kind>() {
       return of_row.template whole_row<kind>(row, n, grad);
     });
     // Where the length counts, through x / ||x|| as well: g - x (x . g) / ||x||^2.
-    const T share = stats.length == 0 ? T(0) : T(dot / stats.length / stats.length);
+    const T share = T(dot * stats.inverse_length * stats.inverse_length);
     NCMI_SIMD()
     for (int64_t k = 0; k < n; ++k) out[k] = narrow<Out>(grad[k] - x[k] * share);
   }
@@ -653,7 +670,7 @@ void centroid_rows_range(const CentroidStatsArgs<T>& args, int64_t class_begin, 
   for (int64_t c = class_begin; c < class_end; ++c) {
     T* value = with_value ? args.activation + c * n : nullptr;
     T* log = args.log_activation + c * n;
-    const Size<T> size = load(args.logits, c, 0, n, static_cast<const T*>(nullptr), x);
+    const Size<T> size = load<true>(args.logits, c, 0, n, static_cast<const T*>(nullptr), x);
     Kind kind = first_kind(args.softmax, double(size.largest), sizeof(T));
     T shift = kind == Kind::kSoftmax ? scaled_max(x, n, T(1)) : T(0);
     const auto activate_as = [&]<Kind as>() { return activate_row<as, with_value>(x, n, shift, value, log); };
@@ -747,7 +764,7 @@ struct AddRow {
     if constexpr (is_near(kind) && !centroid_to_sample) {
       T* __restrict own = sums.own_excess;
       T* __restrict total = sums.total_excess;
-      const T own_share = T(0.5 * own_factor / row.norm), total_share = T(0.5 * separation_grad / row.norm);
+      const T own_share = T(0.5 * own_factor * row.inverse_norm), total_share = T(0.5 * separation_grad * row.inverse_norm);
       NCMI_SIMD()
       for (int64_t k = 0; k < n; ++k) {
         const T excess = near<kind>(x[k] * s).excess;
@@ -758,7 +775,7 @@ struct AddRow {
       double* __restrict own = sums.own;
       double* __restrict own_log = sums.own_log;
       double* __restrict total = sums.total;
-      const double own_share = own_factor / row.norm, total_share = separation_grad / row.norm;
+      const double own_share = own_factor * row.inverse_norm, total_share = separation_grad * row.inverse_norm;
       NCMI_SIMD()
       for (int64_t k = 0; k < n; ++k) {
         const Activation<T> a = activate<kind>(x[k] * s, shift);
@@ -837,7 +854,7 @@ void centroid_sums_range(const CentroidGradArgs<T>& args, int64_t column_begin, 
         with_kind<T>(Kind(int(row.kind)),
                      AddRow<centroid_to_sample, T>{sums, n, row, args.own_factor[i], args.separation_grad[i]});
         if (is_near(Kind(int(row.kind))) && !centroid_to_sample)
-          total_base += 0.5 * args.separation_grad[i] / row.norm;
+          total_base += 0.5 * args.separation_grad[i] * row.inverse_norm;
         if (++unflushed == kRowsPerFlush) flush();
       }
       if (of_class.all_near) {  // left to centroid_grad: the excess is all that it needs
@@ -877,7 +894,7 @@ void class_sums(const CentroidGradArgs<T>& args, ClassSums* result) {
       of_class.own_factor += args.own_factor[i];
       of_class.separation_grad += args.separation_grad[i];
       if (near && !args.centroids.centroid_to_sample)
-        of_class.excess_base += 0.5 * args.own_factor[i] / args.rows[i].norm;
+        of_class.excess_base += 0.5 * args.own_factor[i] * args.rows[i].inverse_norm;
       of_class.all_near = of_class.all_near && near;
     }
     result[c] = of_class;
