@@ -42,14 +42,15 @@ def centroid_stats(centroid_logits: Tensor, options: Options) -> CentroidStats:
     return CentroidStats(*stats)
 
 
-# How a forward pass in training moves the running centre first: num_batches_tracked [] int64, momentum, num_classes.
-CenterUpdate = tuple[Tensor, float, int]
+# How a forward pass in training moves the running centre first: num_batches_tracked [] int64, momentum.
+CenterUpdate = tuple[Tensor, float]
 
 
-def update_center_(center: Tensor, update: CenterUpdate, input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+def update_center_(
+    center: Tensor, update: CenterUpdate, input: Tensor, target: Tensor, num_classes: int, ignore_index: int
+) -> Tensor:
     """Move `center` [M] towards the mean of the rows of `input`, in place; returns a copy of it."""
-    num_batches_tracked, momentum, num_classes = update
-    return _Operators.update_center_(center, num_batches_tracked, input, target, momentum, num_classes, ignore_index)
+    return _Operators.update_center_(center, update[0], input, target, update[1], num_classes, ignore_index)
 
 
 def _features(options: Options) -> tuple[float, bool, bool, bool]:
@@ -64,28 +65,6 @@ def _call_terms(
     options: Options,
 ) -> tuple[Tensor, Tensor]:
     return _Operators.terms(input, target, center, *stats, *_features(options), options.ignore_index)
-
-
-def _call_loss(
-    input: Tensor,
-    target: Tensor,
-    center: Tensor | None,
-    weight: Tensor | None,
-    stats: CentroidStats,
-    options: Options,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _Operators.loss(
-        input,
-        target,
-        center,
-        *stats,
-        weight,
-        *_features(options),
-        options.batch_ratio,
-        options.reduction_code,
-        options.eps,
-        options.ignore_index,
-    )
 
 
 def _grads(
@@ -168,11 +147,23 @@ class _Loss(torch.autograd.Function):
         stats: CentroidStats | None,
         update: CenterUpdate | None,
     ) -> Tensor:
-        if update is not None and center is not None:
-            center = update_center_(center, update, input, target, options.ignore_index)
         if stats is None:
             stats = centroid_stats(centroid_logits, options)
-        result, coefficients, rows = _call_loss(input, target, center, weight, stats, options)
+        moving = (center, None, None, 0.0) if update is None else (None, center, *update)
+        result, coefficients, rows, moved = _Operators.loss(
+            input,
+            target,
+            *moving,
+            *stats,
+            weight,
+            *_features(options),
+            options.batch_ratio,
+            options.reduction_code,
+            options.eps,
+            options.ignore_index,
+        )
+        if update is not None:
+            center = moved
         ctx.save_for_backward(input, target, centroid_logits)
         ctx.kept = center, weight, stats, rows, coefficients, options
         return result
@@ -277,6 +268,9 @@ def _register_fakes() -> None:
         input: Tensor,
         target: Tensor,
         center: Tensor | None,
+        running_center: Tensor | None,
+        num_batches_tracked: Tensor | None,
+        momentum: float,
         log_activation: Tensor,
         activation: Tensor,
         reference: Tensor,
@@ -296,6 +290,7 @@ def _register_fakes() -> None:
             log_activation.new_empty((rows,) if REDUCTIONS[reduction] == "none" else ()),
             norms.new_empty((2, rows)),
             norms.new_empty((rows, ROW_STATS)),
+            log_activation.new_empty((0 if running_center is None else input.shape[1],)),
         )
 
     @torch.library.register_fake("ncmi_kernels::input_grad")

@@ -85,7 +85,7 @@ def ncmi_loss(
     warn_if_degenerate(options)
     check_parameters(centroid_logits, center, weight)
     check_batch(input, target, centroid_logits)
-    return loss(input, target, centroid_logits, center, weight, options, backend)
+    return loss(input, target, centroid_logits, center, weight, options, _backends.resolve(backend, input))
 
 
 def ncmi_terms(
@@ -177,14 +177,14 @@ def loss(
     center: Tensor | None,
     weight: Tensor | None,
     options: Options,
-    backend: str | None,
+    backend: str,
     stats: _ops.CentroidStats | None = None,
     update: _ops.CenterUpdate | None = None,
 ) -> Tensor:
-    """:func:`ncmi_loss` on checked arguments; `stats` and `update` (of `center`) as :func:`_ops.loss` takes them."""
+    """:func:`ncmi_loss` on checked arguments and a resolved backend; the last two as :func:`_ops.loss` has them."""
     rows, classes = flatten(input, target)
     rows, centroid_logits, center, weight = to_arithmetic_dtype(rows, centroid_logits, center, weight)
-    if _backends.resolve(backend, input) == "reference":
+    if backend == "reference":
         check_range(classes, len(centroid_logits), options.ignore_index)
         result = reference.loss(rows, classes, centroid_logits, center, weight, options)
     else:

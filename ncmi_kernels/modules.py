@@ -142,11 +142,16 @@ class NCMILoss(nn.Module):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of features [B, M] (or [M], [B, M, d1, ...]) for targets [B] (or [], [B, d1, ...])."""
-        logits = self.centroid_logits
+        # From the dicts: nn.Module's attribute look-up would take a noticeable share of a small batch's time.
+        logits = self._parameters.get("centroid_logits")
+        if logits is None:  # parametrised
+            logits = self.centroid_logits
         functional.check_batch(input, target, logits)
-        center, update = self._center(input, target)
-        stats = None if logits.requires_grad else self._fixed_stats(logits, input)
-        return functional.loss(input, target, logits, center, self.weight, self.options, self.backend, stats, update)
+        backend = _backends.resolve(self.backend, input)  # raises before anything has moved
+        center, update = self._moved_center(input, target, logits, backend)
+        stats = None if logits.requires_grad else self._fixed_stats(input, logits, backend)
+        weight = self._buffers["weight"]
+        return functional.loss(input, target, logits, center, weight, self.options, backend, stats, update)
 
     def centroids(self) -> Tensor:
         """The centroids [C, M] as distributions: each row sums to one. Differentiable."""
@@ -257,27 +262,31 @@ class NCMILoss(nn.Module):
         missing = means.sum(dim=1, keepdim=True) == 0
         return means.clamp(min=torch.finfo(dtype).tiny).log().masked_fill(missing, -torch.inf)
 
-    def _center(self, input: Tensor, target: Tensor) -> tuple[Tensor | None, _ops.CenterUpdate | None]:
+    def _moved_center(
+        self, input: Tensor, target: Tensor, logits: Tensor, backend: str
+    ) -> tuple[Tensor | None, _ops.CenterUpdate | None]:
         """The centre to use, and how the kernels move it first; the reference path has moved it already."""
         if self.center_momentum is None:
             return None, None
-        center = self.center
+        buffers = self._buffers
+        center = buffers["center"]
+        assert center is not None
         if not self.training:
             return center, None
-        backend = _backends.resolve(self.backend, input)  # raises before anything has moved
         dtype = center.dtype
         if (
             backend != "reference"
-            and (dtype == torch.float32 or dtype == torch.float64)
-            and dtype == self.centroid_logits.dtype
-            and (input.dtype != torch.float64 or dtype == torch.float64)
+            and dtype is logits.dtype
+            and (dtype is torch.float64 or (dtype is torch.float32 and input.dtype is not torch.float64))
             and center.is_contiguous()
         ):
-            update = (self.num_batches_tracked, self.center_momentum, self.num_classes)
+            tracked = buffers["num_batches_tracked"]
+            assert tracked is not None
+            update = (tracked, self.center_momentum)
             if not torch.compiler.is_compiling():
                 return center, update
             rows, classes = functional.flatten(input.detach(), target)
-            return _ops.update_center_(center, update, rows, classes, self.options.ignore_index), None
+            return _ops.update_center_(center, update, rows, classes, self.num_classes, self.options.ignore_index), None
         with torch.no_grad():
             return self._move_center(*functional.flatten(input, target)), None
 
@@ -294,36 +303,40 @@ class NCMILoss(nn.Module):
         self.num_batches_tracked.add_(usable)
         return self.center.clone()
 
-    def _fixed_stats(self, logits: Tensor, input: Tensor) -> _ops.CentroidStats | None:
+    def _fixed_stats(self, input: Tensor, logits: Tensor, backend: str) -> _ops.CentroidStats | None:
         """The cached statistics of fixed centroids; None where they have to be computed.
 
         Keyed on the tensor, its memory (kept alive, so no other tensor can get the address) and its version
         counter, which every in-place operation, optimiser step and load_state_dict moves. Writing through `.data`
         or NumPy moves no counter, here as in autograd; `train()` and `eval()` drop the cache for that.
         """
+        options = self.options
+        cache = self._stats_cache
+        if (
+            cache is not None
+            and cache[0] is logits
+            and cache[1] is options
+            and cache[2] == logits._version
+            and cache[3].data_ptr() == logits.data_ptr()
+            and cache[3].stride() == logits.stride()
+            and cache[3].dtype is logits.dtype
+            and (input.dtype is not torch.float64 or logits.dtype is torch.float64)
+            and backend != "reference"
+            and not torch.compiler.is_compiling()
+        ):
+            return cache[4]
         if (
             torch.compiler.is_compiling()
+            or backend == "reference"
+            or type(logits) is not nn.Parameter
             or logits.is_inference()
             or logits.dtype not in (torch.float32, torch.float64)
             or (input.dtype == torch.float64 and logits.dtype != torch.float64)
-            or type(logits) is not nn.Parameter
-            or _backends.resolve(self.backend, input) == "reference"
         ):
             return None
-        options = self.options
-        key = (
-            logits._version,
-            logits.data_ptr(),
-            logits.dtype,
-            logits.stride(),
-            options.softmax,
-            options.centroid_to_sample,
-        )
-        cache = self._stats_cache
-        if cache is None or cache[0] is not logits or cache[1] != key:
-            stats = _ops.centroid_stats(logits, options)
-            cache = self._stats_cache = (logits, key, logits.detach(), stats)
-        return cache[3]
+        stats = _ops.centroid_stats(logits, options)
+        self._stats_cache = (logits, options, logits._version, logits.detach(), stats)
+        return stats
 
     def train(self, mode: bool = True) -> "NCMILoss":
         """As `nn.Module.train`; also forgets what was computed of fixed centroids."""

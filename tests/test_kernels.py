@@ -490,13 +490,16 @@ def operator_calls(dtype: torch.dtype, separation: str, ratio: str):
     c2s, batch = separation == "centroid_to_sample", ratio == "batch"
     stats = ops.centroid_stats(xi, False, c2s)
     features = (0.5, True, False, c2s)
-    reduced = (z, target, center, *stats, weight, *features, batch, 1, 1e-8, -100)
-    loss, coefficients, rows = ops.loss(*reduced)
+    moving, tracked = center.clone(), torch.tensor(1)
+    options = (*stats, weight, *features, batch, 1, 1e-8, -100)
+    reduced = (z, target, center, None, None, 0.0, *options)
+    loss, coefficients, rows, _ = ops.loss(*reduced)
     upstream = torch.full_like(loss, 2.0)
     return [
         (ops.centroid_stats, (xi, False, c2s)),
         (ops.terms, (z, target, center, *stats, *features, -100)),
         (ops.loss, reduced),
+        (ops.loss, (z, target, None, moving, tracked, 0.9, *options)),
         (ops.input_grad, (z, target, center, *stats, rows, coefficients, upstream, c2s, -100)),
         (ops.centroid_grad, (z, target, center, xi, *stats, rows, coefficients, upstream, c2s, -100)),
         (ops.update_center_, (center.clone(), torch.tensor(1), z, target, 0.9, 3, -100)),

@@ -341,25 +341,70 @@ void reduce(const double* concentration, const double* separation, const Targets
   if (reduction != kNone) *loss = T(batch_ratio ? of_batch.value : total);
 }
 
-std::tuple<Tensor, Tensor, Tensor> loss(const Tensor& input, const Tensor& target,
-                                        const std::optional<Tensor>& center, const Tensor& log_activation,
-                                        const Tensor& activation, const Tensor& reference, const Tensor& norms,
-                                        const std::optional<Tensor>& weight, double temperature, bool l2_normalize,
-                                        bool softmax, bool centroid_to_sample, bool batch_ratio, int64_t reduction,
-                                        double eps, int64_t ignore_index) {
+Tensor update_center_(const Tensor& center, const Tensor& num_batches_tracked, const Tensor& input,
+                      const Tensor& target, double momentum, int64_t num_classes, int64_t ignore_index) {
+  const Matrix z = matrix(input, "input");
+  const int64_t rows = input.size(0), columns = input.size(1);
+  const Targets y = targets(target, rows, ignore_index, num_classes);
+  const int64_t count = [&] {
+    int64_t n = 0;
+    for (int64_t i = 0; i < rows; ++i) n += y[i] != ignore_index;
+    return n;
+  }();
+  Tensor copy = empty({columns}, center.scalar_type());
+  with_arithmetic_type(center.scalar_type(), "center", [&]<class T>() {
+    STD_TORCH_CHECK(z.dtype != Dtype::kFloat64 || kIsDouble<T>,
+                    "ncmi_kernels: float64 input needs a float64 center");
+    T* c = const_cast<T*>(data<T>(center, "center", {columns}));
+    int64_t* batches = const_cast<int64_t*>(data<int64_t>(num_batches_tracked, "num_batches_tracked", {}));
+    std::vector<double> sums(columns);
+    parallel_columns(columns, rows, [&](int64_t begin, int64_t end) {
+      kernels_for<T>().column_sums(z, y, rows, begin, end, sums.data());
+    });
+    // A batch without rows says nothing, and one NaN, or a mean beyond T, must not stay in the centre for good.
+    const double keep = *batches == 0 ? 0.0 : momentum;
+    T* moved = output<T>(copy);
+    bool finite = count > 0;
+    for (int64_t k = 0; k < columns; ++k) {
+      const double mean = sums[k] / double(count);
+      moved[k] = T(keep == 0 ? mean : keep * double(c[k]) + (1 - keep) * mean);
+      finite = finite && std::isfinite(moved[k]);
+    }
+    if (finite) {
+      std::copy(moved, moved + columns, c);
+      ++*batches;
+    } else {
+      std::copy(c, c + columns, moved);
+    }
+  });
+  return copy;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> loss(
+    const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
+    const std::optional<Tensor>& running_center, const std::optional<Tensor>& num_batches_tracked, double momentum,
+    const Tensor& log_activation, const Tensor& activation, const Tensor& reference, const Tensor& norms,
+    const std::optional<Tensor>& weight, double temperature, bool l2_normalize, bool softmax, bool centroid_to_sample,
+    bool batch_ratio, int64_t reduction, double eps, int64_t ignore_index) {
   STD_TORCH_CHECK(reduction == kNone || reduction == kMean || reduction == kSum, "ncmi_kernels: unknown reduction");
   STD_TORCH_CHECK(!batch_ratio || reduction == kMean, "ncmi_kernels: ratio over the batch needs reduction mean");
+  STD_TORCH_CHECK(running_center.has_value() == num_batches_tracked.has_value() && !(center && running_center),
+                  "ncmi_kernels: pass center, or running_center with num_batches_tracked");
   return with_arithmetic_type(log_activation.scalar_type(), "log_activation", [&]<class T>() {
     const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample);
     const int64_t rows = target.numel();
     const Targets y = targets(target, rows, ignore_index, q.classes);
     const T* class_weight = data<T>(weight, "weight", {q.classes});
-    const auto [values, stats] = compute_terms<T>(input, y, center, q, {temperature, l2_normalize, softmax});
+    const Tensor moved = running_center ? update_center_(*running_center, *num_batches_tracked, input, target, momentum,
+                                                         q.classes, ignore_index)
+                                        : empty({0}, kScalarType<T>);
+    const auto [values, stats] = compute_terms<T>(input, y, running_center ? std::optional<Tensor>(moved) : center, q,
+                                                  {temperature, l2_normalize, softmax});
     Tensor result = reduction == kNone ? empty({rows}, kScalarType<T>) : empty({}, kScalarType<T>);
     Tensor coefficients = empty({2, rows}, ScalarType::Double);
     reduce<T>(values.data(), values.data() + rows, y, rows, class_weight, batch_ratio, reduction, eps,
               output<T>(result), output<double>(coefficients));
-    return std::make_tuple(result, coefficients, stats);
+    return std::make_tuple(result, coefficients, stats, moved);
   });
 }
 
@@ -470,45 +515,6 @@ Tensor centroid_grad(const Tensor& input, const Tensor& target, const std::optio
     });
   });
   return grad;
-}
-
-Tensor update_center_(const Tensor& center, const Tensor& num_batches_tracked, const Tensor& input,
-                      const Tensor& target, double momentum, int64_t num_classes, int64_t ignore_index) {
-  const Matrix z = matrix(input, "input");
-  const int64_t rows = input.size(0), columns = input.size(1);
-  const Targets y = targets(target, rows, ignore_index, num_classes);
-  const int64_t count = [&] {
-    int64_t n = 0;
-    for (int64_t i = 0; i < rows; ++i) n += y[i] != ignore_index;
-    return n;
-  }();
-  Tensor copy = empty({columns}, center.scalar_type());
-  with_arithmetic_type(center.scalar_type(), "center", [&]<class T>() {
-    STD_TORCH_CHECK(z.dtype != Dtype::kFloat64 || kIsDouble<T>,
-                    "ncmi_kernels: float64 input needs a float64 center");
-    T* c = const_cast<T*>(data<T>(center, "center", {columns}));
-    int64_t* batches = const_cast<int64_t*>(data<int64_t>(num_batches_tracked, "num_batches_tracked", {}));
-    std::vector<double> sums(columns);
-    parallel_columns(columns, rows, [&](int64_t begin, int64_t end) {
-      kernels_for<T>().column_sums(z, y, rows, begin, end, sums.data());
-    });
-    // A batch without rows says nothing, and one NaN, or a mean beyond T, must not stay in the centre for good.
-    const double keep = *batches == 0 ? 0.0 : momentum;
-    T* moved = output<T>(copy);
-    bool finite = count > 0;
-    for (int64_t k = 0; k < columns; ++k) {
-      const double mean = sums[k] / double(count);
-      moved[k] = T(keep == 0 ? mean : keep * double(c[k]) + (1 - keep) * mean);
-      finite = finite && std::isfinite(moved[k]);
-    }
-    if (finite) {
-      std::copy(moved, moved + columns, c);
-      ++*batches;
-    } else {
-      std::copy(c, c + columns, moved);
-    }
-  });
-  return copy;
 }
 
 std::string cpu_capability() { return kernels().name; }

@@ -1,0 +1,43 @@
+# Every target sets up what it needs: a virtual environment in .venv with the versions of requirements-dev.txt, and
+# the package built into it.
+PYTHON ?= python3
+VENV ?= .venv
+DATA ?= digits
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint bench wheel clean
+
+demo: $(VENV)/.built  ## train with cross-entropy and with NCMI, print a table, draw the curves (DATA=fashion-mnist)
+	$(BIN)/python benchmarks/demo.py --data $(DATA) $(ARGS)
+
+test: $(VENV)/.built  ## the whole test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dependencies  ## formatting, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.built  ## the loss's speed, saved by pytest-benchmark (compare: make bench ARGS=--benchmark-compare)
+	$(BIN)/python -m pytest tests/test_benchmarks.py --benchmark-only --benchmark-autosave $(ARGS)
+
+wheel: $(VENV)/.dependencies  ## an abi3 wheel in dist/, tried in a second virtual environment
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv --clear $(VENV)-wheel
+	grep -E '^(torch|numpy)==' requirements-dev.txt > dist/requirements.txt
+	$(VENV)-wheel/bin/python -m pip install --quiet -r dist/requirements.txt
+	$(VENV)-wheel/bin/python -m pip install --quiet --no-deps dist/ncmi_kernels-*.whl
+	cd dist && ../$(VENV)-wheel/bin/python ../tests/smoke.py
+
+clean:
+	rm -rf $(VENV) $(VENV)-wheel build dist *.egg-info ncmi_kernels/_C*.so
+
+$(VENV)/.dependencies: requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+$(VENV)/.built: $(VENV)/.dependencies setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
