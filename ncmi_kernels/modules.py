@@ -142,16 +142,12 @@ class NCMILoss(nn.Module):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of features [B, M] (or [M], [B, M, d1, ...]) for targets [B] (or [], [B, d1, ...])."""
-        # From the dicts: nn.Module's attribute look-up would take a noticeable share of a small batch's time.
-        logits = self._parameters.get("centroid_logits")
-        if logits is None:  # parametrised
-            logits = self.centroid_logits
+        logits = self.centroid_logits
         functional.check_batch(input, target, logits)
         backend = _backends.resolve(self.backend, input)  # raises before anything has moved
         center, update = self._moved_center(input, target, logits, backend)
         stats = None if logits.requires_grad else self._fixed_stats(input, logits, backend)
-        weight = self._buffers["weight"]
-        return functional.loss(input, target, logits, center, weight, self.options, backend, stats, update)
+        return functional.loss(input, target, logits, center, self.weight, self.options, backend, stats, update)
 
     def centroids(self) -> Tensor:
         """The centroids [C, M] as distributions: each row sums to one. Differentiable."""
@@ -268,9 +264,7 @@ class NCMILoss(nn.Module):
         """The centre to use, and how the kernels move it first; the reference path has moved it already."""
         if self.center_momentum is None:
             return None, None
-        buffers = self._buffers
-        center = buffers["center"]
-        assert center is not None
+        center = self.center
         if not self.training:
             return center, None
         dtype = center.dtype
@@ -280,9 +274,7 @@ class NCMILoss(nn.Module):
             and (dtype is torch.float64 or (dtype is torch.float32 and input.dtype is not torch.float64))
             and center.is_contiguous()
         ):
-            tracked = buffers["num_batches_tracked"]
-            assert tracked is not None
-            update = (tracked, self.center_momentum)
+            update = (self.num_batches_tracked, self.center_momentum)
             if not torch.compiler.is_compiling():
                 return center, update
             rows, classes = functional.flatten(input.detach(), target)
