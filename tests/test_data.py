@@ -3,11 +3,14 @@
 import gzip
 import struct
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
+if find_spec("sklearn") is None:
+    pytest.skip("the loaders need scikit-learn", allow_module_level=True)
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import data
