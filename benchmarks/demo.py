@@ -28,6 +28,7 @@ from ncmi_kernels import NCMILoss, ncmi_terms
 
 FEATURES = 32
 CENTROID_LR = 0.1
+CLASS_MEAN_IMAGES = 10_000  # of the training set, after every epoch: all 60 000 would give the same means
 
 
 def convolutional(outputs: int) -> nn.Module:
@@ -150,7 +151,8 @@ def train(
         network.eval()
         outputs = torch.cat([batch for batch, _ in in_batches(network, dataset.test_x, dataset.test_y)])
         if isinstance(criterion, NCMILoss):
-            criterion.fit_class_means(in_batches(network, dataset.train_x, dataset.train_y))
+            some = slice(CLASS_MEAN_IMAGES)
+            criterion.fit_class_means(in_batches(network, dataset.train_x[some], dataset.train_y[some]))
             predicted = criterion.predict(outputs, class_means=True)
         else:
             predicted = outputs.argmax(dim=1)
