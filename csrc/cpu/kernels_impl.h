@@ -195,8 +195,6 @@ Size<T> load(const Matrix& m, int64_t row, int64_t begin, int64_t n, const T* ce
   }
 }
 
-constexpr int64_t kNearby = 131072;  // elements that stay in the inner caches between the passes
-
 // Asks for memory to be in cache soon. Rows are read in bursts with arithmetic between, too short for the hardware's
 // own prefetching to get going.
 void prefetch(const void* memory, int64_t bytes) {
@@ -448,7 +446,6 @@ template <bool centroid_to_sample, class T>
 void terms_range(const TermsArgs<T>& args, int64_t row_begin, int64_t row_end, T* x) {
   const Centroids<T>& q = args.centroids;
   const int64_t n = q.columns;
-  const bool far = (row_end - row_begin) * n > kNearby;
   const double inverse_temperature = 1.0 / args.features.temperature, inverse_classes = 1.0 / double(q.classes);
   for (int64_t i = row_begin; i < row_end; ++i) {
     const int64_t y = args.target[i];
@@ -467,7 +464,7 @@ void terms_range(const TermsArgs<T>& args, int64_t row_begin, int64_t row_end, T
       scale *= inverse;
       inverse_length = floored ? 0 : inverse;
     }
-    if (far && i + 1 < row_end) prefetch_row(args.input, args.target, i + 1, q);
+    if (i + 1 < row_end) prefetch_row(args.input, args.target, i + 1, q);
 
     Kind kind;
     T shift;
@@ -590,7 +587,6 @@ void input_grad_range(const InputGradArgs<T>& args, int64_t row_begin, int64_t r
   T* __restrict x = scratch;
   T* __restrict grad = scratch + n;
   const double inverse_classes = 1.0 / double(q.classes);
-  const bool far = (row_end - row_begin) * n > kNearby;
   for (int64_t i = row_begin; i < row_end; ++i) {
     Out* __restrict out = static_cast<Out*>(args.grad) + i * n;
     const int64_t y = args.target[i];
@@ -600,8 +596,8 @@ void input_grad_range(const InputGradArgs<T>& args, int64_t row_begin, int64_t r
     }
     const RowStats& stats = args.rows[i];
     load(args.input, i, 0, n, args.center, x);
-    if (far) prefetch(out, n * sizeof(Out));
-    if (far && i + 1 < row_end) prefetch_row(args.input, args.target, i + 1, q);
+    prefetch(out, n * sizeof(Out));
+    if (i + 1 < row_end) prefetch_row(args.input, args.target, i + 1, q);
     const GradRow<centroid_to_sample, T> of_row{stats, centroid_to_sample ? exp(-q.log_norm[y]) : 1.0,
                                                 inverse_classes, args.concentration_grad[i], args.separation_grad[i]};
     const Row<T> row = row_of(static_cast<const T*>(x), q, y);
