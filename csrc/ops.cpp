@@ -24,13 +24,18 @@ STABLE_TORCH_LIBRARY(ncmi_kernels, m) {
 
   // The same, reduced: the loss in the arithmetic type, a scalar or for reduction 0 (none; 1 mean, 2 sum) [B];
   // coefficients [2, B] float64 = d loss / d terms. Given a running centre in the place of center, it is moved first,
-  // as by update_center_, whose result comes last; [0] without one.
+  // as by update_center_, which gives moved_center; [0] without one. `with_grad`, for the ratio by sample and a scalar
+  // loss: d loss / d input [B, M] from the same pass, for an input in the arithmetic type; else grad is [0].
   m.def(
       "loss(Tensor input, Tensor target, Tensor? center, Tensor(a!)? running_center,"
       " Tensor(b!)? num_batches_tracked, float momentum, Tensor log_activation, Tensor activation,"
       " Tensor reference, Tensor norms, Tensor? weight, float temperature, bool l2_normalize, bool softmax,"
-      " bool centroid_to_sample, bool batch_ratio, int reduction, float eps, int ignore_index)"
-      " -> (Tensor loss, Tensor coefficients, Tensor rows, Tensor moved_center)");
+      " bool centroid_to_sample, bool batch_ratio, int reduction, float eps, int ignore_index,"
+      " bool with_grad)"
+      " -> (Tensor loss, Tensor coefficients, Tensor rows, Tensor moved_center, Tensor grad)");
+
+  // grad [B, M] times upstream [], in place; nothing is touched where that is 1.
+  m.def("scale_(Tensor(a!) grad, Tensor upstream) -> ()");
 
   // Backward by row: d loss / d input [B, M] in the dtype of input. `upstream` (a scalar or [B]) multiplies the
   // coefficients.

@@ -20,6 +20,7 @@ class _Operators:
         update_center_ = torch.ops.ncmi_kernels.update_center_.default
         terms = torch.ops.ncmi_kernels.terms.default
         loss = torch.ops.ncmi_kernels.loss.default
+        scale_ = torch.ops.ncmi_kernels.scale_.default
         input_grad = torch.ops.ncmi_kernels.input_grad.default
         centroid_grad = torch.ops.ncmi_kernels.centroid_grad.default
 
@@ -78,10 +79,11 @@ def _grads(
     coefficients: Tensor,
     upstream: Tensor | None,
     options: Options,
+    grad_input: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of input [B, M] and centroid_logits [C, M], each only where it is asked for."""
-    grad_input = grad_centroids = None
-    if ctx.needs_input_grad[0]:
+    """The gradients of input [B, M], unless it is there, and centroid_logits [C, M], each only where asked for."""
+    grad_centroids = None
+    if ctx.needs_input_grad[0] and grad_input is None:
         grad_input = _Operators.input_grad(
             input,
             target,
@@ -150,7 +152,16 @@ class _Loss(torch.autograd.Function):
         if stats is None:
             stats = centroid_stats(centroid_logits, options)
         moving = (center, None, None, 0.0) if update is None else (None, center, *update)
-        result, coefficients, rows, moved = _Operators.loss(
+        # By sample the gradient of a row is known once the row is: made in this pass, it needs no second one. Half
+        # precisions wait for the upstream gradient, which may be what keeps them from underflow.
+        one_pass = (
+            ctx.needs_input_grad[0]
+            and not options.batch_ratio
+            and REDUCTIONS[options.reduction_code] != "none"
+            and input.dtype is centroid_logits.dtype
+            and not torch.compiler.is_compiling()
+        )
+        result, coefficients, rows, moved, grad = _Operators.loss(
             input,
             target,
             *moving,
@@ -161,11 +172,13 @@ class _Loss(torch.autograd.Function):
             options.reduction_code,
             options.eps,
             options.ignore_index,
+            one_pass,
         )
         if update is not None:
             center = moved
         ctx.save_for_backward(input, target, centroid_logits)
         ctx.kept = center, weight, stats, rows, coefficients, options
+        ctx.grad = [grad] if one_pass else []
         return result
 
     @staticmethod
@@ -176,7 +189,13 @@ class _Loss(torch.autograd.Function):
             result = reference.loss(input, target, centroid_logits, center, weight, options)
             grads = _reference_grads(ctx, (result,), input, centroid_logits, (upstream,))
         else:
-            grads = _grads(ctx, input, target, centroid_logits, center, stats, rows, coefficients, upstream, options)
+            # Given away, not kept: the first backward pass owns it, a repeated one computes its own.
+            grad = ctx.grad.pop() if ctx.grad else None
+            if grad is not None:
+                _Operators.scale_(grad, upstream)
+            grads = _grads(
+                ctx, input, target, centroid_logits, center, stats, rows, coefficients, upstream, options, grad
+            )
         return grads[0], None, grads[1], None, None, None, None, None
 
 
@@ -284,6 +303,7 @@ def _register_fakes() -> None:
         reduction: int,
         eps: float,
         ignore_index: int,
+        with_grad: bool,
     ) -> tuple[Tensor, ...]:
         rows = input.shape[0]
         return (
@@ -291,7 +311,12 @@ def _register_fakes() -> None:
             norms.new_empty((2, rows)),
             norms.new_empty((rows, ROW_STATS)),
             log_activation.new_empty((0 if running_center is None else input.shape[1],)),
+            log_activation.new_empty(input.shape if with_grad else (0,)),
         )
+
+    @torch.library.register_fake("ncmi_kernels::scale_")
+    def _(grad: Tensor, upstream: Tensor) -> None:
+        return None
 
     @torch.library.register_fake("ncmi_kernels::input_grad")
     def _(

@@ -71,6 +71,10 @@ struct TermsArgs {
   double* concentration;   // [B] A
   double* separation;      // [B] G
   RowStats* rows;          // [B]
+  // For the gradient of sum_i row_weight_i A_i / (G_i + eps) in the same pass, while a row is in cache.
+  const double* row_weight;  // [B]
+  double eps;
+  T* grad;                 // [B, M] contiguous, or null
 };
 
 template <class T>

@@ -425,10 +425,6 @@ __attribute__((noinline)) RowSums sum_row(const Row<T>& row, int64_t n, double s
   return sums;
 }
 
-// -------------------------------------------------------------------------------------------------------------
-// Terms: A_i and G_i.
-// -------------------------------------------------------------------------------------------------------------
-
 // The activation that the row needs, and its sums under it.
 template <bool centroid_to_sample, class T>
 RowSums sum_row_stable(const Row<T>& row, int64_t n, double scale, T largest, bool is_softmax, Kind* kind, T* shift) {
@@ -440,58 +436,6 @@ RowSums sum_row_stable(const Row<T>& row, int64_t n, double scale, T largest, bo
   *kind = Kind::kNsfShifted;
   *shift = scaled_max(row.x, n, T(scale));
   return with_kind<T>(*kind, sum_as);
-}
-
-template <bool centroid_to_sample, class T>
-void terms_range(const TermsArgs<T>& args, int64_t row_begin, int64_t row_end, T* x) {
-  const Centroids<T>& q = args.centroids;
-  const int64_t n = q.columns;
-  const double inverse_temperature = 1.0 / args.features.temperature, inverse_classes = 1.0 / double(q.classes);
-  for (int64_t i = row_begin; i < row_end; ++i) {
-    const int64_t y = args.target[i];
-    if (y == args.target.ignore_index) {
-      args.concentration[i] = args.separation[i] = 0;
-      args.rows[i] = {};
-      continue;
-    }
-
-    const Size<T> size = load<true>(args.input, i, 0, n, args.center, x);
-    double scale = inverse_temperature, inverse_length = 0;
-    if (args.features.l2_normalize) {
-      const double length = norm(x, n, size);
-      const bool floored = length < kSmallestLength;
-      const double inverse = 1.0 / (floored ? kSmallestLength : length);
-      scale *= inverse;
-      inverse_length = floored ? 0 : inverse;
-    }
-    if (i + 1 < row_end) prefetch_row(args.input, args.target, i + 1, q);
-
-    Kind kind;
-    T shift;
-    RowSums sums = sum_row_stable<centroid_to_sample>(row_of(static_cast<const T*>(x), q, y), n, scale, size.largest,
-                                                      args.features.softmax, &kind, &shift);
-    sums.norm += double(poison(x, n, size.squares));
-
-    // KL divergences as differences of logarithms, then of log-normalisers: each difference apart.
-    const double log_norm = ::log(sums.norm), inverse_norm = 1.0 / sums.norm;
-    const double own_mean = sums.own * inverse_norm, all_mean = sums.all * inverse_norm;
-    const double own_gap = log_norm - q.log_norm[y];
-    const double concentration = own_mean - own_gap;
-    args.concentration[i] = concentration;
-    args.separation[i] =
-        centroid_to_sample ? (q.weight_sum * log_norm - q.weighted_log_norm) - sums.all +
-                                 (sums.own_cross * exp(-q.log_norm[y]) - own_gap) * inverse_classes
-                           : all_mean - (log_norm - q.weighted_log_norm) - concentration * inverse_classes;
-    args.rows[i] = {scale, inverse_length, double(kind), double(shift), inverse_norm, own_mean, all_mean};
-  }
-}
-
-template <class T>
-void terms(const TermsArgs<T>& args, int64_t row_begin, int64_t row_end, T* scratch) {
-  if (args.centroids.centroid_to_sample)
-    terms_range<true>(args, row_begin, row_end, scratch);
-  else
-    terms_range<false>(args, row_begin, row_end, scratch);
 }
 
 // -------------------------------------------------------------------------------------------------------------
@@ -580,13 +524,29 @@ struct GradRow {
   }
 };
 
+// d loss / d z of a row, from its centred features x, by the derivatives of the loss by its terms.
+template <bool centroid_to_sample, class Out, class T>
+NCMI_INLINE void grad_of_row(const Centroids<T>& q, const RowStats& stats, int64_t y, double concentration_grad,
+                             double separation_grad, const T* __restrict x, T* __restrict grad, Out* __restrict out) {
+  const int64_t n = q.columns;
+  const GradRow<centroid_to_sample, T> of_row{stats, centroid_to_sample ? exp(-q.log_norm[y]) : 1.0,
+                                              1.0 / double(q.classes), concentration_grad, separation_grad};
+  const Row<T> row = row_of(x, q, y);
+  const double dot = with_kind<T>(Kind(int(stats.kind)), [&]<Kind kind>() {
+    return of_row.template whole_row<kind>(row, n, grad);
+  });
+  // Where the length counts, through x / ||x|| as well: g - x (x . g) / ||x||^2.
+  const T share = T(dot * stats.inverse_length * stats.inverse_length);
+  NCMI_SIMD()
+  for (int64_t k = 0; k < n; ++k) out[k] = narrow<Out>(grad[k] - x[k] * share);
+}
+
 template <bool centroid_to_sample, class Out, class T>
 void input_grad_range(const InputGradArgs<T>& args, int64_t row_begin, int64_t row_end, T* scratch) {
   const Centroids<T>& q = args.centroids;
   const int64_t n = q.columns;
   T* __restrict x = scratch;
   T* __restrict grad = scratch + n;
-  const double inverse_classes = 1.0 / double(q.classes);
   for (int64_t i = row_begin; i < row_end; ++i) {
     Out* __restrict out = static_cast<Out*>(args.grad) + i * n;
     const int64_t y = args.target[i];
@@ -598,16 +558,8 @@ void input_grad_range(const InputGradArgs<T>& args, int64_t row_begin, int64_t r
     load(args.input, i, 0, n, args.center, x);
     prefetch(out, n * sizeof(Out));
     if (i + 1 < row_end) prefetch_row(args.input, args.target, i + 1, q);
-    const GradRow<centroid_to_sample, T> of_row{stats, centroid_to_sample ? exp(-q.log_norm[y]) : 1.0,
-                                                inverse_classes, args.concentration_grad[i], args.separation_grad[i]};
-    const Row<T> row = row_of(static_cast<const T*>(x), q, y);
-    const double dot = with_kind<T>(Kind(int(stats.kind)), [&]<Kind kind>() {
-      return of_row.template whole_row<kind>(row, n, grad);
-    });
-    // Where the length counts, through x / ||x|| as well: g - x (x . g) / ||x||^2.
-    const T share = T(dot * stats.inverse_length * stats.inverse_length);
-    NCMI_SIMD()
-    for (int64_t k = 0; k < n; ++k) out[k] = narrow<Out>(grad[k] - x[k] * share);
+    grad_of_row<centroid_to_sample>(q, stats, y, args.concentration_grad[i], args.separation_grad[i],
+                                    static_cast<const T*>(x), grad, out);
   }
 }
 
@@ -628,6 +580,71 @@ void input_grad(const InputGradArgs<float>& args, int64_t row_begin, int64_t row
 }
 void input_grad(const InputGradArgs<double>& args, int64_t row_begin, int64_t row_end, double* scratch) {
   input_grad_as<double>(args, row_begin, row_end, scratch);
+}
+
+// -------------------------------------------------------------------------------------------------------------
+// Terms: A_i and G_i, and where asked for the gradient of their ratio.
+// -------------------------------------------------------------------------------------------------------------
+
+template <bool centroid_to_sample, class T>
+void terms_range(const TermsArgs<T>& args, int64_t row_begin, int64_t row_end, T* x) {
+  const Centroids<T>& q = args.centroids;
+  const int64_t n = q.columns;
+  const double inverse_temperature = 1.0 / args.features.temperature, inverse_classes = 1.0 / double(q.classes);
+  for (int64_t i = row_begin; i < row_end; ++i) {
+    const int64_t y = args.target[i];
+    T* out = args.grad ? args.grad + i * n : nullptr;
+    if (y == args.target.ignore_index) {
+      args.concentration[i] = args.separation[i] = 0;
+      args.rows[i] = {};
+      if (out) memset(out, 0, n * sizeof(T));
+      continue;
+    }
+
+    const Size<T> size = load<true>(args.input, i, 0, n, args.center, x);
+    double scale = inverse_temperature, inverse_length = 0;
+    if (args.features.l2_normalize) {
+      const double length = norm(x, n, size);
+      const bool floored = length < kSmallestLength;
+      const double inverse = 1.0 / (floored ? kSmallestLength : length);
+      scale *= inverse;
+      inverse_length = floored ? 0 : inverse;
+    }
+    if (out) prefetch(out, n * sizeof(T));
+    if (i + 1 < row_end) prefetch_row(args.input, args.target, i + 1, q);
+
+    Kind kind;
+    T shift;
+    RowSums sums = sum_row_stable<centroid_to_sample>(row_of(static_cast<const T*>(x), q, y), n, scale, size.largest,
+                                                      args.features.softmax, &kind, &shift);
+    sums.norm += double(poison(x, n, size.squares));
+
+    // KL divergences as differences of logarithms, then of log-normalisers: each difference apart.
+    const double log_norm = ::log(sums.norm), inverse_norm = 1.0 / sums.norm;
+    const double own_mean = sums.own * inverse_norm, all_mean = sums.all * inverse_norm;
+    const double own_gap = log_norm - q.log_norm[y];
+    const double concentration = own_mean - own_gap;
+    args.concentration[i] = concentration;
+    args.separation[i] =
+        centroid_to_sample ? (q.weight_sum * log_norm - q.weighted_log_norm) - sums.all +
+                                 (sums.own_cross * exp(-q.log_norm[y]) - own_gap) * inverse_classes
+                           : all_mean - (log_norm - q.weighted_log_norm) - concentration * inverse_classes;
+    args.rows[i] = {scale, inverse_length, double(kind), double(shift), inverse_norm, own_mean, all_mean};
+    if (out) {
+      const Ratio r = ratio(concentration, args.separation[i], args.eps);
+      const double w = args.row_weight[i];
+      grad_of_row<centroid_to_sample>(q, args.rows[i], y, w * r.d_concentration, w * r.d_separation,
+                                      static_cast<const T*>(x), x + n, out);
+    }
+  }
+}
+
+template <class T>
+void terms(const TermsArgs<T>& args, int64_t row_begin, int64_t row_end, T* scratch) {
+  if (args.centroids.centroid_to_sample)
+    terms_range<true>(args, row_begin, row_end, scratch);
+  else
+    terms_range<false>(args, row_begin, row_end, scratch);
 }
 
 // -------------------------------------------------------------------------------------------------------------

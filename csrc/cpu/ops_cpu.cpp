@@ -268,7 +268,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_stats(const Tensor& logits, 
 template <class T>
 std::tuple<std::vector<double>, Tensor> compute_terms(const Tensor& input, const Targets& target,
                                                       const std::optional<Tensor>& center, const Centroids<T>& q,
-                                                      const Features& features) {
+                                                      const Features& features, const double* row_weight = nullptr,
+                                                      double eps = 0, T* grad = nullptr) {
   const Matrix z = matrix(input, "input");
   const int64_t rows = input.size(0), columns = q.columns;
   check_shape(input, "input", {rows, columns});
@@ -283,9 +284,12 @@ std::tuple<std::vector<double>, Tensor> compute_terms(const Tensor& input, const
                           q,
                           values.data(),
                           values.data() + rows,
-                          output<RowStats>(stats)};
+                          output<RowStats>(stats),
+                          row_weight,
+                          eps,
+                          grad};
   parallel_rows(rows, columns, [&](int64_t begin, int64_t end) {
-    std::unique_ptr<T[]> scratch(new T[columns]);
+    std::unique_ptr<T[]> scratch(new T[(grad ? 2 : 1) * columns]);
     kernels_for<T>().terms(args, begin, end, scratch.get());
   });
   return {std::move(values), stats};
@@ -308,37 +312,55 @@ std::tuple<Tensor, Tensor> terms(const Tensor& input, const Tensor& target, cons
 
 enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 
-// The rows' terms to the loss (one value, or [B] for kNone) and its derivatives [2, B].
+// What each row counts for: its class weight, for kMean over the sum of all; 0 for an ignored row.
 template <class T>
-void reduce(const double* concentration, const double* separation, const Targets& target, int64_t rows,
-            const T* class_weight, bool batch_ratio, int64_t reduction, double eps, T* loss, double* derivatives) {
-  const auto weight_of = [&](int64_t i) { return class_weight ? double(class_weight[target[i]]) : 1.0; };
-  double weight_sum = 0, a = 0, g = 0;
+std::vector<double> row_weights(const Targets& target, int64_t rows, const T* class_weight, int64_t reduction) {
+  std::vector<double> weight(rows);
+  double sum = 0;
   for (int64_t i = 0; i < rows; ++i) {
     if (target[i] == target.ignore_index) continue;
-    weight_sum += weight_of(i);
-    a += weight_of(i) * concentration[i];
-    g += weight_of(i) * separation[i];
+    weight[i] = class_weight ? double(class_weight[target[i]]) : 1.0;
+    sum += weight[i];
   }
-  const Ratio of_batch = ratio(a / weight_sum, g / weight_sum, eps);
-  double total = 0;
+  if (reduction == kMean)
+    for (int64_t i = 0; i < rows; ++i)
+      if (target[i] != target.ignore_index) weight[i] /= sum;
+  return weight;
+}
+
+// The rows' terms to the loss (one value, or [B] for kNone) and its derivatives [2, B].
+template <class T>
+void reduce(const double* concentration, const double* separation, const Targets& target,
+            const std::vector<double>& weight, bool batch_ratio, int64_t reduction, double eps, T* loss,
+            double* derivatives) {
+  const int64_t rows = static_cast<int64_t>(weight.size());
+  const auto counts = [&](int64_t i) { return target[i] != target.ignore_index; };
+  double a = 0, g = 0, total = 0;
+  bool any = false;
+  for (int64_t i = 0; i < rows; ++i) {
+    if (!counts(i)) continue;
+    a += weight[i] * concentration[i];
+    g += weight[i] * separation[i];
+    any = true;
+  }
+  const Ratio of_batch = ratio(a, g, eps);
   for (int64_t i = 0; i < rows; ++i) {
     double value = 0, by_concentration = 0, by_separation = 0;
-    if (target[i] != target.ignore_index) {
+    if (counts(i)) {
       const Ratio r = batch_ratio ? of_batch : ratio(concentration[i], separation[i], eps);
-      const double w = weight_of(i) / (reduction == kMean ? weight_sum : 1.0);
-      by_concentration = w * r.d_concentration;
-      by_separation = w * r.d_separation;
-      value = w * r.value;
+      value = weight[i] * r.value;
+      by_concentration = weight[i] * r.d_concentration;
+      by_separation = weight[i] * r.d_separation;
     }
     derivatives[i] = by_concentration;
     derivatives[rows + i] = by_separation;
     total += value;
     if (reduction == kNone) loss[i] = T(value);
   }
+  if (batch_ratio) total = of_batch.value;
   // No sample that counts: 0 / 0, as cross_entropy.
-  if (reduction == kMean && weight_sum == 0) total = std::numeric_limits<double>::quiet_NaN();
-  if (reduction != kNone) *loss = T(batch_ratio ? of_batch.value : total);
+  if (reduction == kMean && !any) total = std::numeric_limits<double>::quiet_NaN();
+  if (reduction != kNone) *loss = T(total);
 }
 
 Tensor update_center_(const Tensor& center, const Tensor& num_batches_tracked, const Tensor& input,
@@ -380,16 +402,18 @@ Tensor update_center_(const Tensor& center, const Tensor& num_batches_tracked, c
   return copy;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> loss(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss(
     const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
     const std::optional<Tensor>& running_center, const std::optional<Tensor>& num_batches_tracked, double momentum,
     const Tensor& log_activation, const Tensor& activation, const Tensor& reference, const Tensor& norms,
     const std::optional<Tensor>& weight, double temperature, bool l2_normalize, bool softmax, bool centroid_to_sample,
-    bool batch_ratio, int64_t reduction, double eps, int64_t ignore_index) {
+    bool batch_ratio, int64_t reduction, double eps, int64_t ignore_index, bool with_grad) {
   STD_TORCH_CHECK(reduction == kNone || reduction == kMean || reduction == kSum, "ncmi_kernels: unknown reduction");
   STD_TORCH_CHECK(!batch_ratio || reduction == kMean, "ncmi_kernels: ratio over the batch needs reduction mean");
   STD_TORCH_CHECK(running_center.has_value() == num_batches_tracked.has_value() && !(center && running_center),
                   "ncmi_kernels: pass center, or running_center with num_batches_tracked");
+  STD_TORCH_CHECK(!with_grad || (!batch_ratio && reduction != kNone && input.scalar_type() == log_activation.scalar_type()),
+                  "ncmi_kernels: with_grad needs ratio by sample, a scalar loss, and input in the arithmetic type");
   return with_arithmetic_type(log_activation.scalar_type(), "log_activation", [&]<class T>() {
     const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample);
     const int64_t rows = target.numel();
@@ -398,13 +422,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss(
     const Tensor moved = running_center ? update_center_(*running_center, *num_batches_tracked, input, target, momentum,
                                                          q.classes, ignore_index)
                                         : empty({0}, kScalarType<T>);
+    const std::vector<double> row_weight = row_weights(y, rows, class_weight, reduction);
+    Tensor grad = with_grad ? empty({rows, q.columns}, kScalarType<T>) : empty({0}, kScalarType<T>);
     const auto [values, stats] = compute_terms<T>(input, y, running_center ? std::optional<Tensor>(moved) : center, q,
-                                                  {temperature, l2_normalize, softmax});
+                                                  {temperature, l2_normalize, softmax}, row_weight.data(), eps,
+                                                  with_grad ? output<T>(grad) : nullptr);
     Tensor result = reduction == kNone ? empty({rows}, kScalarType<T>) : empty({}, kScalarType<T>);
     Tensor coefficients = empty({2, rows}, ScalarType::Double);
-    reduce<T>(values.data(), values.data() + rows, y, rows, class_weight, batch_ratio, reduction, eps,
-              output<T>(result), output<double>(coefficients));
-    return std::make_tuple(result, coefficients, stats, moved);
+    reduce<T>(values.data(), values.data() + rows, y, row_weight, batch_ratio, reduction, eps, output<T>(result),
+              output<double>(coefficients));
+    return std::make_tuple(result, coefficients, stats, moved, grad);
   });
 }
 
@@ -425,6 +452,20 @@ std::vector<double> with_upstream(const Tensor& coefficients, const std::optiona
     }
   });
   return result;
+}
+
+// In place: a gradient of the loss to one of what comes after it.
+void scale_(const Tensor& grad, const Tensor& upstream) {
+  STD_TORCH_CHECK(upstream.dim() == 0 && upstream.scalar_type() == grad.scalar_type(),
+                  "ncmi_kernels: upstream must be a scalar in the dtype of grad");
+  with_arithmetic_type(grad.scalar_type(), "grad", [&]<class T>() {
+    T* g = const_cast<T*>(data<T>(grad, "grad", {grad.size(0), grad.size(1)}));
+    const T factor = *static_cast<const T*>(upstream.data_ptr());
+    if (factor == T(1)) return;  // loss.backward()
+    parallel_rows(grad.size(0), grad.size(1), [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin * grad.size(1); k < end * grad.size(1); ++k) g[k] *= factor;
+    });
+  });
 }
 
 Tensor input_grad(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
@@ -526,6 +567,7 @@ STABLE_TORCH_LIBRARY_IMPL(ncmi_kernels, CPU, m) {
   m.impl("centroid_stats", TORCH_BOX(&ncmi::cpu::centroid_stats));
   m.impl("terms", TORCH_BOX(&ncmi::cpu::terms));
   m.impl("loss", TORCH_BOX(&ncmi::cpu::loss));
+  m.impl("scale_", TORCH_BOX(&ncmi::cpu::scale_));
   m.impl("input_grad", TORCH_BOX(&ncmi::cpu::input_grad));
   m.impl("centroid_grad", TORCH_BOX(&ncmi::cpu::centroid_grad));
   m.impl("update_center_", TORCH_BOX(&ncmi::cpu::update_center_));
