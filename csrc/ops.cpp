@@ -15,15 +15,15 @@ STABLE_TORCH_LIBRARY(ncmi_kernels, m) {
       "centroid_stats(Tensor centroid_logits, bool softmax, bool centroid_to_sample)"
       " -> (Tensor log_activation, Tensor activation, Tensor reference, Tensor norms)");
 
-  // By row: terms [2, B] = (concentration, separation) in the arithmetic type; rows [B, 7] float64, what the backward
-  // passes need to form p again.
+  // By row: terms [2, B] = (concentration, separation) in the arithmetic type; rows [B, 9] float64, what the backward
+  // passes need to form p again and, in the last two columns, zeros for d loss / d terms.
   m.def(
       "terms(Tensor input, Tensor target, Tensor? center, Tensor log_activation, Tensor activation,"
       " Tensor reference, Tensor norms, float temperature, bool l2_normalize, bool softmax,"
       " bool centroid_to_sample, int ignore_index) -> (Tensor terms, Tensor rows)");
 
-  // The same, reduced: the loss in the arithmetic type, a scalar or for reduction 0 (none; 1 mean, 2 sum) [B];
-  // coefficients [2, B] float64 = d loss / d terms. Given a running centre in the place of center, it is moved first,
+  // The same, reduced: the loss in the arithmetic type, a scalar or for reduction 0 (none; 1 mean, 2 sum) [B]; rows with
+  // d loss / d terms. Given a running centre in the place of center, it is moved first,
   // as by update_center_, which gives moved_center; [0] without one. `with_grad`, for the ratio by sample and a scalar
   // loss: d loss / d input [B, M] from the same pass, for an input in the arithmetic type; else grad is [0].
   m.def(
@@ -32,22 +32,22 @@ STABLE_TORCH_LIBRARY(ncmi_kernels, m) {
       " Tensor reference, Tensor norms, Tensor? weight, float temperature, bool l2_normalize, bool softmax,"
       " bool centroid_to_sample, bool batch_ratio, int reduction, float eps, int ignore_index,"
       " bool with_grad)"
-      " -> (Tensor loss, Tensor coefficients, Tensor rows, Tensor moved_center, Tensor grad)");
+      " -> (Tensor loss, Tensor rows, Tensor moved_center, Tensor grad)");
 
   // grad [B, M] times upstream [], in place; nothing is touched where that is 1.
   m.def("scale_(Tensor(a!) grad, Tensor upstream) -> ()");
 
-  // Backward by row: d loss / d input [B, M] in the dtype of input. `upstream` (a scalar or [B]) multiplies the
-  // coefficients.
+  // Backward by row: d loss / d input [B, M] in the dtype of input. `upstream` (a scalar or [B]) multiplies
+  // d loss / d terms.
   m.def(
       "input_grad(Tensor input, Tensor target, Tensor? center, Tensor log_activation, Tensor activation,"
-      " Tensor reference, Tensor norms, Tensor rows, Tensor coefficients, Tensor? upstream,"
+      " Tensor reference, Tensor norms, Tensor rows, Tensor? upstream,"
       " bool centroid_to_sample, int ignore_index) -> Tensor");
 
   // The centroid sums: d loss / d centroid_logits [C, M].
   m.def(
       "centroid_grad(Tensor input, Tensor target, Tensor? center, Tensor centroid_logits, Tensor log_activation,"
-      " Tensor activation, Tensor reference, Tensor norms, Tensor rows, Tensor coefficients, Tensor? upstream,"
+      " Tensor activation, Tensor reference, Tensor norms, Tensor rows, Tensor? upstream,"
       " bool centroid_to_sample, int ignore_index) -> Tensor");
 
   // The running centre: set to the mean of the rows at the first batch, then momentum * center +

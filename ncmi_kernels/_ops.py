@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.library import Library
 
 from ncmi_kernels import _backends, reference
 from ncmi_kernels._options import REDUCTIONS, Options
@@ -25,7 +26,7 @@ class _Operators:
         centroid_grad = torch.ops.ncmi_kernels.centroid_grad.default
 
 
-ROW_STATS = 7  # columns of the operators' `rows`
+ROW_STATS = 9  # columns of the operators' `rows`
 
 
 class CentroidStats(NamedTuple):
@@ -54,10 +55,6 @@ def update_center_(
     return _Operators.update_center_(center, update[0], input, target, update[1], num_classes, ignore_index)
 
 
-def _features(options: Options) -> tuple[float, bool, bool, bool]:
-    return options.temperature, options.l2_normalize, options.softmax, options.centroid_to_sample
-
-
 def _call_terms(
     input: Tensor,
     target: Tensor,
@@ -65,7 +62,7 @@ def _call_terms(
     stats: CentroidStats,
     options: Options,
 ) -> tuple[Tensor, Tensor]:
-    return _Operators.terms(input, target, center, *stats, *_features(options), options.ignore_index)
+    return _Operators.terms(input, target, center, *stats, *options.for_terms)
 
 
 def _grads(
@@ -76,7 +73,6 @@ def _grads(
     center: Tensor | None,
     stats: CentroidStats,
     rows: Tensor,
-    coefficients: Tensor,
     upstream: Tensor | None,
     options: Options,
     grad_input: Tensor | None = None,
@@ -90,7 +86,6 @@ def _grads(
             center,
             *stats,
             rows,
-            coefficients,
             upstream,
             options.centroid_to_sample,
             options.ignore_index,
@@ -103,7 +98,6 @@ def _grads(
             centroid_logits,
             *stats,
             rows,
-            coefficients,
             upstream,
             options.centroid_to_sample,
             options.ignore_index,
@@ -156,35 +150,30 @@ class _Loss(torch.autograd.Function):
         # precisions wait for the upstream gradient, which may be what keeps them from underflow.
         one_pass = (
             ctx.needs_input_grad[0]
-            and not options.batch_ratio
-            and REDUCTIONS[options.reduction_code] != "none"
+            and options.scalar_by_sample
             and input.dtype is centroid_logits.dtype
             and not torch.compiler.is_compiling()
         )
-        result, coefficients, rows, moved, grad = _Operators.loss(
+        result, rows, moved, grad = _Operators.loss(
             input,
             target,
             *moving,
             *stats,
             weight,
-            *_features(options),
-            options.batch_ratio,
-            options.reduction_code,
-            options.eps,
-            options.ignore_index,
+            *options.for_loss,
             one_pass,
         )
         if update is not None:
             center = moved
         ctx.save_for_backward(input, target, centroid_logits)
-        ctx.kept = center, weight, stats, rows, coefficients, options
+        ctx.kept = center, weight, stats, rows, options
         ctx.grad = [grad] if one_pass else []
         return result
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         input, target, centroid_logits = ctx.saved_tensors
-        center, weight, stats, rows, coefficients, options = ctx.kept
+        center, weight, stats, rows, options = ctx.kept
         if _differentiable_backward():
             result = reference.loss(input, target, centroid_logits, center, weight, options)
             grads = _reference_grads(ctx, (result,), input, centroid_logits, (upstream,))
@@ -194,7 +183,7 @@ class _Loss(torch.autograd.Function):
             if grad is not None:
                 _Operators.scale_(grad, upstream)
             grads = _grads(
-                ctx, input, target, centroid_logits, center, stats, rows, coefficients, upstream, options, grad
+                ctx, input, target, centroid_logits, center, stats, rows, upstream, options, grad
             )
         return grads[0], None, grads[1], None, None, None, None, None
 
@@ -225,8 +214,9 @@ class _Terms(torch.autograd.Function):
             outputs = reference.terms(input, target, centroid_logits, center, options)
             grads = _reference_grads(ctx, outputs, input, centroid_logits, upstream)
         else:
-            coefficients = torch.stack(upstream).to(torch.float64)
-            grads = _grads(ctx, input, target, centroid_logits, center, stats, rows, coefficients, None, options)
+            rows = rows.clone()
+            rows[:, -2], rows[:, -1] = upstream
+            grads = _grads(ctx, input, target, centroid_logits, center, stats, rows, None, options)
         return grads[0], None, grads[1], None, None
 
 
@@ -308,7 +298,6 @@ def _register_fakes() -> None:
         rows = input.shape[0]
         return (
             log_activation.new_empty((rows,) if REDUCTIONS[reduction] == "none" else ()),
-            norms.new_empty((2, rows)),
             norms.new_empty((rows, ROW_STATS)),
             log_activation.new_empty((0 if running_center is None else input.shape[1],)),
             log_activation.new_empty(input.shape if with_grad else (0,)),
@@ -328,7 +317,6 @@ def _register_fakes() -> None:
         reference: Tensor,
         norms: Tensor,
         rows: Tensor,
-        coefficients: Tensor,
         upstream: Tensor | None,
         centroid_to_sample: bool,
         ignore_index: int,
@@ -346,7 +334,6 @@ def _register_fakes() -> None:
         reference: Tensor,
         norms: Tensor,
         rows: Tensor,
-        coefficients: Tensor,
         upstream: Tensor | None,
         centroid_to_sample: bool,
         ignore_index: int,
@@ -366,5 +353,17 @@ def _register_fakes() -> None:
         return center.new_empty(center.shape)
 
 
+def _skip_autograd() -> Library:
+    """Let calls pass the dispatcher's autograd layer: its fallback costs as much as the smaller kernels do.
+
+    The autograd Functions above, which alone call the operators, run them without gradients.
+    """
+    library = Library("ncmi_kernels", "IMPL", "Autograd")
+    for name in ("centroid_stats", "update_center_", "terms", "loss", "scale_", "input_grad", "centroid_grad"):
+        library.impl(name, torch.library.fallthrough_kernel)
+    return library
+
+
 if _backends.load_library() is None:
     _register_fakes()
+    _library = _skip_autograd()  # lasts as long as this object

@@ -27,7 +27,9 @@ class Options:
     softmax: bool = field(init=False, repr=False)
     centroid_to_sample: bool = field(init=False, repr=False)
     batch_ratio: bool = field(init=False, repr=False)
-    reduction_code: int = field(init=False, repr=False)
+    scalar_by_sample: bool = field(init=False, repr=False)  # ratio="sample" and one number for the batch
+    for_terms: tuple[Any, ...] = field(init=False, repr=False)  # the last arguments of the operator `terms`
+    for_loss: tuple[Any, ...] = field(init=False, repr=False)  # those of `loss` before `with_grad`
 
     def __post_init__(self) -> None:
         for name in ("temperature", "eps"):
@@ -50,10 +52,20 @@ class Options:
             )
 
         # What the operators take in place of the names; formed here once, not at every step.
-        object.__setattr__(self, "softmax", self.activation == "softmax")
-        object.__setattr__(self, "centroid_to_sample", self.separation == "centroid_to_sample")
-        object.__setattr__(self, "batch_ratio", self.ratio == "batch")
-        object.__setattr__(self, "reduction_code", REDUCTIONS.index(self.reduction))
+        softmax = self.activation == "softmax"
+        centroid_to_sample = self.separation == "centroid_to_sample"
+        batch_ratio = self.ratio == "batch"
+        features = (self.temperature, self.l2_normalize, softmax, centroid_to_sample)
+        reduction = REDUCTIONS.index(self.reduction)
+        for name, value in (
+            ("softmax", softmax),
+            ("centroid_to_sample", centroid_to_sample),
+            ("batch_ratio", batch_ratio),
+            ("scalar_by_sample", not batch_ratio and self.reduction != "none"),
+            ("for_terms", (*features, self.ignore_index)),
+            ("for_loss", (*features, batch_ratio, reduction, self.eps, self.ignore_index)),
+        ):
+            object.__setattr__(self, name, value)
 
 
 OPTION_NAMES = tuple(option.name for option in fields(Options) if option.init)

@@ -58,6 +58,8 @@ struct RowStats {
   double inverse_norm;    // 1 / sum_k a_k
   double own_mean;        // mean under p of log a - log a(xi_y)
   double all_mean;        // mean under p of log a - reference
+  double by_concentration;  // d loss / d A, but for the upstream gradient
+  double by_separation;     // d loss / d G, likewise
 };
 constexpr int64_t kRowStats = sizeof(RowStats) / sizeof(double);
 

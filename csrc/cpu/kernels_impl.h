@@ -629,7 +629,7 @@ void terms_range(const TermsArgs<T>& args, int64_t row_begin, int64_t row_end, T
         centroid_to_sample ? (q.weight_sum * log_norm - q.weighted_log_norm) - sums.all +
                                  (sums.own_cross * exp(-q.log_norm[y]) - own_gap) * inverse_classes
                            : all_mean - (log_norm - q.weighted_log_norm) - concentration * inverse_classes;
-    args.rows[i] = {scale, inverse_length, double(kind), double(shift), inverse_norm, own_mean, all_mean};
+    args.rows[i] = {scale, inverse_length, double(kind), double(shift), inverse_norm, own_mean, all_mean, 0, 0};
     if (out) {
       const Ratio r = ratio(concentration, args.separation[i], args.eps);
       const double w = args.row_weight[i];

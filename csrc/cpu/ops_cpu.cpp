@@ -328,11 +328,11 @@ std::vector<double> row_weights(const Targets& target, int64_t rows, const T* cl
   return weight;
 }
 
-// The rows' terms to the loss (one value, or [B] for kNone) and its derivatives [2, B].
+// The rows' terms to the loss (one value, or [B] for kNone) and its derivatives by them.
 template <class T>
 void reduce(const double* concentration, const double* separation, const Targets& target,
             const std::vector<double>& weight, bool batch_ratio, int64_t reduction, double eps, T* loss,
-            double* derivatives) {
+            RowStats* stats) {
   const int64_t rows = static_cast<int64_t>(weight.size());
   const auto counts = [&](int64_t i) { return target[i] != target.ignore_index; };
   double a = 0, g = 0, total = 0;
@@ -352,8 +352,8 @@ void reduce(const double* concentration, const double* separation, const Targets
       by_concentration = weight[i] * r.d_concentration;
       by_separation = weight[i] * r.d_separation;
     }
-    derivatives[i] = by_concentration;
-    derivatives[rows + i] = by_separation;
+    stats[i].by_concentration = by_concentration;
+    stats[i].by_separation = by_separation;
     total += value;
     if (reduction == kNone) loss[i] = T(value);
   }
@@ -402,7 +402,7 @@ Tensor update_center_(const Tensor& center, const Tensor& num_batches_tracked, c
   return copy;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss(
+std::tuple<Tensor, Tensor, Tensor, Tensor> loss(
     const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
     const std::optional<Tensor>& running_center, const std::optional<Tensor>& num_batches_tracked, double momentum,
     const Tensor& log_activation, const Tensor& activation, const Tensor& reference, const Tensor& norms,
@@ -424,21 +424,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss(
                                         : empty({0}, kScalarType<T>);
     const std::vector<double> row_weight = row_weights(y, rows, class_weight, reduction);
     Tensor grad = with_grad ? empty({rows, q.columns}, kScalarType<T>) : empty({0}, kScalarType<T>);
-    const auto [values, stats] = compute_terms<T>(input, y, running_center ? std::optional<Tensor>(moved) : center, q,
+    auto [values, stats] = compute_terms<T>(input, y, running_center ? std::optional<Tensor>(moved) : center, q,
                                                   {temperature, l2_normalize, softmax}, row_weight.data(), eps,
                                                   with_grad ? output<T>(grad) : nullptr);
     Tensor result = reduction == kNone ? empty({rows}, kScalarType<T>) : empty({}, kScalarType<T>);
-    Tensor coefficients = empty({2, rows}, ScalarType::Double);
     reduce<T>(values.data(), values.data() + rows, y, row_weight, batch_ratio, reduction, eps, output<T>(result),
-              output<double>(coefficients));
-    return std::make_tuple(result, coefficients, stats, moved, grad);
+              output<RowStats>(stats));
+    return std::make_tuple(result, stats, moved, grad);
   });
 }
 
-// The coefficients [2, B] times the upstream gradient.
-std::vector<double> with_upstream(const Tensor& coefficients, const std::optional<Tensor>& upstream, int64_t rows) {
-  const double* c = data<double>(coefficients, "coefficients", {2, rows});
-  std::vector<double> result(c, c + 2 * rows);
+// The derivatives of the loss by the terms [2, B], times the upstream gradient (a scalar or [B], or none).
+std::vector<double> with_upstream(const RowStats* stats, const std::optional<Tensor>& upstream, int64_t rows) {
+  std::vector<double> result(2 * rows);
+  for (int64_t i = 0; i < rows; ++i) {
+    result[i] = stats[i].by_concentration;
+    result[rows + i] = stats[i].by_separation;
+  }
   if (!upstream) return result;
   const bool by_row = upstream->dim() == 1;
   STD_TORCH_CHECK(by_row ? upstream->size(0) == rows : upstream->dim() == 0,
@@ -470,8 +472,8 @@ void scale_(const Tensor& grad, const Tensor& upstream) {
 
 Tensor input_grad(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
                   const Tensor& log_activation, const Tensor& activation, const Tensor& reference,
-                  const Tensor& norms, const Tensor& row_stats, const Tensor& coefficients,
-                  const std::optional<Tensor>& upstream, bool centroid_to_sample, int64_t ignore_index) {
+                  const Tensor& norms, const Tensor& row_stats, const std::optional<Tensor>& upstream,
+                  bool centroid_to_sample, int64_t ignore_index) {
   const Matrix z = matrix(input, "input");
   const int64_t rows = input.size(0), columns = input.size(1);
   Tensor grad = empty({rows, columns}, input.scalar_type());
@@ -480,12 +482,13 @@ Tensor input_grad(const Tensor& input, const Tensor& target, const std::optional
     check_shape(input, "input", {rows, q.columns});
     STD_TORCH_CHECK((z.dtype == Dtype::kFloat64) == kIsDouble<T>,
                     "ncmi_kernels: float64 input and float64 centroid_logits go together");
-    const std::vector<double> c = with_upstream(coefficients, upstream, rows);
+    const RowStats* stats = row_stats_of(row_stats, rows);
+    const std::vector<double> c = with_upstream(stats, upstream, rows);
     const InputGradArgs<T> args{z,
                                 targets(target, rows, ignore_index, q.classes),
                                 data<T>(center, "center", {columns}),
                                 q,
-                                row_stats_of(row_stats, rows),
+                                stats,
                                 c.data(),
                                 c.data() + rows,
                                 grad.data_ptr(),
@@ -501,8 +504,7 @@ Tensor input_grad(const Tensor& input, const Tensor& target, const std::optional
 Tensor centroid_grad(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
                      const Tensor& centroid_logits, const Tensor& log_activation, const Tensor& activation,
                      const Tensor& reference, const Tensor& norms, const Tensor& row_stats,
-                     const Tensor& coefficients, const std::optional<Tensor>& upstream, bool centroid_to_sample,
-                     int64_t ignore_index) {
+                     const std::optional<Tensor>& upstream, bool centroid_to_sample, int64_t ignore_index) {
   const Matrix z = matrix(input, "input"), xi = matrix(centroid_logits, "centroid_logits");
   const int64_t rows = input.size(0);
   Tensor grad = empty({centroid_logits.size(0), centroid_logits.size(1)}, centroid_logits.scalar_type());
@@ -511,7 +513,8 @@ Tensor centroid_grad(const Tensor& input, const Tensor& target, const std::optio
     const Targets y = targets(target, rows, ignore_index, q.classes);
     check_shape(input, "input", {rows, q.columns});
     check_shape(centroid_logits, "centroid_logits", {q.classes, q.columns});
-    const std::vector<double> c = with_upstream(coefficients, upstream, rows);
+    const RowStats* stats = row_stats_of(row_stats, rows);
+    const std::vector<double> c = with_upstream(stats, upstream, rows);
 
     // Rows by class, in the order of the batch.
     std::vector<int64_t> class_begin(q.classes + 1, 0), order(rows);
@@ -537,7 +540,7 @@ Tensor centroid_grad(const Tensor& input, const Tensor& target, const std::optio
                                    data<T>(center, "center", {q.columns}),
                                    q,
                                    xi,
-                                   row_stats_of(row_stats, rows),
+                                   stats,
                                    own_factor.data(),
                                    c.data() + rows,
                                    order.data(),
