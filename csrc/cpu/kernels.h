@@ -92,6 +92,9 @@ struct InputGradArgs {
   Dtype grad_dtype;
 };
 
+// Sums over classes that a chunk of them keeps for each column.
+constexpr int64_t chunk_sums(bool centroid_to_sample) { return centroid_to_sample ? 3 : 1; }
+
 template <class T>
 struct CentroidStatsArgs {
   Matrix logits;          // [C, M] xi
@@ -105,6 +108,8 @@ struct CentroidStatsArgs {
   double* shift;          // [C]
   double* kind;           // [C]
   T* reference;           // [2, M]
+  int64_t classes_per_chunk;  // of the sums over classes: a function of C alone, so that their order is one too
+  double* chunk_sums;         // [chunks, chunk_sums(), M] workspace
   double* residual;           // [M] workspace: what rounding `reference` lost
   double* weighted_log_norm;  // [M] workspace: q_mean_k times the mean log_norm under it; centroid_to_sample only
 };

@@ -677,16 +677,40 @@ double activate_row(const T* __restrict x, int64_t n, T shift, T* __restrict val
   return is_near(kind) ? 0.5 * (double(n) + norm.total()) : norm.total();
 }
 
-template <bool with_value, class T>
-void centroid_rows_range(const CentroidStatsArgs<T>& args, int64_t class_begin, int64_t class_end, T* x) {
+// Adds a class to the sums of its chunk, while its row is in cache. centroid_to_sample has three, q, q log a and
+// q log_norm; sample_to_centroid one, log a.
+template <bool centroid_to_sample, class T>
+void add_class(const T* __restrict log, const T* __restrict value, int64_t n, double log_norm, double* __restrict sums) {
+  if constexpr (centroid_to_sample) {
+    double* __restrict log_sums = sums + n;
+    double* __restrict norm_sums = sums + 2 * n;
+    const double inverse_norm = exp(-log_norm);
+    NCMI_SIMD()
+    for (int64_t k = 0; k < n; ++k) {
+      const double q = double(value[k]) * inverse_norm;
+      sums[k] += q;
+      log_sums[k] += q * double(log[k]);
+      norm_sums[k] += q * log_norm;
+    }
+  } else {
+    NCMI_SIMD()
+    for (int64_t k = 0; k < n; ++k) sums[k] += double(log[k]);
+  }
+}
+
+template <bool centroid_to_sample, class T>
+void centroid_rows_range(const CentroidStatsArgs<T>& args, int64_t chunk, T* x) {
   const int64_t n = args.columns;
-  for (int64_t c = class_begin; c < class_end; ++c) {
-    T* value = with_value ? args.activation + c * n : nullptr;
+  double* sums = args.chunk_sums + chunk * chunk_sums(centroid_to_sample) * n;
+  memset(sums, 0, chunk_sums(centroid_to_sample) * n * sizeof(double));
+  const int64_t first = chunk * args.classes_per_chunk, last = min(args.classes, first + args.classes_per_chunk);
+  for (int64_t c = first; c < last; ++c) {
+    T* value = centroid_to_sample ? args.activation + c * n : nullptr;
     T* log = args.log_activation + c * n;
     const Size<T> size = load<true>(args.logits, c, 0, n, static_cast<const T*>(nullptr), x);
     Kind kind = first_kind(args.softmax, double(size.largest), sizeof(T));
     T shift = kind == Kind::kSoftmax ? scaled_max(x, n, T(1)) : T(0);
-    const auto activate_as = [&]<Kind as>() { return activate_row<as, with_value>(x, n, shift, value, log); };
+    const auto activate_as = [&]<Kind as>() { return activate_row<as, centroid_to_sample>(x, n, shift, value, log); };
     double norm = with_kind<T>(kind, activate_as);
     if (kind == Kind::kNsf && !(norm > double(smallest_plain_sum<T>()))) {
       kind = Kind::kNsfShifted;
@@ -696,15 +720,18 @@ void centroid_rows_range(const CentroidStatsArgs<T>& args, int64_t class_begin, 
     args.log_norm[c] = ::log(norm + double(poison(x, n, size.squares)));
     args.shift[c] = double(shift);
     args.kind[c] = double(kind);
+    add_class<centroid_to_sample>(static_cast<const T*>(log), static_cast<const T*>(value), n, args.log_norm[c], sums);
   }
 }
 
 template <class T>
-void centroid_rows(const CentroidStatsArgs<T>& args, int64_t class_begin, int64_t class_end, T* scratch) {
-  if (args.activation)
-    centroid_rows_range<true>(args, class_begin, class_end, scratch);
-  else
-    centroid_rows_range<false>(args, class_begin, class_end, scratch);
+void centroid_rows(const CentroidStatsArgs<T>& args, int64_t chunk_begin, int64_t chunk_end, T* scratch) {
+  for (int64_t chunk = chunk_begin; chunk < chunk_end; ++chunk) {
+    if (args.centroid_to_sample)
+      centroid_rows_range<true>(args, chunk, scratch);
+    else
+      centroid_rows_range<false>(args, chunk, scratch);
+  }
 }
 
 // reference [2, M]: row 0 what log a is compared with, row 1 the mean q over classes (centroid_to_sample).
@@ -718,21 +745,20 @@ void centroid_columns(const CentroidStatsArgs<T>& args, int64_t column_begin, in
   for (int64_t begin = column_begin; begin < column_end; begin += kColumnBlock) {
     const int64_t n = min(kColumnBlock, column_end - begin);
     for (int64_t k = 0; k < n; ++k) log_mean[k] = q_mean[k] = norm_mean[k] = 0;
-    for (int64_t c = 0; c < args.classes; ++c) {
-      const T* __restrict log = args.log_activation + c * args.columns + begin;
+    const int64_t chunks = (args.classes + args.classes_per_chunk - 1) / args.classes_per_chunk;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const double* __restrict sums =
+          args.chunk_sums + chunk * chunk_sums(args.centroid_to_sample) * args.columns + begin;
       if (args.centroid_to_sample) {
-        const T* __restrict value = args.activation + c * args.columns + begin;
-        const double inverse_norm = exp(-args.log_norm[c]), log_norm = args.log_norm[c];
         NCMI_SIMD()
         for (int64_t k = 0; k < n; ++k) {
-          const double q = double(value[k]) * inverse_norm;
-          q_mean[k] += q;
-          log_mean[k] += q * double(log[k]);
-          norm_mean[k] += q * log_norm;
+          q_mean[k] += sums[k];
+          log_mean[k] += sums[k + args.columns];
+          norm_mean[k] += sums[k + 2 * args.columns];
         }
       } else {
         NCMI_SIMD()
-        for (int64_t k = 0; k < n; ++k) log_mean[k] += double(log[k]);
+        for (int64_t k = 0; k < n; ++k) log_mean[k] += sums[k];
       }
     }
     for (int64_t k = 0; k < n; ++k) {

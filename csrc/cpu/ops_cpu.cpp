@@ -213,7 +213,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_stats(const Tensor& logits, 
     Tensor activation = empty({centroid_to_sample ? classes : 0, columns}, dtype);
     Tensor reference = empty({2, columns}, dtype);
     Tensor norms = empty({3 * classes + 2}, ScalarType::Double);
+    const int64_t classes_per_chunk = std::max<int64_t>(32, (classes + 63) / 64);
+    const int64_t chunks = (classes + classes_per_chunk - 1) / classes_per_chunk;
     std::vector<double> workspace(2 * columns);
+    const std::unique_ptr<double[]> sums(new double[chunks * chunk_sums(centroid_to_sample) * columns]);
     double* n = output<double>(norms);
     const CentroidStatsArgs<T> args{xi,
                                     classes,
@@ -226,10 +229,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_stats(const Tensor& logits, 
                                     n + classes,
                                     n + 2 * classes,
                                     output<T>(reference),
+                                    classes_per_chunk,
+                                    sums.get(),
                                     workspace.data(),
                                     workspace.data() + columns};
     const Kernels<T>& kernel = kernels_for<T>();
-    parallel_rows(classes, columns, [&](int64_t begin, int64_t end) {
+    parallel_rows(chunks, classes_per_chunk * columns, [&](int64_t begin, int64_t end) {
       std::vector<T> scratch(columns);
       kernel.centroid_rows(args, begin, end, scratch.data());
     });
