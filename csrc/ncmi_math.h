@@ -63,16 +63,18 @@ NCMI_INLINE double exp_minus(double x) { return exp(-x); }
 // relative error 4e-9: below what rounding the result costs.
 NCMI_INLINE float log_half(float u) {
   const float s = u * 0.5f - 1.0f;
-  float r = -1.74594502f;
-  r = r * s - 2.48232513f;
-  r = r * s - 1.97671632f;
-  r = r * s - 0.595368491f;
-  r = r * s - 0.341047529f;
-  r = r * s + 0.175690033f;
-  r = r * s - 0.251888541f;
-  r = r * s + 0.333262151f;
-  r = r * s - 0.500000917f;
-  return r * (s * s) + s;
+  // Even and odd powers apart: two short chains in place of a long one, whose latency the loop would wait for.
+  const float w = s * s;
+  float even = -1.74594502f;
+  float odd = -2.48232513f;
+  even = even * w - 1.97671632f;
+  odd = odd * w - 0.595368491f;
+  even = even * w - 0.341047529f;
+  odd = odd * w + 0.175690033f;
+  even = even * w - 0.251888541f;
+  odd = odd * w + 0.333262151f;
+  even = even * w - 0.500000917f;
+  return (odd * s + even) * w + s;
 }
 NCMI_INLINE double log_half(double u) { return log1p(u * 0.5 - 1.0); }
 

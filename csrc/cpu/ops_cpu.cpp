@@ -385,7 +385,8 @@ Tensor update_center_(const Tensor& center, const Tensor& num_batches_tracked, c
     T* c = const_cast<T*>(data<T>(center, "center", {columns}));
     int64_t* batches = const_cast<int64_t*>(data<int64_t>(num_batches_tracked, "num_batches_tracked", {}));
     std::vector<double> sums(columns);
-    parallel_columns(columns, rows, [&](int64_t begin, int64_t end) {
+    // An addition an element: there is eight times as much of it in a thread's worth of work.
+    parallel_columns(columns, rows / 8, [&](int64_t begin, int64_t end) {
       kernels_for<T>().column_sums(z, y, rows, begin, end, sums.data());
     });
     // A batch without rows says nothing, and one NaN, or a mean beyond T, must not stay in the centre for good.
