@@ -62,9 +62,7 @@ class Recipe:
     network: Callable[[int], nn.Module] = convolutional
 
 
-def recipes(
-    cross_entropy_lr: float, ncmi_lr: float, drop_in_lr: float, *, learn_centroids: bool
-) -> dict[str, Recipe]:
+def recipes(cross_entropy_lr: float, ncmi_lr: float, drop_in_lr: float, *, learn_centroids: bool) -> dict[str, Recipe]:
     """What is compared. Drop-in is NCMI on the network that cross-entropy trains: the features are the logits."""
     features = partial(NCMILoss, CLASSES, FEATURES, learn_centroids=learn_centroids)
     logits = partial(NCMILoss, CLASSES, l2_normalize=False, learn_centroids=learn_centroids)

@@ -75,21 +75,31 @@ def _grads(
     rows: Tensor,
     upstream: Tensor | None,
     options: Options,
-    grad_input: Tensor | None = None,
+    made: list[Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of input [B, M], unless it is there, and centroid_logits [C, M], each only where asked for."""
-    grad_centroids = None
-    if ctx.needs_input_grad[0] and grad_input is None:
-        grad_input = _Operators.input_grad(
-            input,
-            target,
-            center,
-            *stats,
-            rows,
-            upstream,
-            options.centroid_to_sample,
-            options.ignore_index,
+    """The gradients of input [B, M] and centroid_logits [C, M], each only where it is asked for.
+
+    `made` is None, or holds the gradient of input for an upstream gradient of 1 where the forward pass made it: the
+    first backward pass takes it out and owns it, a repeated one forms it again, to the same bits.
+    """
+    grad_input = grad_centroids = None
+    if ctx.needs_input_grad[0]:
+        grad_input = (
+            made.pop()
+            if made
+            else _Operators.input_grad(
+                input,
+                target,
+                center,
+                *stats,
+                rows,
+                upstream if made is None else None,
+                options.centroid_to_sample,
+                options.ignore_index,
+            )
         )
+        if made is not None:
+            _Operators.scale_(grad_input, upstream)
     if ctx.needs_input_grad[2]:
         grad_centroids = _Operators.centroid_grad(
             input,
@@ -167,7 +177,7 @@ class _Loss(torch.autograd.Function):
             center = moved
         ctx.save_for_backward(input, target, centroid_logits)
         ctx.kept = center, weight, stats, rows, options
-        ctx.grad = [grad] if one_pass else []
+        ctx.made = [grad] if one_pass else None
         return result
 
     @staticmethod
@@ -178,13 +188,7 @@ class _Loss(torch.autograd.Function):
             result = reference.loss(input, target, centroid_logits, center, weight, options)
             grads = _reference_grads(ctx, (result,), input, centroid_logits, (upstream,))
         else:
-            # Given away, not kept: the first backward pass owns it, a repeated one computes its own.
-            grad = ctx.grad.pop() if ctx.grad else None
-            if grad is not None:
-                _Operators.scale_(grad, upstream)
-            grads = _grads(
-                ctx, input, target, centroid_logits, center, stats, rows, upstream, options, grad
-            )
+            grads = _grads(ctx, input, target, centroid_logits, center, stats, rows, upstream, options, ctx.made)
         return grads[0], None, grads[1], None, None, None, None, None
 
 

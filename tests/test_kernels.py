@@ -296,14 +296,45 @@ def test_upstream_gradients():
     assert relative(three, 3 * one) < 1e-14
 
 
-def test_backward_twice_gives_the_same_bits():
-    z, target, xi, _, _ = make(8, 3, 21, dtype=torch.float32)
+@pytest.mark.parametrize(("ratio", "reduction"), [("batch", "mean"), ("sample", "mean"), ("sample", "none")])
+@pytest.mark.parametrize("separation", SEPARATIONS)
+@pytest.mark.parametrize("spread", [0.1, 2.0])  # of the features: rows near the centre of the sigmoid, and not
+def test_backward_twice_gives_the_same_bits(separation, ratio, reduction, spread):
+    z, target, xi, center, weight = make(
+        9, 3, 121, center=True, weight=True, ignore=True, spread=spread, dtype=torch.float32
+    )
     z.requires_grad_(), xi.requires_grad_()
-    loss = ncmi_loss(z, target, xi, backend="cpu")
-    first = torch.autograd.grad(loss, (z, xi), retain_graph=True)
-    second = torch.autograd.grad(loss, (z, xi))
-    for a, b in zip(first, second, strict=True):
+    losses = ncmi_loss(
+        z,
+        target,
+        xi,
+        center=spread * center,
+        weight=weight,
+        separation=separation,
+        ratio=ratio,
+        reduction=reduction,
+        backend="cpu",
+    )
+    upstream = torch.full_like(losses, 3.7)
+    first = torch.autograd.grad(losses, (z, xi), upstream, retain_graph=True)
+    kept = [grad.clone() for grad in first]
+    second = torch.autograd.grad(losses, (z, xi), upstream)
+    for a, b, c in zip(first, second, kept, strict=True):
         assert torch.equal(a, b)
+        assert torch.equal(a, c), "the second pass wrote to the result of the first"
+
+
+@pytest.mark.parametrize("separation", SEPARATIONS)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_gradients_of_the_forward_pass_for_any_upstream(separation, reduction):
+    """ratio="sample" makes the gradient of input in the forward pass; what follows may still scale it, or drop it."""
+    problem = make(40, 5, 133, center=True, weight=True, ignore=True, dtype=torch.float32)
+    for l2 in (False, True):
+        options = Options(0.7, l2, separation=separation, ratio="sample", reduction=reduction)
+        for upstream in (1.0, 0.0, -2.5, 1e-20):
+            expected = evaluate(problem, options, "float64", literal=True, upstream=upstream)
+            for a, e in zip(evaluate(problem, options, "cpu", upstream=upstream), expected, strict=True):
+                assert torch.equal(a, torch.zeros_like(a)) if upstream == 0 and a.dim() else relative(a, e) < 5e-6
 
 
 def test_gradients_only_where_asked_for(monkeypatch):
