@@ -100,7 +100,7 @@ def _grads(
         )
         if made is not None:
             _Operators.scale_(grad_input, upstream)
-    if ctx.needs_input_grad[2]:
+    if ctx.needs_input_grad[1]:
         grad_centroids = _Operators.centroid_grad(
             input,
             target,
@@ -129,30 +129,26 @@ def _reference_grads(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients as a differentiable function of the inputs and of the upstream gradient."""
     wanted = [
-        t for t, needed in ((input, ctx.needs_input_grad[0]), (centroid_logits, ctx.needs_input_grad[2])) if needed
+        t for t, needed in ((input, ctx.needs_input_grad[0]), (centroid_logits, ctx.needs_input_grad[1])) if needed
     ]
     grads = iter(torch.autograd.grad(outputs, wanted, upstream, create_graph=True))
     return (
         next(grads) if ctx.needs_input_grad[0] else None,
-        next(grads) if ctx.needs_input_grad[2] else None,
+        next(grads) if ctx.needs_input_grad[1] else None,
     )
 
 
 class _Loss(torch.autograd.Function):
-    """The loss; its arguments are those of :func:`loss`."""
+    """The loss, of the arguments of :func:`loss`; what is not differentiated comes in one, as each costs time."""
 
     @staticmethod
     def forward(
         ctx: Any,
         input: Tensor,
-        target: Tensor,
         centroid_logits: Tensor,
-        center: Tensor | None,
-        weight: Tensor | None,
-        options: Options,
-        stats: CentroidStats | None,
-        update: CenterUpdate | None,
+        others: tuple[Tensor, Tensor | None, Tensor | None, Options, CentroidStats | None, CenterUpdate | None],
     ) -> Tensor:
+        target, center, weight, options, stats, update = others
         if stats is None:
             stats = centroid_stats(centroid_logits, options)
         moving = (center, None, None, 0.0) if update is None else (None, center, *update)
@@ -189,18 +185,18 @@ class _Loss(torch.autograd.Function):
             grads = _reference_grads(ctx, (result,), input, centroid_logits, (upstream,))
         else:
             grads = _grads(ctx, input, target, centroid_logits, center, stats, rows, upstream, options, ctx.made)
-        return grads[0], None, grads[1], None, None, None, None, None
+        return *grads, None
 
 
 class _Terms(torch.autograd.Function):
-    """Concentration and separation; the arguments are those of :func:`terms`."""
+    """Concentration and separation, of the arguments of :func:`terms`."""
 
     @staticmethod
     def forward(
         ctx: Any,
         input: Tensor,
-        target: Tensor,
         centroid_logits: Tensor,
+        target: Tensor,
         center: Tensor | None,
         options: Options,
     ) -> tuple[Tensor, Tensor]:
@@ -221,7 +217,7 @@ class _Terms(torch.autograd.Function):
             rows = rows.clone()
             rows[:, -2], rows[:, -1] = upstream
             grads = _grads(ctx, input, target, centroid_logits, center, stats, rows, None, options)
-        return grads[0], None, grads[1], None, None
+        return *grads, None, None, None
 
 
 def loss(
@@ -235,14 +231,14 @@ def loss(
     update: CenterUpdate | None,
 ) -> Tensor:
     """The loss of [B, M] features. `stats` belong to `centroid_logits`, or are computed; `update` moves `center`."""
-    return _Loss.apply(input, target, centroid_logits, center, weight, options, stats, update)
+    return _Loss.apply(input, centroid_logits, (target, center, weight, options, stats, update))
 
 
 def terms(
     input: Tensor, target: Tensor, centroid_logits: Tensor, center: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
     """Concentration [B] and separation [B] of [B, M] features."""
-    return _Terms.apply(input, target, centroid_logits, center, options)
+    return _Terms.apply(input, centroid_logits, target, center, options)
 
 
 def _register_fakes() -> None:
