@@ -33,7 +33,7 @@ class Options:
 
     def __post_init__(self) -> None:
         for name in ("temperature", "eps"):
-            check_positive(name, getattr(self, name))
+            object.__setattr__(self, name, check_positive(name, getattr(self, name)))
         for name, choices in (
             ("activation", ACTIVATIONS),
             ("separation", SEPARATIONS),
@@ -45,6 +45,9 @@ class Options:
             raise TypeError(f"l2_normalize: got {self.l2_normalize!r}, expected True or False")
         if not isinstance(self.ignore_index, Integral) or isinstance(self.ignore_index, bool):
             raise TypeError(f"ignore_index: got {self.ignore_index!r}, expected an integer")
+        if not -(2**63) <= self.ignore_index < 2**63:
+            raise ValueError(f"ignore_index: got {self.ignore_index!r}, expected an integer of 64 bits")
+        object.__setattr__(self, "ignore_index", int(self.ignore_index))
         if self.ratio == "batch" and self.reduction != "mean":
             raise ValueError(
                 f"reduction: got {self.reduction!r} with ratio='batch', which is one number for the whole batch; "
@@ -77,10 +80,15 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
-def check_positive(name: str, value: Any) -> None:
-    """Raise TypeError or ValueError unless `value` is a finite number above zero."""
+def check_positive(name: str, value: Any) -> float:
+    """`value` as a float; raises TypeError or ValueError unless it is a finite number above zero."""
     number: Any = value
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name}: got {value!r}, expected a number > 0")
+    try:
+        number = float(number)
+    except OverflowError:
+        number = math.inf
     if not 0 < number < math.inf:
         raise ValueError(f"{name}: got {value!r}, expected a finite number > 0")
+    return float(number)

@@ -1,6 +1,7 @@
 """The criterion: centroids, the running centre, prediction."""
 
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -353,6 +354,7 @@ def _option_property(name: str) -> property:
 
     def set_(self: NCMILoss, value: Any) -> None:
         self.options = Options(**{field: getattr(self.options, field) for field in OPTION_NAMES} | {name: value})
+        functional.warn_if_degenerate(self.options)
 
     return property(get, set_, doc=f"The option {name}; assigning checks it.")
 
@@ -364,8 +366,8 @@ _MODULE_DEFAULTS = Options(l2_normalize=True)
 
 
 def _check_count(name: str, value: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name}: got {value!r}, expected an integer >= 2")
     if value < 2:
         raise ValueError(f"{name}: got {value!r}, expected an integer >= 2")
-    return value
+    return int(value)

@@ -3,6 +3,7 @@
 import math
 import warnings
 from contextlib import contextmanager
+from fractions import Fraction
 from functools import partial
 
 import numpy as np
@@ -287,7 +288,7 @@ CHOICES = {
 
 def bad_options():
     for name in ("temperature", "eps"):
-        for value in (0, 0.0, -1, -1e-9, math.nan, math.inf, -math.inf, np.float32("nan")):
+        for value in (0, 0.0, -1, -1e-9, 10**400, math.nan, math.inf, -math.inf, np.float32("nan")):
             yield name, value, ValueError, (f"{name}: got {value!r}", "expected a finite number > 0")
         for value in ("1", None, True, [1.0], 1j, torch.tensor(1.0)):
             yield name, value, TypeError, (f"{name}: got {value!r}", "expected a number > 0")
@@ -297,6 +298,8 @@ def bad_options():
             yield name, value, ValueError, expected
     for value in (1, 0, None, "yes", torch.tensor(True)):
         yield "l2_normalize", value, TypeError, (f"l2_normalize: got {value!r}", "expected True or False")
+    for value in (2**63, -(2**63) - 1):
+        yield "ignore_index", value, ValueError, (f"ignore_index: got {value!r}", "expected an integer of 64 bits")
     for value in (1.0, None, "-100", True, torch.tensor(-1)):
         yield "ignore_index", value, TypeError, (f"ignore_index: got {value!r}", "expected an integer")
 
@@ -495,10 +498,30 @@ def test_degenerate_settings_warn_once():
         call(ncmi_loss, **degenerate), NCMILoss(C, M, **degenerate)
     assert len(caught) == 1
     functional._warn_degenerate.cache_clear()
+    criterion = NCMILoss(C, M, l2_normalize=False)
+    with pytest.warns(ncmi_kernels.DegenerateMinimumWarning, match="minus infinity"):
+        criterion.separation = "centroid_to_sample"
+    functional._warn_degenerate.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         NCMILoss(C, M, **{**degenerate, "l2_normalize": True})
         call(ncmi_loss, l2_normalize=False)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_numbers_of_other_types(backend):
+    """NumPy's integers and fractions are numbers too."""
+    criterion = NCMILoss(
+        np.int64(C),
+        np.int32(M),
+        temperature=Fraction(1, 2),
+        ignore_index=np.int64(-1),
+        eps=np.float32(0.5),
+        backend=backend,
+    )
+    same = NCMILoss(C, M, temperature=0.5, ignore_index=-1, eps=0.5, backend=backend)
+    assert (criterion.num_classes, criterion.feature_dim) == (C, M)
+    assert torch.equal(criterion(INPUT, TARGET), same(INPUT, TARGET))
 
 
 # ------------------------------------------------------------------------------------------------------------
