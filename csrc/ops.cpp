@@ -23,9 +23,9 @@ STABLE_TORCH_LIBRARY(ncmi_kernels, m) {
       " bool centroid_to_sample, int ignore_index) -> (Tensor terms, Tensor rows)");
 
   // The same, reduced: the loss in the arithmetic type, a scalar or for reduction 0 (none; 1 mean, 2 sum) [B]; rows with
-  // d loss / d terms. Given a running centre in the place of center, it is moved first,
-  // as by update_center_, which gives moved_center; [0] without one. `with_grad`, for the ratio by sample and a scalar
-  // loss: d loss / d input [B, M] from the same pass, for an input in the arithmetic type; else grad is [0].
+  // d loss / d terms. Given a running centre in the place of center, it is moved first, as by update_center_, which
+  // gives moved_center; [0] without one. `with_grad`, for the ratio by sample and a scalar loss: d loss / d input [B, M]
+  // from the same pass, for an input in the arithmetic type; else grad is [0].
   m.def(
       "loss(Tensor input, Tensor target, Tensor? center, Tensor(a!)? running_center,"
       " Tensor(b!)? num_batches_tracked, float momentum, Tensor log_activation, Tensor activation,"

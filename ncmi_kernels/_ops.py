@@ -1,6 +1,6 @@
 """The compiled operators (csrc/ops.cpp): fake kernels for tracing, and autograd.
 
-One path, whatever the backend: centroid_stats -> terms -> loss forward, input_grad and centroid_grad backward.
+One path, whatever the backend: centroid_stats -> loss forward, input_grad and centroid_grad backward.
 """
 
 from typing import Any, NamedTuple
@@ -146,20 +146,12 @@ class _Loss(torch.autograd.Function):
         ctx: Any,
         input: Tensor,
         centroid_logits: Tensor,
-        others: tuple[Tensor, Tensor | None, Tensor | None, Options, CentroidStats | None, CenterUpdate | None],
+        others: tuple[Tensor, Tensor | None, Tensor | None, Options, CentroidStats | None, CenterUpdate | None, bool],
     ) -> Tensor:
-        target, center, weight, options, stats, update = others
+        target, center, weight, options, stats, update, one_pass = others
         if stats is None:
             stats = centroid_stats(centroid_logits, options)
         moving = (center, None, None, 0.0) if update is None else (None, center, *update)
-        # By sample the gradient of a row is known once the row is: made in this pass, it needs no second one. Half
-        # precisions wait for the upstream gradient, which may be what keeps them from underflow.
-        one_pass = (
-            ctx.needs_input_grad[0]
-            and options.scalar_by_sample
-            and input.dtype is centroid_logits.dtype
-            and not torch.compiler.is_compiling()
-        )
         result, rows, moved, grad = _Operators.loss(
             input,
             target,
@@ -231,7 +223,16 @@ def loss(
     update: CenterUpdate | None,
 ) -> Tensor:
     """The loss of [B, M] features. `stats` belong to `centroid_logits`, or are computed; `update` moves `center`."""
-    return _Loss.apply(input, centroid_logits, (target, center, weight, options, stats, update))
+    # By sample the gradient of a row is known once the row is: made in this pass, it needs no second one. Half
+    # precisions wait for the upstream gradient, which may be what keeps them from underflow.
+    one_pass = (
+        options.scalar_by_sample
+        and input.requires_grad
+        and torch.is_grad_enabled()
+        and input.dtype is centroid_logits.dtype
+        and not torch.compiler.is_compiling()
+    )
+    return _Loss.apply(input, centroid_logits, (target, center, weight, options, stats, update, one_pass))
 
 
 def terms(

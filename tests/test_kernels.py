@@ -353,6 +353,31 @@ def test_gradients_only_where_asked_for(monkeypatch):
     assert calls == ["input_grad", "centroid_grad"]
 
 
+def test_the_forward_pass_makes_a_gradient_only_where_it_is_used(monkeypatch):
+    made = []
+    operator = _ops._Operators.loss
+
+    def loss(*arguments):
+        results = operator(*arguments)
+        made.append(results[-1].numel() > 0)
+        return results
+
+    monkeypatch.setattr(_ops._Operators, "loss", staticmethod(loss))
+    z, target, xi, _, _ = make(8, 3, 21, dtype=torch.float32)
+    for input, reduction, ratio, gradients in (
+        (z.clone().requires_grad_(), "mean", "sample", True),
+        (z.clone().requires_grad_(), "sum", "sample", True),
+        (z.clone().requires_grad_(), "mean", "sample", False),
+        (z.clone().requires_grad_(), "none", "sample", True),
+        (z.clone().requires_grad_(), "mean", "batch", True),
+        (z.half().requires_grad_(), "mean", "sample", True),
+        (z, "mean", "sample", True),
+    ):
+        with torch.set_grad_enabled(gradients):
+            ncmi_loss(input, target, xi, reduction=reduction, ratio=ratio, backend="cpu")
+    assert made == [True, True, False, False, False, False, False]
+
+
 @pytest.mark.parametrize("value", [-200.0, 200.0])
 @pytest.mark.parametrize("separation", SEPARATIONS)
 def test_saturated_rows(value, separation):
