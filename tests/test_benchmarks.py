@@ -245,24 +245,27 @@ def run_benchmark(benchmark, group, shape, implementation, step):
 
     def call():
         bench_loss.forget_gradients(criterion, z)
-        step(criterion, z, y)
+        return step(criterion, z, y)
 
     if implementation.heavy:
-        benchmark.pedantic(call, rounds=2)
+        loss = benchmark.pedantic(call, rounds=2)
     else:
         call()  # compiles
-        benchmark(call)
+        loss = benchmark(call)
+    assert bool(loss.isfinite()), "a fast wrong answer"
+    return z
 
 
 @EVERY_CASE
 def test_forward_backward(benchmark, shape, implementation):
-    run_benchmark(
-        benchmark,
-        "forward+backward",
-        shape,
-        implementation,
-        lambda criterion, z, y: criterion(z, y).backward(),
-    )
+    def step(criterion, z, y):
+        loss = criterion(z, y)
+        loss.backward()
+        return loss
+
+    z = run_benchmark(benchmark, "forward+backward", shape, implementation, step)
+    assert bool(z.grad.isfinite().all())
+    assert bool(z.grad.any())
 
 
 @EVERY_CASE
