@@ -63,7 +63,7 @@ NCMI_INLINE double exp_minus(double x) { return exp(-x); }
 // relative error 4e-9: below what rounding the result costs.
 NCMI_INLINE float log_half(float u) {
   const float s = u * 0.5f - 1.0f;
-  // Even and odd powers apart: two short chains in place of a long one, whose latency the loop would wait for.
+  // Even and odd powers apart: half the chain of dependent operations. Measured with AVX2, no faster and no slower.
   const float w = s * s;
   float even = -1.74594502f;
   float odd = -2.48232513f;

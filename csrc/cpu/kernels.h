@@ -51,13 +51,13 @@ struct Centroids {
 
 // What the forward pass leaves of a row for the backward passes.
 struct RowStats {
-  double scale;           // f = (z - center) * scale
-  double inverse_length;  // 1 / ||z - center||, or 0 where its chain rule does not apply
-  double kind;            // how the row was activated (kernels_impl.h)
-  double shift;           // what its log a was shifted by
-  double inverse_norm;    // 1 / sum_k a_k
-  double own_mean;        // mean under p of log a - log a(xi_y)
-  double all_mean;        // mean under p of log a - reference
+  double scale;             // f = (z - center) * scale
+  double inverse_length;    // 1 / ||z - center||, or 0 where its chain rule does not apply
+  double kind;              // how the row was activated (kernels_impl.h)
+  double shift;             // what its log a was shifted by
+  double inverse_norm;      // 1 / sum_k a_k
+  double own_mean;          // mean under p of log a - log a(xi_y)
+  double all_mean;          // mean under p of log a - reference
   double by_concentration;  // d loss / d A, but for the upstream gradient
   double by_separation;     // d loss / d G, likewise
 };
@@ -146,7 +146,7 @@ template <class T>
 struct Kernels {
   void (*terms)(const TermsArgs<T>&, int64_t row_begin, int64_t row_end, T* scratch);
   void (*input_grad)(const InputGradArgs<T>&, int64_t row_begin, int64_t row_end, T* scratch);
-  void (*centroid_rows)(const CentroidStatsArgs<T>&, int64_t class_begin, int64_t class_end, T* scratch);
+  void (*centroid_rows)(const CentroidStatsArgs<T>&, int64_t chunk_begin, int64_t chunk_end, T* scratch);
   void (*centroid_columns)(const CentroidStatsArgs<T>&, int64_t column_begin, int64_t column_end);
   void (*class_sums)(const CentroidGradArgs<T>&, ClassSums*);
   void (*centroid_sums)(const CentroidGradArgs<T>&, int64_t column_begin, int64_t column_end);

@@ -213,6 +213,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_stats(const Tensor& logits, 
     Tensor activation = empty({centroid_to_sample ? classes : 0, columns}, dtype);
     Tensor reference = empty({2, columns}, dtype);
     Tensor norms = empty({3 * classes + 2}, ScalarType::Double);
+    // At most 64 chunks, so that their sums stay small beside [C, M], and none too small to be worth a thread.
     const int64_t classes_per_chunk = std::max<int64_t>(32, (classes + 63) / 64);
     const int64_t chunks = (classes + classes_per_chunk - 1) / classes_per_chunk;
     std::vector<double> workspace(2 * columns);
@@ -238,7 +239,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_stats(const Tensor& logits, 
       std::vector<T> scratch(columns);
       kernel.centroid_rows(args, begin, end, scratch.data());
     });
-    parallel_columns(columns, classes, [&](int64_t begin, int64_t end) { kernel.centroid_columns(args, begin, end); });
+    parallel_columns(columns, chunks, [&](int64_t begin, int64_t end) { kernel.centroid_columns(args, begin, end); });
 
     // `reference` was rounded to T. What that lost enters the mean under p; taken under the mean centroid instead
     // it goes into a constant. The two differ where p is far from the centroids, and there the terms are large.
