@@ -10,7 +10,7 @@
 STABLE_TORCH_LIBRARY(ncmi_kernels, m) {
   // What the rows need to know of the centroids, from their logits [C, M] in the arithmetic type:
   // log_activation [C, M]; activation [C, M], or [0, M] for sample_to_centroid; reference [2, M];
-  // norms [3 C + 2] float64.
+  // norms [C + 1, 8] float64.
   m.def(
       "centroid_stats(Tensor centroid_logits, bool softmax, bool centroid_to_sample)"
       " -> (Tensor log_activation, Tensor activation, Tensor reference, Tensor norms)");

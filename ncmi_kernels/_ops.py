@@ -1,8 +1,10 @@
-"""The compiled operators (csrc/ops.cpp): fake kernels for tracing, and autograd.
+"""The operators (declared in csrc/ops.cpp): fake kernels for tracing, and autograd.
 
 One path, whatever the backend: centroid_stats -> loss forward, input_grad and centroid_grad backward.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -13,20 +15,41 @@ from ncmi_kernels import _backends, reference
 from ncmi_kernels._options import REDUCTIONS, Options
 
 
-class _Operators:
-    """The operators' overloads, looked up once: a look-up costs as much as some of the calls."""
+@dataclass
+class Operators:
+    """One backend's implementation of the operators of csrc/ops.cpp, called with the arguments declared there."""
 
-    if _backends.load_library() is None:
-        centroid_stats = torch.ops.ncmi_kernels.centroid_stats.default
-        update_center_ = torch.ops.ncmi_kernels.update_center_.default
-        terms = torch.ops.ncmi_kernels.terms.default
-        loss = torch.ops.ncmi_kernels.loss.default
-        scale_ = torch.ops.ncmi_kernels.scale_.default
-        input_grad = torch.ops.ncmi_kernels.input_grad.default
-        centroid_grad = torch.ops.ncmi_kernels.centroid_grad.default
+    centroid_stats: Callable[..., Any]
+    update_center_: Callable[..., Any]
+    terms: Callable[..., Any]
+    loss: Callable[..., Any]
+    scale_: Callable[..., Any]
+    input_grad: Callable[..., Any]
+    centroid_grad: Callable[..., Any]
 
 
-ROW_STATS = 9  # columns of the operators' `rows`
+NAMES = tuple(field.name for field in fields(Operators))
+
+
+# "cpu" and "cuda": the dispatcher tells them apart by the tensors. Looked up once, as that costs as much as some calls.
+_compiled = (
+    Operators(*(getattr(torch.ops.ncmi_kernels, name).default for name in NAMES))
+    if _backends.load_library() is None
+    else None
+)
+
+
+def operators(backend: str) -> Operators:
+    """The operators of a backend that can run here."""
+    if backend == "triton":
+        from ncmi_kernels import _triton
+
+        return _triton.OPERATORS
+    assert _compiled is not None
+    return _compiled
+
+
+ROW_STATS, CLASS_STATS = 9, 8  # columns of the operators' `rows` and `norms`
 
 
 class CentroidStats(NamedTuple):
@@ -35,12 +58,12 @@ class CentroidStats(NamedTuple):
     log_activation: Tensor  # [C, M]
     activation: Tensor  # [C, M], or [0, M] for sample_to_centroid
     reference: Tensor  # [2, M]
-    norms: Tensor  # [3 C + 2] float64
+    norms: Tensor  # [C + 1, 8] float64: a record a class, then one of all
 
 
-def centroid_stats(centroid_logits: Tensor, options: Options) -> CentroidStats:
+def centroid_stats(centroid_logits: Tensor, options: Options, backend: str) -> CentroidStats:
     """Statistics of centroid logits [C, M], float32 or float64. Not differentiable: the autograd Functions are."""
-    stats = _Operators.centroid_stats(centroid_logits.detach(), options.softmax, options.centroid_to_sample)
+    stats = operators(backend).centroid_stats(centroid_logits.detach(), options.softmax, options.centroid_to_sample)
     return CentroidStats(*stats)
 
 
@@ -49,20 +72,17 @@ CenterUpdate = tuple[Tensor, float]
 
 
 def update_center_(
-    center: Tensor, update: CenterUpdate, input: Tensor, target: Tensor, num_classes: int, ignore_index: int
-) -> Tensor:
-    """Move `center` [M] towards the mean of the rows of `input`, in place; returns a copy of it."""
-    return _Operators.update_center_(center, update[0], input, target, update[1], num_classes, ignore_index)
-
-
-def _call_terms(
+    center: Tensor,
+    update: CenterUpdate,
     input: Tensor,
     target: Tensor,
-    center: Tensor | None,
-    stats: CentroidStats,
-    options: Options,
-) -> tuple[Tensor, Tensor]:
-    return _Operators.terms(input, target, center, *stats, *options.for_terms)
+    num_classes: int,
+    ignore_index: int,
+    backend: str,
+) -> Tensor:
+    """Move `center` [M] towards the mean of the rows of `input`, in place; returns a copy of it."""
+    move = operators(backend).update_center_
+    return move(center, update[0], input, target, update[1], num_classes, ignore_index)
 
 
 def _grads(
@@ -75,6 +95,7 @@ def _grads(
     rows: Tensor,
     upstream: Tensor | None,
     options: Options,
+    backend: str,
     made: list[Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of input [B, M] and centroid_logits [C, M], each only where it is asked for.
@@ -83,11 +104,12 @@ def _grads(
     first backward pass takes it out and owns it, a repeated one forms it again, to the same bits.
     """
     grad_input = grad_centroids = None
+    run = operators(backend)
     if ctx.needs_input_grad[0]:
         grad_input = (
             made.pop()
             if made
-            else _Operators.input_grad(
+            else run.input_grad(
                 input,
                 target,
                 center,
@@ -99,9 +121,9 @@ def _grads(
             )
         )
         if made is not None:
-            _Operators.scale_(grad_input, upstream)
+            run.scale_(grad_input, upstream)
     if ctx.needs_input_grad[1]:
-        grad_centroids = _Operators.centroid_grad(
+        grad_centroids = run.centroid_grad(
             input,
             target,
             center,
@@ -146,13 +168,15 @@ class _Loss(torch.autograd.Function):
         ctx: Any,
         input: Tensor,
         centroid_logits: Tensor,
-        others: tuple[Tensor, Tensor | None, Tensor | None, Options, CentroidStats | None, CenterUpdate | None, bool],
+        others: tuple[
+            Tensor, Tensor | None, Tensor | None, Options, str, CentroidStats | None, CenterUpdate | None, bool
+        ],
     ) -> Tensor:
-        target, center, weight, options, stats, update, one_pass = others
+        target, center, weight, options, backend, stats, update, one_pass = others
         if stats is None:
-            stats = centroid_stats(centroid_logits, options)
+            stats = centroid_stats(centroid_logits, options, backend)
         moving = (center, None, None, 0.0) if update is None else (None, center, *update)
-        result, rows, moved, grad = _Operators.loss(
+        result, rows, moved, grad = operators(backend).loss(
             input,
             target,
             *moving,
@@ -164,19 +188,21 @@ class _Loss(torch.autograd.Function):
         if update is not None:
             center = moved
         ctx.save_for_backward(input, target, centroid_logits)
-        ctx.kept = center, weight, stats, rows, options
+        ctx.kept = center, weight, stats, rows, options, backend
         ctx.made = [grad] if one_pass else None
         return result
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         input, target, centroid_logits = ctx.saved_tensors
-        center, weight, stats, rows, options = ctx.kept
+        center, weight, stats, rows, options, backend = ctx.kept
         if _differentiable_backward():
             result = reference.loss(input, target, centroid_logits, center, weight, options)
             grads = _reference_grads(ctx, (result,), input, centroid_logits, (upstream,))
         else:
-            grads = _grads(ctx, input, target, centroid_logits, center, stats, rows, upstream, options, ctx.made)
+            grads = _grads(
+                ctx, input, target, centroid_logits, center, stats, rows, upstream, options, backend, ctx.made
+            )
         return *grads, None
 
 
@@ -191,25 +217,26 @@ class _Terms(torch.autograd.Function):
         target: Tensor,
         center: Tensor | None,
         options: Options,
+        backend: str,
     ) -> tuple[Tensor, Tensor]:
-        stats = centroid_stats(centroid_logits, options)
-        values, rows = _call_terms(input, target, center, stats, options)
+        stats = centroid_stats(centroid_logits, options, backend)
+        values, rows = operators(backend).terms(input, target, center, *stats, *options.for_terms)
         ctx.save_for_backward(input, target, centroid_logits)
-        ctx.kept = center, stats, rows, options
+        ctx.kept = center, stats, rows, options, backend
         return values[0].clone(), values[1].clone()
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         input, target, centroid_logits = ctx.saved_tensors
-        center, stats, rows, options = ctx.kept
+        center, stats, rows, options, backend = ctx.kept
         if _differentiable_backward():
             outputs = reference.terms(input, target, centroid_logits, center, options)
             grads = _reference_grads(ctx, outputs, input, centroid_logits, upstream)
         else:
             rows = rows.clone()
             rows[:, -2], rows[:, -1] = upstream
-            grads = _grads(ctx, input, target, centroid_logits, center, stats, rows, None, options)
-        return *grads, None, None, None
+            grads = _grads(ctx, input, target, centroid_logits, center, stats, rows, None, options, backend)
+        return *grads, None, None, None, None
 
 
 def loss(
@@ -219,6 +246,7 @@ def loss(
     center: Tensor | None,
     weight: Tensor | None,
     options: Options,
+    backend: str,
     stats: CentroidStats | None,
     update: CenterUpdate | None,
 ) -> Tensor:
@@ -232,30 +260,35 @@ def loss(
         and input.dtype is centroid_logits.dtype
         and not torch.compiler.is_compiling()
     )
-    return _Loss.apply(input, centroid_logits, (target, center, weight, options, stats, update, one_pass))
+    return _Loss.apply(input, centroid_logits, (target, center, weight, options, backend, stats, update, one_pass))
 
 
 def terms(
-    input: Tensor, target: Tensor, centroid_logits: Tensor, center: Tensor | None, options: Options
+    input: Tensor,
+    target: Tensor,
+    centroid_logits: Tensor,
+    center: Tensor | None,
+    options: Options,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Concentration [B] and separation [B] of [B, M] features."""
-    return _Terms.apply(input, centroid_logits, target, center, options)
+    return _Terms.apply(input, centroid_logits, target, center, options, backend)
 
 
-def _register_fakes() -> None:
+def register_fakes(namespace: str) -> None:
     """Shapes and dtypes of each operator's outputs, for torch.compile and torch.export."""
 
-    @torch.library.register_fake("ncmi_kernels::centroid_stats")
+    @torch.library.register_fake(f"{namespace}::centroid_stats")
     def _(centroid_logits: Tensor, softmax: bool, centroid_to_sample: bool) -> tuple[Tensor, ...]:
         classes, columns = centroid_logits.shape
         return (
             centroid_logits.new_empty((classes, columns)),
             centroid_logits.new_empty((classes if centroid_to_sample else 0, columns)),
             centroid_logits.new_empty((2, columns)),
-            centroid_logits.new_empty((3 * classes + 2,), dtype=torch.float64),
+            centroid_logits.new_empty((classes + 1, CLASS_STATS), dtype=torch.float64),
         )
 
-    @torch.library.register_fake("ncmi_kernels::terms")
+    @torch.library.register_fake(f"{namespace}::terms")
     def _(
         input: Tensor,
         target: Tensor,
@@ -273,7 +306,7 @@ def _register_fakes() -> None:
         rows = input.shape[0]
         return log_activation.new_empty((2, rows)), norms.new_empty((rows, ROW_STATS))
 
-    @torch.library.register_fake("ncmi_kernels::loss")
+    @torch.library.register_fake(f"{namespace}::loss")
     def _(
         input: Tensor,
         target: Tensor,
@@ -304,11 +337,11 @@ def _register_fakes() -> None:
             log_activation.new_empty(input.shape if with_grad else (0,)),
         )
 
-    @torch.library.register_fake("ncmi_kernels::scale_")
+    @torch.library.register_fake(f"{namespace}::scale_")
     def _(grad: Tensor, upstream: Tensor) -> None:
         return None
 
-    @torch.library.register_fake("ncmi_kernels::input_grad")
+    @torch.library.register_fake(f"{namespace}::input_grad")
     def _(
         input: Tensor,
         target: Tensor,
@@ -324,7 +357,7 @@ def _register_fakes() -> None:
     ) -> Tensor:
         return input.new_empty(input.shape)
 
-    @torch.library.register_fake("ncmi_kernels::centroid_grad")
+    @torch.library.register_fake(f"{namespace}::centroid_grad")
     def _(
         input: Tensor,
         target: Tensor,
@@ -341,7 +374,7 @@ def _register_fakes() -> None:
     ) -> Tensor:
         return centroid_logits.new_empty(centroid_logits.shape)
 
-    @torch.library.register_fake("ncmi_kernels::update_center_")
+    @torch.library.register_fake(f"{namespace}::update_center_")
     def _(
         center: Tensor,
         num_batches_tracked: Tensor,
@@ -354,17 +387,18 @@ def _register_fakes() -> None:
         return center.new_empty(center.shape)
 
 
-def _skip_autograd() -> Library:
+def skip_autograd(namespace: str) -> Library:
     """Let calls pass the dispatcher's autograd layer: its fallback costs as much as the smaller kernels do.
 
-    The autograd Functions above, which alone call the operators, run them without gradients.
+    The autograd Functions above, which alone call the operators, run them without gradients. Lasts as long as the
+    object that is returned.
     """
-    library = Library("ncmi_kernels", "IMPL", "Autograd")
-    for name in ("centroid_stats", "update_center_", "terms", "loss", "scale_", "input_grad", "centroid_grad"):
+    library = Library(namespace, "IMPL", "Autograd")
+    for name in NAMES:
         library.impl(name, torch.library.fallthrough_kernel)
     return library
 
 
 if _backends.load_library() is None:
-    _register_fakes()
-    _library = _skip_autograd()  # lasts as long as this object
+    register_fakes("ncmi_kernels")
+    _library = skip_autograd("ncmi_kernels")

@@ -61,7 +61,8 @@ def ncmi_loss(
         ignore_index: samples with this target count for nothing and get a zero gradient.
         reduction: "mean" (weighted; NaN where no sample counts), and for ratio "sample" also "sum" and "none".
         eps: added to the separation; > 0.
-        backend: None for the fastest that can run, or one by name: "cpu" (C++) or "reference" (PyTorch).
+        backend: None for the fastest that can run, or one by name: "cpu" (C++), "cuda" (CUDA C++), "triton" or
+            "reference" (PyTorch).
 
     Returns:
         A scalar, or for reduction "none" a tensor of target's shape; float32, or float64 where `input` or
@@ -111,7 +112,7 @@ def ncmi_terms(
         l2_normalize: divide the centred features by their length.
         activation: "nsf" or "softmax".
         separation: "sample_to_centroid" or "centroid_to_sample".
-        backend: None, "cpu" or "reference".
+        backend: None, "cpu", "cuda", "triton" or "reference".
 
     Returns:
         concentration A and separation G, each of target's shape; float32 or float64.
@@ -125,10 +126,11 @@ def ncmi_terms(
     rows, classes = flatten(input, target)
     rows, centroid_logits, center, _ = to_arithmetic_dtype(rows, centroid_logits, center, None)
     check_range(classes, len(centroid_logits), None)
-    if _backends.resolve(backend, input) == "reference":
+    backend = _backends.resolve(backend, input)
+    if backend == "reference":
         concentration, separated = reference.terms(rows, classes, centroid_logits, center, options)
     else:
-        concentration, separated = _ops.terms(rows, classes, centroid_logits, center, options)
+        concentration, separated = _ops.terms(rows, classes, centroid_logits, center, options, backend)
     return concentration.reshape(target.shape), separated.reshape(target.shape)
 
 
@@ -188,7 +190,7 @@ def loss(
         check_range(classes, len(centroid_logits), options.ignore_index)
         result = reference.loss(rows, classes, centroid_logits, center, weight, options)
     else:
-        result = _ops.loss(rows, classes, centroid_logits, center, weight, options, stats, update)
+        result = _ops.loss(rows, classes, centroid_logits, center, weight, options, backend, stats, update)
     return result.reshape(target.shape) if options.reduction == "none" else result
 
 

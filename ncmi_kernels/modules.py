@@ -35,7 +35,7 @@ class NCMILoss(nn.Module):
         ignore_index: samples with this target count for nothing, in the centre too.
         reduction: "mean", and for ratio "sample" also "sum" and "none".
         eps: added to the separation; > 0.
-        backend: None, "cpu" or "reference".
+        backend: None, "cpu", "cuda", "triton" or "reference".
         device: of the parameters and buffers.
         dtype: of the parameters and buffers; a floating dtype.
 
@@ -279,7 +279,8 @@ class NCMILoss(nn.Module):
             if not torch.compiler.is_compiling():
                 return center, update
             rows, classes = functional.flatten(input.detach(), target)
-            return _ops.update_center_(center, update, rows, classes, self.num_classes, self.options.ignore_index), None
+            ignore_index = self.options.ignore_index
+            return _ops.update_center_(center, update, rows, classes, self.num_classes, ignore_index, backend), None
         with torch.no_grad():
             return self._move_center(*functional.flatten(input, target)), None
 
@@ -309,15 +310,15 @@ class NCMILoss(nn.Module):
             cache is not None
             and cache[0] is logits
             and cache[1] is options
-            and cache[2] == logits._version
-            and cache[3].data_ptr() == logits.data_ptr()
-            and cache[3].stride() == logits.stride()
-            and cache[3].dtype is logits.dtype
+            and cache[2] == backend
+            and cache[3] == logits._version
+            and cache[4].data_ptr() == logits.data_ptr()
+            and cache[4].stride() == logits.stride()
+            and cache[4].dtype is logits.dtype
             and (input.dtype is not torch.float64 or logits.dtype is torch.float64)
-            and backend != "reference"
             and not torch.compiler.is_compiling()
         ):
-            return cache[4]
+            return cache[5]
         if (
             torch.compiler.is_compiling()
             or backend == "reference"
@@ -327,8 +328,8 @@ class NCMILoss(nn.Module):
             or (input.dtype == torch.float64 and logits.dtype != torch.float64)
         ):
             return None
-        stats = _ops.centroid_stats(logits, options)
-        self._stats_cache = (logits, options, logits._version, logits.detach(), stats)
+        stats = _ops.centroid_stats(logits, options, backend)
+        self._stats_cache = (logits, options, backend, logits._version, logits.detach(), stats)
         return stats
 
     def train(self, mode: bool = True) -> "NCMILoss":

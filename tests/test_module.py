@@ -627,9 +627,9 @@ def calls(monkeypatch):
     """The centroids of which statistics were computed, call by call."""
     seen, compute = [], _ops.centroid_stats
 
-    def counted(centroid_logits, options):
+    def counted(centroid_logits, options, backend):
         seen.append(centroid_logits)
-        return compute(centroid_logits, options)
+        return compute(centroid_logits, options, backend)
 
     monkeypatch.setattr(_ops, "centroid_stats", counted)
     return seen

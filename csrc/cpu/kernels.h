@@ -7,31 +7,9 @@
 
 #include <stdint.h>
 
+#include "../layout.h"
+
 namespace ncmi::cpu {
-
-enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
-
-// A [rows, columns] matrix of any strides, read-only.
-struct Matrix {
-  const void* data;
-  Dtype dtype;
-  int64_t row_stride;
-  int64_t column_stride;
-};
-
-struct Targets {
-  const int64_t* data;
-  int64_t stride;
-  int64_t ignore_index;
-  int64_t operator[](int64_t i) const { return data[i * stride]; }
-};
-
-// How a row of features becomes a row of probabilities.
-struct Features {
-  double temperature;
-  bool l2_normalize;
-  bool softmax;
-};
 
 // What the rows need to know of the centroids. T is the type of the arithmetic, float or double.
 template <class T>
@@ -42,26 +20,9 @@ struct Centroids {
   const T* log_activation;  // [C, M] log a(xi), shifted
   const T* activation;      // [C, M] a(xi), shifted; centroid_to_sample only
   const T* reference;       // [2, M] see centroid_columns
-  const double* log_norm;   // [C] log sum_k a(xi_c)_k, shifted
-  const double* shift;      // [C] what log a(xi_c) was shifted by; 0 but for softmax and rows that underflow
-  const double* kind;       // [C] how the centroid was activated (kernels_impl.h)
-  double weight_sum;         // sum_k q_mean_k as rounded (1 for sample_to_centroid)
-  double weighted_log_norm;  // the mean log_norm, weighted as `reference` is, less what rounding that lost
+  const ClassStats* of;     // [C]
+  AllStats of_all;
 };
-
-// What the forward pass leaves of a row for the backward passes.
-struct RowStats {
-  double scale;             // f = (z - center) * scale
-  double inverse_length;    // 1 / ||z - center||, or 0 where its chain rule does not apply
-  double kind;              // how the row was activated (kernels_impl.h)
-  double shift;             // what its log a was shifted by
-  double inverse_norm;      // 1 / sum_k a_k
-  double own_mean;          // mean under p of log a - log a(xi_y)
-  double all_mean;          // mean under p of log a - reference
-  double by_concentration;  // d loss / d A, but for the upstream gradient
-  double by_separation;     // d loss / d G, likewise
-};
-constexpr int64_t kRowStats = sizeof(RowStats) / sizeof(double);
 
 template <class T>
 struct TermsArgs {
@@ -104,9 +65,7 @@ struct CentroidStatsArgs {
   bool centroid_to_sample;
   T* log_activation;      // [C, M]
   T* activation;          // [C, M] or null
-  double* log_norm;       // [C]
-  double* shift;          // [C]
-  double* kind;           // [C]
+  ClassStats* of;         // [C]
   T* reference;           // [2, M]
   int64_t classes_per_chunk;  // of the sums over classes: a function of C alone, so that their order is one too
   double* chunk_sums;         // [chunks, chunk_sums(), M] workspace
@@ -141,7 +100,7 @@ struct CentroidGradArgs {
   double separation_grad_sum;        // sum_i d loss / d G_i
 };
 
-// `scratch` is [columns] elements, for input_grad [2, columns].
+// `scratch` is [columns] elements, for terms and input_grad [4, columns].
 template <class T>
 struct Kernels {
   void (*terms)(const TermsArgs<T>&, int64_t row_begin, int64_t row_end, T* scratch);

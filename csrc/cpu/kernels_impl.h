@@ -6,6 +6,7 @@
 // Every kBlock elements the lanes of T go to a double; the normaliser S, whose rounding would enter the loss in
 // first order, has lanes of double.
 
+#include "../low_precision.h"
 #include "../ncmi_math.h"
 #include "kernels.h"
 
@@ -77,58 +78,6 @@ struct alignas(64) Lanes {
 static_assert(kWide == 64, "Lanes::total folds 64 lanes");
 
 // -------------------------------------------------------------------------------------------------------------
-// Reading and writing the low-precision types. Written out here because loops over them must vectorise.
-// -------------------------------------------------------------------------------------------------------------
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
-NCMI_INLINE float widen(float x) { return x; }
-NCMI_INLINE double widen(double x) { return x; }
-NCMI_INLINE float widen(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
-NCMI_INLINE float widen(Float16 x) {
-  const uint32_t magnitude = (x.bits & 0x7fffu) << 13;
-  const float finite = bit_cast<float>(magnitude) * 5.192296858534828e33f;  // 2^112 moves the exponent bias
-  const uint32_t special = magnitude | 0x7f800000u;                         // inf and NaN keep their mantissa
-  const uint32_t bits = magnitude >= 0x0f800000u ? special : bit_cast<uint32_t>(finite);
-  return bit_cast<float>(bits | (uint32_t(x.bits & 0x8000u) << 16));
-}
-
-template <class To, class T>
-NCMI_INLINE To narrow(T x);
-template <>
-inline __attribute__((always_inline)) float narrow<float, float>(float x) {
-  return x;
-}
-template <>
-inline __attribute__((always_inline)) double narrow<double, double>(double x) {
-  return x;
-}
-template <>
-inline __attribute__((always_inline)) BFloat16 narrow<BFloat16, float>(float x) {
-  const uint32_t bits = bit_cast<uint32_t>(x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-  return {uint16_t(x != x ? 0x7fc0u : rounded)};
-}
-template <>
-inline __attribute__((always_inline)) Float16 narrow<Float16, float>(float x) {
-  const uint32_t bits = bit_cast<uint32_t>(x);
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  // Normal results: round the mantissa to 10 bits and move the bias. Subnormal ones: adding 0.5 lines the last bit
-  // of a float up with 2^-24, the unit of a half, so the addition does the rounding.
-  const uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
-  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
-  uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
-  half = half > 0x7c00u ? 0x7c00u : half;
-  half = magnitude > 0x7f800000u ? 0x7e00u : half;
-  return {uint16_t(half | ((bits >> 16) & 0x8000u))};
-}
-
-// -------------------------------------------------------------------------------------------------------------
 // A stretch of one row, centred, in the arithmetic type.
 // -------------------------------------------------------------------------------------------------------------
 
@@ -195,20 +144,40 @@ Size<T> load(const Matrix& m, int64_t row, int64_t begin, int64_t n, const T* ce
   }
 }
 
-// Asks for memory to be in cache soon. Rows are read in bursts with arithmetic between, too short for the hardware's
-// own prefetching to get going.
-void prefetch(const void* memory, int64_t bytes) {
-  for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(memory) + byte, 0, 2);
-}
+// Memory to have in cache soon, asked for piece by piece between the arithmetic on a row: the hardware's own prefetching
+// does not get going in the short bursts in which rows are read, and a whole row asked for at once would fill the
+// processor's queue of outstanding lines and hold up what comes after it.
+class Ahead {
+ public:
+  void row(const Matrix& m, int64_t row) {
+    const int64_t width = m.dtype == Dtype::kFloat64 ? 8 : m.dtype == Dtype::kFloat32 ? 4 : 2;
+    if (m.column_stride == 1) add(static_cast<const char*>(m.data) + row * m.row_stride * width, width);
+  }
+  void add(const void* memory, int64_t width) { streams_[count_++] = {static_cast<const char*>(memory), width}; }
 
-// The same for what the next row needs.
+  // With columns [k, k + n) of the current row.
+  NCMI_MEMBER void fetch(int64_t k, int64_t n) const {
+    for (int s = 0; s < count_; ++s)
+      for (int64_t byte = 0; byte < n * streams_[s].width; byte += 64)
+        __builtin_prefetch(streams_[s].memory + k * streams_[s].width + byte, 0, 2);
+  }
+
+ private:
+  struct Stream {
+    const char* memory;
+    int64_t width;
+  } streams_[3];
+  int count_ = 0;
+};
+
+// What the next row needs.
 template <class T>
-void prefetch_row(const Matrix& m, const Targets& target, int64_t row, const Centroids<T>& q) {
-  if (target[row] == target.ignore_index) return;
-  const int64_t width = m.dtype == Dtype::kFloat64 ? 8 : m.dtype == Dtype::kFloat32 ? 4 : 2;
-  if (m.column_stride == 1)
-    prefetch(static_cast<const char*>(m.data) + row * m.row_stride * width, q.columns * width);
-  prefetch(q.log_activation + target[row] * q.columns, q.columns * sizeof(T));
+void fetch_row(const Matrix& m, const Targets& target, int64_t row, const Centroids<T>& q, Ahead& ahead) {
+  const int64_t y = target[row];
+  if (y == target.ignore_index) return;
+  ahead.row(m, row);
+  __builtin_prefetch(q.of + y);
+  if (q.of[y].lone < 0) ahead.add(q.log_activation + y * q.columns, sizeof(T));
 }
 
 // ||x||_2 from the plain sum of squares, which is redone, scaled by the largest element, only where it overflowed;
@@ -274,6 +243,25 @@ NCMI_INLINE auto with_kind(Kind kind, const F& f) {
   return f.template operator()<Kind::kNsf>();
 }
 
+// Calls f<as>(k, m) over stretches [k, k + m) of a centroid's logits, m <= kWide. Stretches of a kNsf row in which
+// every |f| <= 1 are taken as kNsfNear, which means the same numbers and costs a third: logits that began one-hot are
+// small in all columns but a few. m is a multiple of a vector but for the last stretch.
+template <Kind kind, class T, class F>
+NCMI_INLINE void for_logits(const T* x, int64_t n, const F& f) {
+  const auto stretch = [&](int64_t k, int64_t m) __attribute__((always_inline)) {
+    if constexpr (kind == Kind::kNsf && sizeof(T) == sizeof(float)) {
+      uint32_t largest = 0;
+      NCMI_SIMD(reduction(max : largest))
+      for (int64_t j = k; j < k + m; ++j) largest = magnitude_bits(x[j]) > largest ? magnitude_bits(x[j]) : largest;
+      if (largest <= magnitude_bits(float(kNear))) return f.template operator()<Kind::kNsfNear>(k, m);
+    }
+    f.template operator()<kind>(k, m);
+  };
+  const int64_t whole = n / kLanes<T> * kLanes<T>;
+  for_stretches<kLanes<T>>(0, whole, stretch);
+  if (whole < n) stretch(whole, n - whole);
+}
+
 // The kind to try for a row with |f| up to `reach`; kNsf becomes kNsfShifted where its sum underflows.
 Kind first_kind(bool is_softmax, double reach, size_t size_of_type) {
   if (is_softmax) return Kind::kSoftmax;
@@ -318,11 +306,45 @@ struct Row {
   }
 };
 
+// Own-class rows of the tables. Those that a few numbers tell (ClassStats) are written out here, in cache, rather than
+// read from a table that may not be; of one such row after another only the columns that differ change.
 template <class T>
-Row<T> row_of(const T* x, const Centroids<T>& q, int64_t y) {
-  return {x, q.log_activation + y * q.columns, q.centroid_to_sample ? q.activation + y * q.columns : nullptr,
-          q.reference, q.reference + q.columns};
-}
+class OwnRows {
+ public:
+  OwnRows(const Centroids<T>& q, T* scratch) : q_(q), log_(scratch), activation_(scratch + q.columns) {}
+
+  Row<T> with(const T* x, int64_t y) {
+    const ClassStats& of = q_.of[y];
+    const int64_t lone = int64_t(of.lone);
+    const bool both = q_.centroid_to_sample;
+    if (lone < 0)
+      return row(x, q_.log_activation + y * q_.columns, both ? q_.activation + y * q_.columns : nullptr);
+    if (lone_ < 0 || of.other_log != other_log_) {
+      for (int64_t k = 0; k < q_.columns; ++k) log_[k] = T(of.other_log);
+      if (both)
+        for (int64_t k = 0; k < q_.columns; ++k) activation_[k] = T(of.other_activation);
+    } else {
+      log_[lone_] = T(of.other_log);
+      if (both) activation_[lone_] = T(of.other_activation);
+    }
+    log_[lone] = T(of.lone_log);
+    if (both) activation_[lone] = T(of.lone_activation);
+    lone_ = lone;
+    other_log_ = of.other_log;
+    return row(x, log_, both ? activation_ : nullptr);
+  }
+
+ private:
+  Row<T> row(const T* x, const T* log, const T* activation) const {
+    return {x, log, activation, q_.reference, q_.reference + q_.columns};
+  }
+
+  const Centroids<T>& q_;
+  T* log_;
+  T* activation_;
+  int64_t lone_ = -1;  // the column that differs in what is written out, once something is
+  double other_log_ = 0;
+};
 
 // The last columns of a row, fewer than a vector, padded to one with copies of the last element. A scalar loop over
 // them would cost as much as several vectors.
@@ -405,7 +427,7 @@ struct RowLanes {
 };
 
 template <Kind kind, bool centroid_to_sample, class T>
-__attribute__((noinline)) RowSums sum_row(const Row<T>& row, int64_t n, double scale, T shift) {
+__attribute__((noinline)) RowSums sum_row(const Row<T>& row, int64_t n, double scale, T shift, const Ahead& ahead) {
   RowSums sums{};
   if (is_near(kind)) sums.norm = 0.5 * double(n);  // sigma = (1 + excess) / 2
   const T s = argument_scale<kind, T>(scale);
@@ -414,6 +436,7 @@ __attribute__((noinline)) RowSums sum_row(const Row<T>& row, int64_t n, double s
     RowLanes<kind, centroid_to_sample, T> lanes;
     const int64_t last = min(whole, first + kBlock);
     for_stretches<kLanes<T>>(first, last, [&](int64_t k, int64_t m) __attribute__((always_inline)) {
+      ahead.fetch(k, m);
       lanes.template add<false>(row.from(k), m, nullptr, s, shift);
     });
     if (whole < n && first + kBlock >= n) {
@@ -427,10 +450,11 @@ __attribute__((noinline)) RowSums sum_row(const Row<T>& row, int64_t n, double s
 
 // The activation that the row needs, and its sums under it.
 template <bool centroid_to_sample, class T>
-RowSums sum_row_stable(const Row<T>& row, int64_t n, double scale, T largest, bool is_softmax, Kind* kind, T* shift) {
+RowSums sum_row_stable(const Row<T>& row, int64_t n, double scale, T largest, bool is_softmax, const Ahead& ahead,
+                       Kind* kind, T* shift) {
   *kind = first_kind(is_softmax, double(largest) * scale, sizeof(T));
   *shift = is_softmax ? scaled_max(row.x, n, T(scale)) : T(0);
-  const auto sum_as = [&]<Kind as>() { return sum_row<as, centroid_to_sample>(row, n, scale, *shift); };
+  const auto sum_as = [&]<Kind as>() { return sum_row<as, centroid_to_sample>(row, n, scale, *shift, ahead); };
   const RowSums sums = with_kind<T>(*kind, sum_as);
   if (*kind != Kind::kNsf || sums.norm > double(smallest_plain_sum<T>())) return sums;
   *kind = Kind::kNsfShifted;
@@ -499,13 +523,14 @@ struct GradRow {
 
   // Of the whole row; returns its product with x.
   template <Kind kind>
-  double whole_row(const Row<T>& row, int64_t n, T* grad) const {
+  double whole_row(const Row<T>& row, int64_t n, T* grad, const Ahead& ahead) const {
     double total = 0;
     const int64_t whole = n / kLanes<T> * kLanes<T>;
     for (int64_t first = 0; first < whole; first += kBlock) {
       const int64_t last = min(whole, first + kBlock);
       Lanes<T> dot;
       for_stretches<kLanes<T>>(first, last, [&](int64_t k, int64_t m) __attribute__((always_inline)) {
+        ahead.fetch(k, m);
         stretch<kind>(row.from(k), m, grad + k, dot);
       });
       total += dot.total();
@@ -526,14 +551,16 @@ struct GradRow {
 
 // d loss / d z of a row, from its centred features x, by the derivatives of the loss by its terms.
 template <bool centroid_to_sample, class Out, class T>
-NCMI_INLINE void grad_of_row(const Centroids<T>& q, const RowStats& stats, int64_t y, double concentration_grad,
-                             double separation_grad, const T* __restrict x, T* __restrict grad, Out* __restrict out) {
+NCMI_INLINE void grad_of_row(const Centroids<T>& q, const Row<T>& row, const RowStats& stats, int64_t y,
+                             double concentration_grad, double separation_grad, Ahead ahead, T* __restrict grad,
+                             Out* __restrict out) {
+  ahead.add(out, sizeof(Out));
   const int64_t n = q.columns;
-  const GradRow<centroid_to_sample, T> of_row{stats, centroid_to_sample ? exp(-q.log_norm[y]) : 1.0,
+  const GradRow<centroid_to_sample, T> of_row{stats, centroid_to_sample ? exp(-q.of[y].log_norm) : 1.0,
                                               1.0 / double(q.classes), concentration_grad, separation_grad};
-  const Row<T> row = row_of(x, q, y);
+  const T* __restrict x = row.x;
   const double dot = with_kind<T>(Kind(int(stats.kind)), [&]<Kind kind>() {
-    return of_row.template whole_row<kind>(row, n, grad);
+    return of_row.template whole_row<kind>(row, n, grad, ahead);
   });
   // Where the length counts, through x / ||x|| as well: g - x (x . g) / ||x||^2.
   const T share = T(dot * stats.inverse_length * stats.inverse_length);
@@ -547,6 +574,7 @@ void input_grad_range(const InputGradArgs<T>& args, int64_t row_begin, int64_t r
   const int64_t n = q.columns;
   T* __restrict x = scratch;
   T* __restrict grad = scratch + n;
+  OwnRows<T> own_rows(q, scratch + 2 * n);
   for (int64_t i = row_begin; i < row_end; ++i) {
     Out* __restrict out = static_cast<Out*>(args.grad) + i * n;
     const int64_t y = args.target[i];
@@ -556,10 +584,10 @@ void input_grad_range(const InputGradArgs<T>& args, int64_t row_begin, int64_t r
     }
     const RowStats& stats = args.rows[i];
     load(args.input, i, 0, n, args.center, x);
-    prefetch(out, n * sizeof(Out));
-    if (i + 1 < row_end) prefetch_row(args.input, args.target, i + 1, q);
-    grad_of_row<centroid_to_sample>(q, stats, y, args.concentration_grad[i], args.separation_grad[i],
-                                    static_cast<const T*>(x), grad, out);
+    Ahead ahead;
+    if (i + 1 < row_end) fetch_row(args.input, args.target, i + 1, q, ahead);
+    grad_of_row<centroid_to_sample>(q, own_rows.with(x, y), stats, y, args.concentration_grad[i],
+                                    args.separation_grad[i], ahead, grad, out);
   }
 }
 
@@ -591,6 +619,7 @@ void terms_range(const TermsArgs<T>& args, int64_t row_begin, int64_t row_end, T
   const Centroids<T>& q = args.centroids;
   const int64_t n = q.columns;
   const double inverse_temperature = 1.0 / args.features.temperature, inverse_classes = 1.0 / double(q.classes);
+  OwnRows<T> own_rows(q, x + 2 * n);
   for (int64_t i = row_begin; i < row_end; ++i) {
     const int64_t y = args.target[i];
     T* out = args.grad ? args.grad + i * n : nullptr;
@@ -610,31 +639,32 @@ void terms_range(const TermsArgs<T>& args, int64_t row_begin, int64_t row_end, T
       scale *= inverse;
       inverse_length = floored ? 0 : inverse;
     }
-    if (out) prefetch(out, n * sizeof(T));
-    if (i + 1 < row_end) prefetch_row(args.input, args.target, i + 1, q);
+    Ahead ahead;
+    if (i + 1 < row_end) fetch_row(args.input, args.target, i + 1, q, ahead);
 
     Kind kind;
     T shift;
-    RowSums sums = sum_row_stable<centroid_to_sample>(row_of(static_cast<const T*>(x), q, y), n, scale, size.largest,
-                                                      args.features.softmax, &kind, &shift);
+    const Row<T> row = own_rows.with(x, y);
+    RowSums sums =
+        sum_row_stable<centroid_to_sample>(row, n, scale, size.largest, args.features.softmax, ahead, &kind, &shift);
     sums.norm += double(poison(x, n, size.squares));
 
     // KL divergences as differences of logarithms, then of log-normalisers: each difference apart.
     const double log_norm = ::log(sums.norm), inverse_norm = 1.0 / sums.norm;
     const double own_mean = sums.own * inverse_norm, all_mean = sums.all * inverse_norm;
-    const double own_gap = log_norm - q.log_norm[y];
+    const double own_gap = log_norm - q.of[y].log_norm;
     const double concentration = own_mean - own_gap;
     args.concentration[i] = concentration;
     args.separation[i] =
-        centroid_to_sample ? (q.weight_sum * log_norm - q.weighted_log_norm) - sums.all +
-                                 (sums.own_cross * exp(-q.log_norm[y]) - own_gap) * inverse_classes
-                           : all_mean - (log_norm - q.weighted_log_norm) - concentration * inverse_classes;
+        centroid_to_sample ? (q.of_all.weight_sum * log_norm - q.of_all.weighted_log_norm) - sums.all +
+                                 (sums.own_cross * exp(-q.of[y].log_norm) - own_gap) * inverse_classes
+                           : all_mean - (log_norm - q.of_all.weighted_log_norm) - concentration * inverse_classes;
     args.rows[i] = {scale, inverse_length, double(kind), double(shift), inverse_norm, own_mean, all_mean, 0, 0};
     if (out) {
       const Ratio r = ratio(concentration, args.separation[i], args.eps);
       const double w = args.row_weight[i];
-      grad_of_row<centroid_to_sample>(q, args.rows[i], y, w * r.d_concentration, w * r.d_separation,
-                                      static_cast<const T*>(x), x + n, out);
+      grad_of_row<centroid_to_sample>(q, row, args.rows[i], y, w * r.d_concentration, w * r.d_separation, Ahead(),
+                                      x + n, out);
     }
   }
 }
@@ -653,28 +683,27 @@ void terms(const TermsArgs<T>& args, int64_t row_begin, int64_t row_end, T* scra
 
 template <Kind kind, bool with_value, class T>
 double activate_row(const T* __restrict x, int64_t n, T shift, T* __restrict value, T* __restrict log) {
-  Lanes<double> norm;  // near: of the excess
-  const T s = argument_scale<kind, T>(1.0);
-  const auto take = [&](int64_t k, int64_t j) __attribute__((always_inline)) {
-    if constexpr (is_near(kind)) {
-      const NearActivation a = near<kind>(x[k] * s);
-      norm.lane[j] += double(a.excess);
-      if constexpr (with_value) value[k] = T(0.5) + T(0.5) * a.excess;
-      log[k] = a.log;
-    } else {
-      const Activation<T> a = activate<kind>(x[k] * s, shift);
-      norm.lane[j] += double(a.value);
-      if constexpr (with_value) value[k] = a.value;
-      log[k] = a.log;
-    }
-  };
-  const int64_t whole = n / kLanes<T> * kLanes<T>;
-  for_stretches<kLanes<T>>(0, whole, [&](int64_t k, int64_t m) __attribute__((always_inline)) {
+  Lanes<double> norm, excess;
+  int64_t near_columns = 0;  // whose excess is summed: sigma = (1 + excess) / 2
+  for_logits<kind>(x, n, [&]<Kind as>(int64_t k, int64_t m) __attribute__((always_inline)) {
+    const T s = argument_scale<as, T>(1.0);
+    if (is_near(as)) near_columns += m;
     NCMI_SIMD()
-    for (int64_t j = 0; j < m; ++j) take(k + j, j);
+    for (int64_t j = 0; j < m; ++j) {
+      if constexpr (is_near(as)) {
+        const NearActivation a = near<as>(x[k + j] * s);
+        excess.lane[j] += double(a.excess);
+        if constexpr (with_value) value[k + j] = T(0.5) + T(0.5) * a.excess;
+        log[k + j] = a.log;
+      } else {
+        const Activation<T> a = activate<as>(x[k + j] * s, shift);
+        norm.lane[j] += double(a.value);
+        if constexpr (with_value) value[k + j] = a.value;
+        log[k + j] = a.log;
+      }
+    }
   });
-  for (int64_t k = whole; k < n; ++k) take(k, k - whole);
-  return is_near(kind) ? 0.5 * (double(n) + norm.total()) : norm.total();
+  return norm.total() + 0.5 * (double(near_columns) + excess.total());
 }
 
 // Adds a class to the sums of its chunk, while its row is in cache. centroid_to_sample has three, q, q log a and
@@ -698,6 +727,25 @@ void add_class(const T* __restrict log, const T* __restrict value, int64_t n, do
   }
 }
 
+// The column that differs where all others are equal, any column where all are; -1 for other rows.
+template <class T>
+int64_t find_lone(const T* x, int64_t n) {
+  if (n < 3) return -1;
+  const T base = x[0] == x[1] || x[0] == x[2] ? x[0] : x[1];
+  int64_t lone = 0, different = 0;
+  for (int64_t begin = 0; begin < n && different <= 1; begin += kWide) {
+    const int64_t end = min(n, begin + kWide);
+    int in_block = 0, sum = 0;
+    for (int64_t k = begin; k < end; ++k) {
+      in_block += x[k] != base;
+      sum += x[k] != base ? int(k - begin) : 0;
+    }
+    if (in_block == 1) lone = begin + sum;
+    different += in_block;
+  }
+  return different <= 1 ? lone : -1;
+}
+
 template <bool centroid_to_sample, class T>
 void centroid_rows_range(const CentroidStatsArgs<T>& args, int64_t chunk, T* x) {
   const int64_t n = args.columns;
@@ -717,10 +765,18 @@ void centroid_rows_range(const CentroidStatsArgs<T>& args, int64_t chunk, T* x) 
       shift = scaled_max(x, n, T(1));
       norm = with_kind<T>(kind, activate_as);
     }
-    args.log_norm[c] = ::log(norm + double(poison(x, n, size.squares)));
-    args.shift[c] = double(shift);
-    args.kind[c] = double(kind);
-    add_class<centroid_to_sample>(static_cast<const T*>(log), static_cast<const T*>(value), n, args.log_norm[c], sums);
+    const double log_norm = ::log(norm + double(poison(x, n, size.squares)));
+    const int64_t lone = find_lone(x, n), other = lone == 0 ? 1 : 0;
+    args.of[c] = {log_norm, double(shift), double(kind), double(lone), 0, 0, 0, 0};
+    if (lone >= 0) {
+      args.of[c].lone_log = log[lone];
+      args.of[c].other_log = log[other];
+      if (value) {
+        args.of[c].lone_activation = value[lone];
+        args.of[c].other_activation = value[other];
+      }
+    }
+    add_class<centroid_to_sample>(static_cast<const T*>(log), static_cast<const T*>(value), n, log_norm, sums);
   }
 }
 
@@ -847,15 +903,17 @@ struct FinishClass {
     const T* __restrict own_excess = sums.own_excess;
     const double* __restrict own = sums.own;
     const double* __restrict own_log = sums.own_log;
-    const T s = argument_scale<kind, T>(1.0);
-    NCMI_SIMD()
-    for (int64_t k = 0; k < n; ++k) {
-      const Activation<T> a = activate<kind>(x[k] * s, shift);
-      const double p_sum = own[k] + (excess_base + double(own_excess[k]));
-      grad[k] = T(p_sum - own_factor_sum * (double(a.value) * inverse_norm));
-      if constexpr (centroid_to_sample)
-        own_separation[k] = T(own_log[k] - separation_grad_sum * double(a.log));
-    }
+    for_logits<kind>(x, n, [&]<Kind as>(int64_t begin, int64_t m) __attribute__((always_inline)) {
+      const T s = argument_scale<as, T>(1.0);
+      NCMI_SIMD()
+      for (int64_t k = begin; k < begin + m; ++k) {
+        const Activation<T> a = activate<as>(x[k] * s, shift);
+        const double p_sum = own[k] + (excess_base + double(own_excess[k]));
+        grad[k] = T(p_sum - own_factor_sum * (double(a.value) * inverse_norm));
+        if constexpr (centroid_to_sample)
+          own_separation[k] = T(own_log[k] - separation_grad_sum * double(a.log));
+      }
+    });
   }
 };
 
@@ -901,9 +959,9 @@ void centroid_sums_range(const CentroidGradArgs<T>& args, int64_t column_begin, 
         continue;
       }
       load(args.logits, c, begin, n, static_cast<const T*>(nullptr), sums.x);
-      with_kind<T>(Kind(int(q.kind[c])),
+      with_kind<T>(Kind(int(q.of[c].kind)),
                    FinishClass<centroid_to_sample, T>{
-                       sums, n, T(q.shift[c]), exp(-q.log_norm[c]), of_class.excess_base, of_class.own_factor,
+                       sums, n, T(q.of[c].shift), exp(-q.of[c].log_norm), of_class.excess_base, of_class.own_factor,
                        of_class.separation_grad, grad,
                        centroid_to_sample ? args.own_separation + c * q.columns + begin : nullptr});
     }
@@ -960,13 +1018,15 @@ struct GradFromSample {
     const double own_factor = own == Own::kExcess ? of_class.own_factor : 0;
     const double base = own == Own::kExcess ? of_class.excess_base : 0;
     const double q_factor = (own_factor + inverse_classes * separation_grad_sum) * inverse_norm;
-    const T s = argument_scale<kind, T>(1.0);
-    NCMI_SIMD()
-    for (int64_t k = 0; k < n; ++k) {
-      const Activation<T> a = activate<kind>(x[k] * s, shift);
-      const double all = (base + inverse_classes * totals[k]) - q_factor * double(a.value);
-      grad[k] = -a.slope * T(own == Own::kNothing ? all : all + double(grad[k]));
-    }
+    for_logits<kind>(x, n, [&]<Kind as>(int64_t begin, int64_t m) __attribute__((always_inline)) {
+      const T s = argument_scale<as, T>(1.0);
+      NCMI_SIMD()
+      for (int64_t k = begin; k < begin + m; ++k) {
+        const Activation<T> a = activate<as>(x[k] * s, shift);
+        const double all = (base + inverse_classes * totals[k]) - q_factor * double(a.value);
+        grad[k] = -a.slope * T(own == Own::kNothing ? all : all + double(grad[k]));
+      }
+    });
   }
 
   template <Kind kind>
@@ -992,27 +1052,29 @@ struct GradFromCentroid {
 
   template <Kind kind>
   void operator()() const {
-    const T argument = argument_scale<kind, T>(1.0);
     Lanes<double> sum;
-    for (int64_t begin = 0; begin < n; begin += kWide) {
-      const int64_t m = min(kWide, n - begin);
+    for_logits<kind>(x, n, [&]<Kind as>(int64_t begin, int64_t m) __attribute__((always_inline)) {
+      const T argument = argument_scale<as, T>(1.0);
       NCMI_SIMD()
       for (int64_t j = 0; j < m; ++j) {
         const int64_t k = begin + j;
-        const Activation<T> a = activate<kind>(x[k] * argument, shift);
+        const Activation<T> a = activate<as>(x[k] * argument, shift);
         const double s =
             separation_grad_sum * double(a.log) - totals[k] + (has_rows ? double(own_separation[k]) : 0);
         sum.lane[j] += double(a.value) * inverse_norm * s;
       }
-    }
+    });
     const double mean = sum.total();
-    NCMI_SIMD()
-    for (int64_t k = 0; k < n; ++k) {
-      const Activation<T> a = activate<kind>(x[k] * argument, shift);
-      const double s = separation_grad_sum * double(a.log) - totals[k] + (has_rows ? double(own_separation[k]) : 0);
-      const double q = double(a.value) * inverse_norm;
-      grad[k] = T(double(a.slope) * (inverse_classes * q * (s - mean) - (has_rows ? double(grad[k]) : 0)));
-    }
+    for_logits<kind>(x, n, [&]<Kind as>(int64_t begin, int64_t m) __attribute__((always_inline)) {
+      const T argument = argument_scale<as, T>(1.0);
+      NCMI_SIMD()
+      for (int64_t k = begin; k < begin + m; ++k) {
+        const Activation<T> a = activate<as>(x[k] * argument, shift);
+        const double s = separation_grad_sum * double(a.log) - totals[k] + (has_rows ? double(own_separation[k]) : 0);
+        const double q = double(a.value) * inverse_norm;
+        grad[k] = T(double(a.slope) * (inverse_classes * q * (s - mean) - (has_rows ? double(grad[k]) : 0)));
+      }
+    });
   }
 };
 
@@ -1023,16 +1085,16 @@ void centroid_grad(const CentroidGradArgs<T>& args, int64_t class_begin, int64_t
   const double inverse_classes = 1.0 / double(q.classes);
   for (int64_t c = class_begin; c < class_end; ++c) {
     const ClassSums& of_class = args.class_sums[c];
-    const Kind kind = Kind(int(q.kind[c]));
-    const double inverse_norm = exp(-q.log_norm[c]);
+    const Kind kind = Kind(int(q.of[c].kind));
+    const double inverse_norm = exp(-q.of[c].log_norm);
     T* grad = args.grad + c * n;
     load(args.logits, c, 0, n, static_cast<const T*>(nullptr), x);
     if (q.centroid_to_sample)
-      with_kind<T>(kind, GradFromCentroid<T>{x, n, T(q.shift[c]), inverse_norm, inverse_classes,
+      with_kind<T>(kind, GradFromCentroid<T>{x, n, T(q.of[c].shift), inverse_norm, inverse_classes,
                                              args.separation_grad_sum, args.totals, of_class.has_rows, grad,
                                              args.own_separation + c * n});
     else
-      with_kind<T>(kind, GradFromSample<T>{x, n, T(q.shift[c]), inverse_norm, inverse_classes,
+      with_kind<T>(kind, GradFromSample<T>{x, n, T(q.of[c].shift), inverse_norm, inverse_classes,
                                            args.separation_grad_sum, of_class, args.totals, grad});
   }
 }
@@ -1042,12 +1104,17 @@ void centroid_grad(const CentroidGradArgs<T>& args, int64_t class_begin, int64_t
 // -------------------------------------------------------------------------------------------------------------
 
 template <class In, class T>
-void add_stretch(const Matrix& m, int64_t row, int64_t begin, int64_t n, T* __restrict sums) {
+void add_stretch(const Matrix& m, int64_t row, int64_t begin, int64_t n, const Ahead& ahead, T* __restrict sums) {
   const In* __restrict in = static_cast<const In*>(m.data) + row * m.row_stride + begin * m.column_stride;
   const int64_t stride = m.column_stride;
   if (stride == 1) {
-    NCMI_SIMD()
-    for (int64_t k = 0; k < n; ++k) sums[k] += T(widen(in[k]));
+    const int64_t whole = n / kLanes<T> * kLanes<T>;
+    for_stretches<kLanes<T>>(0, whole, [&](int64_t k, int64_t count) __attribute__((always_inline)) {
+      ahead.fetch(begin + k, count);
+      NCMI_SIMD()
+      for (int64_t j = k; j < k + count; ++j) sums[j] += T(widen(in[j]));
+    });
+    for (int64_t k = whole; k < n; ++k) sums[k] += T(widen(in[k]));
   } else {
     for (int64_t k = 0; k < n; ++k) sums[k] += T(widen(in[k * stride]));
   }
@@ -1065,11 +1132,13 @@ void column_sums(const Matrix& m, const Targets& target, int64_t rows, int64_t c
       for (int64_t k = 0; k < n; ++k) partial[k] = 0;
       for (int64_t i = first; i < min(first + kRowsPerFlush, rows); ++i) {
         if (target[i] == target.ignore_index) continue;
+        Ahead ahead;
+        if (i + 1 < rows) ahead.row(m, i + 1);
         switch (m.dtype) {
-          case Dtype::kFloat32: add_stretch<float>(m, i, begin, n, partial); break;
-          case Dtype::kFloat64: add_stretch<double>(m, i, begin, n, partial); break;
-          case Dtype::kBFloat16: add_stretch<BFloat16>(m, i, begin, n, partial); break;
-          case Dtype::kFloat16: add_stretch<Float16>(m, i, begin, n, partial); break;
+          case Dtype::kFloat32: add_stretch<float>(m, i, begin, n, ahead, partial); break;
+          case Dtype::kFloat64: add_stretch<double>(m, i, begin, n, ahead, partial); break;
+          case Dtype::kBFloat16: add_stretch<BFloat16>(m, i, begin, n, ahead, partial); break;
+          case Dtype::kFloat16: add_stretch<Float16>(m, i, begin, n, ahead, partial); break;
         }
       }
       NCMI_SIMD()

@@ -3,10 +3,6 @@
 // Every output element has one owner and every sum one order, whatever the number of threads: the same bits each
 // run, on one thread or many.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -20,6 +16,7 @@
 #include <vector>
 
 #include "../ncmi_math.h"
+#include "../tensors.h"
 #include "kernels.h"
 
 namespace ncmi::cpu {
@@ -48,77 +45,12 @@ const KernelTable& kernels() {
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 // -------------------------------------------------------------------------------------------------------------
 // Tensors
 // -------------------------------------------------------------------------------------------------------------
 
-template <class T>
-constexpr ScalarType kScalarType = ScalarType::Undefined;
-template <>
-constexpr ScalarType kScalarType<float> = ScalarType::Float;
-template <>
-constexpr ScalarType kScalarType<double> = ScalarType::Double;
-template <>
-constexpr ScalarType kScalarType<int64_t> = ScalarType::Long;
-
-template <class T>
-constexpr bool kIsDouble = std::is_same_v<T, double>;
-
-// Uninitialised and contiguous, straight from the allocator: no trip through the dispatcher.
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  int64_t strides[3], stride = 1;
-  for (size_t d = sizes.size(); d-- > 0;) {
-    strides[d] = stride;
-    stride *= std::max<int64_t>(1, sizes.begin()[d]);
-  }
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(), 0,
-      &handle));
-  return Tensor(handle);
-}
-
-void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> sizes) {
-  const auto actual = t.sizes();
-  STD_TORCH_CHECK(actual.size() == sizes.size() && std::equal(sizes.begin(), sizes.end(), actual.begin()),
-                  "ncmi_kernels: ", name, " has an unexpected shape");
-}
-
-template <class T>
-const T* data(const Tensor& t, const char* name, std::initializer_list<int64_t> sizes) {
-  STD_TORCH_CHECK(t.scalar_type() == kScalarType<T>, "ncmi_kernels: ", name, " has an unexpected dtype");
-  STD_TORCH_CHECK(t.is_contiguous(), "ncmi_kernels: ", name, " must be contiguous");
-  check_shape(t, name, sizes);
-  return static_cast<const T*>(t.data_ptr());
-}
-
-template <class T>
-const T* data(const std::optional<Tensor>& t, const char* name, std::initializer_list<int64_t> sizes) {
-  return t ? data<T>(*t, name, sizes) : nullptr;
-}
-
-template <class T>
-T* output(Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
-
-Dtype dtype_of(ScalarType dtype, const char* name) {
-  switch (dtype) {
-    case ScalarType::Float: return Dtype::kFloat32;
-    case ScalarType::Double: return Dtype::kFloat64;
-    case ScalarType::BFloat16: return Dtype::kBFloat16;
-    case ScalarType::Half: return Dtype::kFloat16;
-    default: STD_TORCH_CHECK(false, "ncmi_kernels: ", name, " must be float32, float64, bfloat16 or float16");
-  }
-}
-
-Matrix matrix(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 2, "ncmi_kernels: ", name, " must have 2 dimensions");
-  return {t.data_ptr(), dtype_of(t.scalar_type(), name), t.stride(0), t.stride(1)};
+  return empty_on(aoti_torch_device_type_cpu(), 0, sizes, dtype);
 }
 
 // Targets, each checked to be a class or ignore_index.
@@ -143,14 +75,6 @@ const Kernels<T>& kernels_for() {
   } else {
     return kernels().f64;
   }
-}
-
-// Calls f<T>() with the arithmetic type, which `name` must have.
-template <class F>
-auto with_arithmetic_type(ScalarType dtype, const char* name, const F& f) {
-  if (dtype == ScalarType::Double) return f.template operator()<double>();
-  STD_TORCH_CHECK(dtype == ScalarType::Float, "ncmi_kernels: ", name, " must be float32 or float64");
-  return f.template operator()<float>();
 }
 
 // -------------------------------------------------------------------------------------------------------------
@@ -184,22 +108,15 @@ Centroids<T> centroids(const Tensor& log_activation, const Tensor& activation, c
                        const Tensor& norms, bool centroid_to_sample) {
   STD_TORCH_CHECK(log_activation.dim() == 2, "ncmi_kernels: log_activation must have 2 dimensions");
   const int64_t classes = log_activation.size(0), columns = log_activation.size(1);
-  const double* n = data<double>(norms, "norms", {3 * classes + 2});
+  const double* of = data<double>(norms, "norms", {classes + 1, kClassStats});
   return {classes,
           columns,
           centroid_to_sample,
           data<T>(log_activation, "log_activation", {classes, columns}),
           data<T>(activation, "activation", {centroid_to_sample ? classes : 0, columns}),
           data<T>(reference, "reference", {2, columns}),
-          n,
-          n + classes,
-          n + 2 * classes,
-          n[3 * classes],
-          n[3 * classes + 1]};
-}
-
-const RowStats* row_stats_of(const Tensor& t, int64_t rows) {
-  return reinterpret_cast<const RowStats*>(data<double>(t, "rows", {rows, kRowStats}));
+          reinterpret_cast<const ClassStats*>(of),
+          *reinterpret_cast<const AllStats*>(of + classes * kClassStats)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_stats(const Tensor& logits, bool softmax,
@@ -212,13 +129,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_stats(const Tensor& logits, 
     Tensor log_activation = empty({classes, columns}, dtype);
     Tensor activation = empty({centroid_to_sample ? classes : 0, columns}, dtype);
     Tensor reference = empty({2, columns}, dtype);
-    Tensor norms = empty({3 * classes + 2}, ScalarType::Double);
+    Tensor norms = empty({classes + 1, kClassStats}, ScalarType::Double);
     // At most 64 chunks, so that their sums stay small beside [C, M], and none too small to be worth a thread.
     const int64_t classes_per_chunk = std::max<int64_t>(32, (classes + 63) / 64);
     const int64_t chunks = (classes + classes_per_chunk - 1) / classes_per_chunk;
     std::vector<double> workspace(2 * columns);
     const std::unique_ptr<double[]> sums(new double[chunks * chunk_sums(centroid_to_sample) * columns]);
-    double* n = output<double>(norms);
+    ClassStats* of = output<ClassStats>(norms);
     const CentroidStatsArgs<T> args{xi,
                                     classes,
                                     columns,
@@ -226,9 +143,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_stats(const Tensor& logits, 
                                     centroid_to_sample,
                                     output<T>(log_activation),
                                     centroid_to_sample ? output<T>(activation) : nullptr,
-                                    n,
-                                    n + classes,
-                                    n + 2 * classes,
+                                    of,
                                     output<T>(reference),
                                     classes_per_chunk,
                                     sums.get(),
@@ -262,10 +177,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_stats(const Tensor& logits, 
       }
       weight_sum = 1;
       lost /= total;
-      constant = std::accumulate(args.log_norm, args.log_norm + classes, 0.0) / double(classes);
+      constant = std::accumulate(of, of + classes, 0.0, [](double sum, const ClassStats& c) { return sum + c.log_norm; }) /
+                 double(classes);
     }
-    n[3 * classes] = weight_sum;
-    n[3 * classes + 1] = constant - lost;
+    *reinterpret_cast<AllStats*>(of + classes) = {weight_sum, constant - lost, {}};
     return std::make_tuple(log_activation, activation, reference, norms);
   });
 }
@@ -295,7 +210,7 @@ std::tuple<std::vector<double>, Tensor> compute_terms(const Tensor& input, const
                           eps,
                           grad};
   parallel_rows(rows, columns, [&](int64_t begin, int64_t end) {
-    std::unique_ptr<T[]> scratch(new T[(grad ? 2 : 1) * columns]);
+    std::unique_ptr<T[]> scratch(new T[4 * columns]);
     kernels_for<T>().terms(args, begin, end, scratch.get());
   });
   return {std::move(values), stats};
@@ -315,8 +230,6 @@ std::tuple<Tensor, Tensor> terms(const Tensor& input, const Tensor& target, cons
     return std::make_tuple(result, stats);
   });
 }
-
-enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 
 // What each row counts for: its class weight, for kMean over the sum of all; 0 for an ignored row.
 template <class T>
@@ -415,12 +328,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss(
     const Tensor& log_activation, const Tensor& activation, const Tensor& reference, const Tensor& norms,
     const std::optional<Tensor>& weight, double temperature, bool l2_normalize, bool softmax, bool centroid_to_sample,
     bool batch_ratio, int64_t reduction, double eps, int64_t ignore_index, bool with_grad) {
-  STD_TORCH_CHECK(reduction == kNone || reduction == kMean || reduction == kSum, "ncmi_kernels: unknown reduction");
-  STD_TORCH_CHECK(!batch_ratio || reduction == kMean, "ncmi_kernels: ratio over the batch needs reduction mean");
-  STD_TORCH_CHECK(running_center.has_value() == num_batches_tracked.has_value() && !(center && running_center),
-                  "ncmi_kernels: pass center, or running_center with num_batches_tracked");
-  STD_TORCH_CHECK(!with_grad || (!batch_ratio && reduction != kNone && input.scalar_type() == log_activation.scalar_type()),
-                  "ncmi_kernels: with_grad needs ratio by sample, a scalar loss, and input in the arithmetic type");
+  check_loss_arguments(input, center, running_center, num_batches_tracked, log_activation, batch_ratio, reduction,
+                       with_grad);
   return with_arithmetic_type(log_activation.scalar_type(), "log_activation", [&]<class T>() {
     const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample);
     const int64_t rows = target.numel();
@@ -501,7 +410,7 @@ Tensor input_grad(const Tensor& input, const Tensor& target, const std::optional
                                 grad.data_ptr(),
                                 z.dtype};
     parallel_rows(rows, columns, [&](int64_t begin, int64_t end) {
-      std::unique_ptr<T[]> scratch(new T[2 * columns]);
+      std::unique_ptr<T[]> scratch(new T[4 * columns]);
       kernels_for<T>().input_grad(args, begin, end, scratch.get());
     });
   });

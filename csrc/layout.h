@@ -1,0 +1,69 @@
+// What the operators of every backend hand to their kernels, and rows as the forward pass leaves them.
+#pragma once
+
+#include <stdint.h>
+
+#include "low_precision.h"
+
+namespace ncmi {
+
+enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// A [rows, columns] matrix of any strides, read-only.
+struct Matrix {
+  const void* data;
+  Dtype dtype;
+  int64_t row_stride;
+  int64_t column_stride;
+};
+
+struct Targets {
+  const int64_t* data;
+  int64_t stride;
+  int64_t ignore_index;
+  NCMI_INLINE_MEMBER int64_t operator[](int64_t i) const { return data[i * stride]; }
+};
+
+// How a row of features becomes a row of probabilities.
+struct Features {
+  double temperature;
+  bool l2_normalize;
+  bool softmax;
+};
+
+// What the forward pass leaves of a row for the backward passes.
+struct RowStats {
+  double scale;             // f = (z - center) * scale
+  double inverse_length;    // 1 / ||z - center||, or 0 where its chain rule does not apply
+  double kind;              // how the row was activated (the backend's Kind)
+  double shift;             // what its log a was shifted by
+  double inverse_norm;      // 1 / sum_k a_k
+  double own_mean;          // mean under p of log a - log a(xi_y)
+  double all_mean;          // mean under p of log a - reference
+  double by_concentration;  // d loss / d A, but for the upstream gradient
+  double by_separation;     // d loss / d G, likewise
+};
+constexpr int64_t kRowStats = sizeof(RowStats) / sizeof(double);
+
+// What there is to know of a centroid but for its columns: a cache line.
+struct ClassStats {
+  double log_norm;  // log sum_k a(xi_c)_k, shifted
+  double shift;     // what log a(xi_c) was shifted by; 0 but for softmax and rows that underflow
+  double kind;      // how the centroid was activated (the backend's Kind)
+  // Where one column differs and all others are equal, as in one-hot centroids: which, and log a and a in it and in the
+  // others. -1 for other centroids; what only some backends look at.
+  double lone;
+  double lone_log, other_log;
+  double lone_activation, other_activation;  // centroid_to_sample only
+};
+constexpr int64_t kClassStats = sizeof(ClassStats) / sizeof(double);
+
+// The record after those of the classes.
+struct AllStats {
+  double weight_sum;         // sum_k q_mean_k as rounded (1 for sample_to_centroid)
+  double weighted_log_norm;  // the mean log_norm, weighted as `reference` is, less what rounding that lost
+  double unused[6];
+};
+static_assert(sizeof(AllStats) == sizeof(ClassStats), "one tensor holds both");
+
+}  // namespace ncmi
