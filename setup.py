@@ -1,11 +1,21 @@
-"""Builds the C++ operators against the torch that is installed; everything else stands in pyproject.toml."""
+"""Builds the C++ operators against the torch that is installed; everything else stands in pyproject.toml.
 
+The CUDA kernels are built where nvcc and a torch with CUDA are found. FORCE_CUDA=1 builds them with any torch, and
+makes a failure an error; FORCE_CPU=1 leaves them out. TORCH_CUDA_ARCH_LIST names the GPUs to compile for, else those of
+this machine, or without one "8.0;9.0;10.0+PTX".
+"""
+
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 try:
+    import torch
+    from torch.utils import cpp_extension
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ImportError as error:
     sys.exit(
@@ -17,11 +27,106 @@ ROOT = Path(__file__).parent
 MINIMUM_TORCH = 0x020B000000000000  # 2.11, the oldest torch that the binary runs with
 
 
+# Neither changes a result: errno and floating-point traps are never read here.
+COMPILER_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+ARCHITECTURES = ("8.0", "9.0", "10.0")
+
+
+def sources(*patterns: str) -> list[str]:
+    """The files of csrc that match, as setuptools wants them."""
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / "csrc").glob(pattern))
+
+
+def enabled(name: str) -> bool:
+    """Whether an environment variable is set, and not to 0."""
+    return os.environ.get(name, "0") not in ("", "0")
+
+
+FORCE_CUDA, FORCE_CPU = enabled("FORCE_CUDA"), enabled("FORCE_CPU")
+if FORCE_CUDA and FORCE_CPU:
+    sys.exit("ncmi_kernels: FORCE_CUDA and FORCE_CPU exclude each other")
+
+
+def cuda_home() -> str | None:
+    """Where nvcc is installed. cpp_extension knows only with a torch that has CUDA."""
+    home = cpp_extension.CUDA_HOME or os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc")
+    candidates = [home, Path(nvcc).resolve().parent.parent if nvcc else None, "/usr/local/cuda"]
+    needed = "bin/nvcc", "include/cuda_runtime.h"  # an nvcc on PATH may be a script that only calls the real one
+    return next((str(c) for c in candidates if c and all((Path(c) / name).exists() for name in needed)), None)
+
+
+def default_architectures(home: str) -> str:
+    """ARCHITECTURES as far as this nvcc knows them, the last one also as PTX for newer GPUs."""
+    listed = subprocess.check_output([str(Path(home) / "bin" / "nvcc"), "--list-gpu-arch"], text=True).split()
+    known = [name for name in ARCHITECTURES if f"compute_{name.replace('.', '')}" in listed]
+    return ";".join(known) + "+PTX"
+
+
+def cpu_extension() -> Extension:
+    """The operators' declarations and their CPU kernels."""
+    return CppExtension(
+        name="ncmi_kernels._C",
+        sources=sources("*.cpp", "cpu/*.cpp"),
+        depends=sources("*.h", "cpu/*.h"),
+        define_macros=[("TORCH_TARGET_VERSION", hex(MINIMUM_TORCH))],
+        # Loops marked `omp simd` vectorise; no OpenMP run time is linked.
+        extra_compile_args=[*COMPILER_FLAGS, "-fopenmp-simd", "-ffp-contract=fast"],
+        py_limited_api=True,
+    )
+
+
+def cuda_extension() -> Extension | None:
+    """The CUDA kernels, a library of their own: where it does not load, the other one is left alone."""
+    if FORCE_CPU or not (FORCE_CUDA or torch.version.cuda):
+        return None
+    home = cuda_home()
+    if home is None:
+        if FORCE_CUDA:
+            sys.exit("ncmi_kernels: FORCE_CUDA=1, but there is no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda")
+        print("ncmi_kernels: no nvcc found, building without the CUDA kernels", file=sys.stderr)
+        return None
+    cpp_extension.CUDA_HOME = home
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
+        os.environ["TORCH_CUDA_ARCH_LIST"] = default_architectures(home)
+    # Not CUDAExtension: it links against a torch with CUDA, and one without is enough to compile. The symbols of torch
+    # are found when the library is loaded, in the libraries that torch has loaded by then.
+    return Extension(
+        name="ncmi_kernels._cuda",
+        sources=sources("cuda/*.cpp", "cuda/*.cu"),
+        depends=sources("*.h", "cuda/*.h", "cuda/*.cuh"),
+        define_macros=[("TORCH_TARGET_VERSION", hex(MINIMUM_TORCH)), ("USE_CUDA", None)],
+        include_dirs=[*cpp_extension.include_paths(), str(Path(home) / "include")],
+        library_dirs=[*cpp_extension.library_paths(), str(Path(home) / "lib64")],
+        libraries=["c10", "torch", "torch_cpu", "cudart", *(["torch_cuda"] if torch.version.cuda else [])],
+        extra_compile_args={
+            "cxx": COMPILER_FLAGS,
+            "nvcc": ["-std=c++20", "-O3", "-Xcompiler=-fvisibility=hidden"],
+        },
+        language="c++",
+        py_limited_api=True,
+    )
+
+
 class OptionalBuildExtension(BuildExtension):
-    """Installs without the operators where they cannot be compiled; the package then says so when it is used."""
+    """Installs without the operators that cannot be compiled; the package then says so when it is used."""
 
     def run(self) -> None:
-        """Compile, or report why not and go on."""
+        """Compile everything, or what can be; report why not the rest, and go on."""
+        everything, inplace, compiler = self.extensions, self.inplace, self.compiler
+        cpu_only = [extension for extension in everything if not extension.name.endswith("._cuda")]
+        if len(cpu_only) < len(everything):
+            try:
+                return super().run()
+            except (Exception, SystemExit) as error:
+                if FORCE_CUDA:
+                    raise
+                print(
+                    f"\nncmi_kernels: the CUDA kernels could not be built: {error}\n"
+                    "ncmi_kernels: installing without them.\n",
+                    file=sys.stderr,
+                )
+        self.extensions, self.inplace, self.compiler = cpu_only, inplace, compiler
         try:
             super().run()
         except (Exception, SystemExit) as error:
@@ -34,27 +139,7 @@ class OptionalBuildExtension(BuildExtension):
 
 
 setup(
-    ext_modules=[
-        CppExtension(
-            name="ncmi_kernels._C",
-            sources=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp")),
-            depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")),
-            define_macros=[("TORCH_TARGET_VERSION", hex(MINIMUM_TORCH))],
-            extra_compile_args=[
-                "-std=c++20",
-                "-O3",
-                "-g0",
-                "-fvisibility=hidden",
-                # Loops marked `omp simd` vectorise; no OpenMP run time is linked.
-                "-fopenmp-simd",
-                # Neither changes a result: errno and floating-point traps are never read here.
-                "-fno-math-errno",
-                "-fno-trapping-math",
-                "-ffp-contract=fast",
-            ],
-            py_limited_api=True,
-        )
-    ],
+    ext_modules=[extension for extension in (cpu_extension(), cuda_extension()) if extension is not None],
     cmdclass={"build_ext": OptionalBuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -1,0 +1,265 @@
+// The centroid gradient. First by chunks of classes and tiles of columns, each of whose owners adds the rows of a class
+// in order; then by class. Sums of p and of log p are double: the gradient is their difference from q and log q, which
+// may be near.
+#include "rows.cuh"
+
+namespace ncmi::cuda {
+
+namespace {
+
+constexpr int kWarps = 8;  // of a block of class sums: each takes every eighth row of a class
+constexpr int kThreads = 256;
+
+__global__ void __launch_bounds__(kThreads, 1)
+    sort_keys_kernel(const Targets target, int64_t rows, int64_t classes, int32_t* keys) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= rows) return;
+  const int64_t y = target[i];
+  keys[i] = int32_t(y == target.ignore_index ? classes : class_of(y, classes));
+}
+
+// class_begin[c]: the first of the sorted rows that is of class c or later. Each is written by the one row, or the end,
+// before which it lies.
+__global__ void __launch_bounds__(kThreads, 1)
+    class_begin_kernel(const int32_t* sorted, int64_t rows, int64_t classes, int64_t* class_begin) {
+  const int64_t j = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (j > rows) return;
+  const int64_t before = j == 0 ? -1 : sorted[j - 1], here = j == rows ? classes : sorted[j];
+  for (int64_t c = before + 1; c <= here; ++c) class_begin[c] = j;
+}
+
+// Of a row: what multiplies p_i - q_y, alpha, or for sample_to_centroid alpha - beta / C, as the own class enters the
+// mean over classes of KL(p || q_v) too, and is taken out again here; and beta.
+struct Factors {
+  double own, separation;
+};
+
+template <bool centroid_to_sample, class T>
+NCMI_DEVICE Factors factors_of(const CentroidGradArgs<T>& args, const RowStats& stats, int64_t i) {
+  const double upstream = upstream_at(args.upstream, i);
+  const double alpha = stats.by_concentration * upstream, beta = stats.by_separation * upstream;
+  return {centroid_to_sample ? alpha : alpha - beta / double(args.centroids.classes), beta};
+}
+
+template <int width>
+struct SumStorage {
+  double own[kWarps][width * kWarp];  // sums of own_factor p
+  double log[kWarps][width * kWarp];  // of beta log a
+  double factor[kWarps][2];           // of own_factor and of beta
+};
+
+// Leaves grad = sum_i own_factor_i (p_ik - q_ck), and for centroid_to_sample own_separation = sum_i beta_i (log a_ik -
+// log a_ck), for the classes that have rows; and for all classes of the chunk together sum_i beta_i p_ik, or
+// sum_i beta_i log a_ik.
+template <class In, class T, bool centroid_to_sample>
+__global__ void __launch_bounds__(kWarps* kWarp, 1) class_grad_sums_kernel(const CentroidGradArgs<T> args, int64_t tiles) {
+  constexpr int width = kWidth<In>;
+  constexpr bool fast = sizeof(In) == 2;
+  SumStorage<width>& storage = shared_storage<SumStorage<width>>();
+  const Centroids<T>& q = args.centroids;
+  const int lane = threadIdx.x, warp = threadIdx.y, thread = warp * kWarp + lane;
+  const int64_t chunk = blockIdx.x / tiles, tile = blockIdx.x % tiles;
+  const int64_t class_first = chunk * q.classes / args.chunks, class_last = (chunk + 1) * q.classes / args.chunks;
+  const int64_t first = tile * kWarp * width;
+  const int k = int(first) + lane * width;
+  const bool inside = k < q.columns;
+  // Lanes apart, so that they write to different banks.
+  const int64_t column = first + (thread % kWarp) * width + thread / kWarp;
+  const bool finishes = thread < width * kWarp && column < q.columns;
+
+  T center[width] = {};
+  if (args.center && inside) load_values<width, false>(args.center + k, center);
+  double total[width] = {};
+  for (int64_t c = class_first; c < class_last; ++c) {
+    const int64_t begin = args.class_begin[c], end = args.class_begin[c + 1];
+    if (begin == end) continue;
+    double own[width] = {}, own_log[width] = {}, own_factor = 0, separation = 0;
+    for (int64_t j = begin + warp; j < end; j += kWarps) {
+      const int64_t i = args.order[j];
+      const RowStats& stats = args.stats[i];
+      const Factors factors = factors_of<centroid_to_sample>(args, stats, i);
+      own_factor += factors.own;
+      separation += factors.separation;
+      if (!inside) continue;
+      T x[width];
+      load_input<In, true>(args.input, i, k, x);
+#pragma unroll
+      for (int v = 0; v < width; ++v) x[v] -= center[v];
+      const double scale = stats.scale, own_share = factors.own * stats.inverse_norm;
+      const double total_share = centroid_to_sample ? factors.separation : factors.separation * stats.inverse_norm;
+      const T shift = T(stats.shift);
+      with_kind<T>(Kind(int(stats.kind)), [&](auto tag) NCMI_INLINED {
+        constexpr Kind kind = decltype(tag)::value;
+        const T s = argument_scale<kind, T>(scale);
+#pragma unroll
+        for (int v = 0; v < width; ++v) {
+          double value;
+          T log;
+          if constexpr (is_near(kind)) {
+            const NearActivation a = near<kind>(x[v] * s);
+            value = 0.5 + 0.5 * double(a.excess);
+            log = a.log;
+          } else {
+            const Activation<T> a = activate<kind, fast>(x[v] * s, shift);
+            value = double(a.value);
+            log = a.log;
+          }
+          own[v] += own_share * value;
+          if constexpr (centroid_to_sample) {
+            own_log[v] += total_share * double(log);
+            total[v] += total_share * double(log);
+          } else {
+            total[v] += total_share * value;
+          }
+        }
+      });
+    }
+
+    const int busy = int(min(end - begin, kWarps));
+    if (warp < busy) {
+#pragma unroll
+      for (int v = 0; v < width; ++v) {
+        storage.own[warp][v * kWarp + lane] = own[v];
+        if constexpr (centroid_to_sample) storage.log[warp][v * kWarp + lane] = own_log[v];
+      }
+      if (lane == 0) {
+        storage.factor[warp][0] = own_factor;
+        storage.factor[warp][1] = separation;
+      }
+    }
+    __syncthreads();
+    double factor_sum[2] = {};
+    for (int w = 0; w < busy; ++w) {
+      factor_sum[0] += storage.factor[w][0];
+      factor_sum[1] += storage.factor[w][1];
+    }
+    if (finishes) {
+      double own_sum = 0, log_sum = 0;
+      for (int w = 0; w < busy; ++w) {
+        own_sum += storage.own[w][thread];
+        if constexpr (centroid_to_sample) log_sum += storage.log[w][thread];
+      }
+      const T xi = load_any<T>(args.logits, c * args.logits.row_stride + column * args.logits.column_stride);
+      const double inverse_norm = ::exp(-q.log_norm(c));
+      with_kind<T>(Kind(int(q.kind(c))), [&](auto tag) NCMI_INLINED {
+        constexpr Kind kind = decltype(tag)::value;
+        const Activation<T> a = activate<kind, false>(xi * argument_scale<kind, T>(1.0), T(q.shift(c)));
+        args.grad[c * q.columns + column] = T(own_sum - factor_sum[0] * (double(a.value) * inverse_norm));
+        if constexpr (centroid_to_sample)
+          args.own_separation[c * q.columns + column] = T(log_sum - factor_sum[1] * double(a.log));
+      });
+    }
+    if (tile == 0 && thread == 0) args.class_separation[c] = factor_sum[1];
+    __syncthreads();
+  }
+
+#pragma unroll
+  for (int v = 0; v < width; ++v) storage.own[warp][v * kWarp + lane] = total[v];
+  __syncthreads();
+  if (finishes) {
+    double sum = 0;
+    for (int w = 0; w < kWarps; ++w) sum += storage.own[w][thread];
+    args.partial_totals[chunk * q.columns + column] = sum;
+  }
+}
+
+// The totals by column; the last block instead adds up beta.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1) totals_kernel(const CentroidGradArgs<T> args) {
+  const Centroids<T>& q = args.centroids;
+  if (blockIdx.x + 1 == gridDim.x) {
+    Group group = group_of_thread(shared_storage<GroupStorage>());
+    double sum = 0;
+    for (int64_t c = threadIdx.x; c < q.classes; c += blockDim.x)
+      if (args.class_begin[c] != args.class_begin[c + 1]) sum += args.class_separation[c];
+    sum = group.sum(sum);
+    if (group.first()) args.totals[q.columns] = sum;
+    return;
+  }
+  const int64_t k = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (k >= q.columns) return;
+  double sum = 0;
+#pragma unroll 4
+  for (int64_t chunk = 0; chunk < args.chunks; ++chunk) sum += args.partial_totals[chunk * q.columns + k];
+  args.totals[k] = sum;
+}
+
+// By class.
+//   sample_to_centroid: slope (-own - (1/C) sum_i beta_i (p_ik - q_ck)), own = sum over the rows of the class of
+//   own_factor_i (p_ik - q_ck);
+//   centroid_to_sample: slope (-own + (1/C) q (s - sum_k q s)), s_ck = sum over rows of other classes of
+//   beta_i (log q_ck - log p_ik), up to what is constant along the row.
+template <class T, bool centroid_to_sample>
+__global__ void __launch_bounds__(kThreads, 1) class_grad_kernel(const CentroidGradArgs<T> args) {
+  const Centroids<T>& q = args.centroids;
+  const int64_t c = blockIdx.x;
+  Group group = group_of_thread(shared_storage<GroupStorage>());
+  const bool has_rows = args.class_begin[c] != args.class_begin[c + 1];
+  const double inverse_norm = ::exp(-q.log_norm(c)), inverse_classes = 1.0 / double(q.classes);
+  const double separation_sum = args.totals[q.columns];
+  const T shift = T(q.shift(c));
+  T* grad = args.grad + c * q.columns;
+  const T* own_separation = centroid_to_sample ? args.own_separation + c * q.columns : nullptr;
+  with_kind<T>(Kind(int(q.kind(c))), [&](auto tag) NCMI_INLINED {
+    constexpr Kind kind = decltype(tag)::value;
+    const auto activation_at = [&](int64_t k) NCMI_INLINED {
+      const T xi = load_any<T>(args.logits, c * args.logits.row_stride + k * args.logits.column_stride);
+      return activate<kind, false>(xi * argument_scale<kind, T>(1.0), shift);
+    };
+    const auto separation_at = [&](int64_t k, const Activation<T>& a) NCMI_INLINED {
+      return separation_sum * double(a.log) - args.totals[k] + (has_rows ? double(own_separation[k]) : 0.0);
+    };
+    [[maybe_unused]] double mean = 0;
+    if constexpr (centroid_to_sample) {
+      for (int64_t k = threadIdx.x; k < q.columns; k += blockDim.x) {
+        const Activation<T> a = activation_at(k);
+        mean += double(a.value) * inverse_norm * separation_at(k, a);
+      }
+      mean = group.sum(mean);
+    }
+    for (int64_t k = threadIdx.x; k < q.columns; k += blockDim.x) {
+      const Activation<T> a = activation_at(k);
+      const double own = has_rows ? double(grad[k]) : 0.0, share = double(a.value) * inverse_norm;
+      if constexpr (centroid_to_sample)
+        grad[k] = T(double(a.slope) * (inverse_classes * share * (separation_at(k, a) - mean) - own));
+      else
+        grad[k] = T(-double(a.slope) * (own + inverse_classes * (args.totals[k] - separation_sum * share)));
+    }
+  });
+}
+
+}  // namespace
+
+// A function of the shape alone, so that the order of the sums is one too.
+int64_t grad_chunks(int64_t classes, int64_t columns) {
+  return max(1, min(classes, 1024 / max(1, ceil_div(columns, 128))));
+}
+
+void launch_sort_keys(const Targets& target, int64_t rows, int64_t classes, int32_t* keys, Stream stream) {
+  launch(sort_keys_kernel, ceil_div(rows, kThreads), dim3(kThreads), stream, target, rows, classes, keys);
+}
+
+template <class T>
+void launch_centroid_grad(const CentroidGradArgs<T>& args, Stream stream) {
+  const Centroids<T>& q = args.centroids;
+  launch(class_begin_kernel, ceil_div(args.rows + 1, kThreads), dim3(kThreads), stream, args.sorted, args.rows,
+         q.classes, args.class_begin);
+  with_row_kernel<T>(args.input, q.columns, aligned(args.center), [&](auto in, auto) {
+    using In = typename decltype(in)::type;
+    const int64_t tiles = ceil_div(q.columns, kWarp * kWidth<In>);
+    if (q.centroid_to_sample)
+      launch(class_grad_sums_kernel<In, T, true>, tiles * args.chunks, dim3(kWarp, kWarps), stream, args, tiles);
+    else
+      launch(class_grad_sums_kernel<In, T, false>, tiles * args.chunks, dim3(kWarp, kWarps), stream, args, tiles);
+  });
+  launch(totals_kernel<T>, ceil_div(q.columns, kThreads) + 1, dim3(kThreads), stream, args);
+  if (q.centroid_to_sample)
+    launch(class_grad_kernel<T, true>, q.classes, dim3(kThreads), stream, args);
+  else
+    launch(class_grad_kernel<T, false>, q.classes, dim3(kThreads), stream, args);
+}
+
+template void launch_centroid_grad(const CentroidGradArgs<float>&, Stream);
+template void launch_centroid_grad(const CentroidGradArgs<double>&, Stream);
+
+}  // namespace ncmi::cuda

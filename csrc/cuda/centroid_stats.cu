@@ -1,0 +1,208 @@
+// Centroids: log a(xi), a(xi), their normalisers, and the sums over classes that stand in for the loop over them.
+#include "rows.cuh"
+
+namespace ncmi::cuda {
+
+namespace {
+
+constexpr int kWarps = 8;
+constexpr int kFinishThreads = 1024;
+constexpr int64_t kOneBlock = 65536;  // sums that one block adds up; beyond, blocks share them and need one more launch
+constexpr int64_t kColumnsPerBlock = 256;
+constexpr int64_t kClassesPerChunk = 32;  // at least
+
+// Writes log a, and a where it is wanted; returns S.
+template <Kind kind, class T, class R>
+NCMI_DEVICE double activate_row(R& row, T shift, T* log, T* value) {
+  const T s = argument_scale<kind, T>(1.0);
+  double norm = 0;  // near: of the excess
+  row.each([&](int k, const T* x) NCMI_INLINED {
+#pragma unroll
+    for (int v = 0; v < R::part; ++v) {
+      if constexpr (is_near(kind)) {
+        const NearActivation a = near<kind>(x[v] * s);
+        norm += double(a.excess);
+        log[k + v] = a.log;
+        if (value) value[k + v] = T(0.5) + T(0.5) * a.excess;
+      } else {
+        const Activation<T> a = activate<kind, false>(x[v] * s, shift);
+        norm += double(a.value);
+        log[k + v] = a.log;
+        if (value) value[k + v] = a.value;
+      }
+    }
+  });
+  norm = row.group.sum(norm);
+  return is_near(kind) ? 0.5 * (double(row.columns) + norm) : norm;
+}
+
+template <class In, class T, int kept>
+__global__ void __launch_bounds__(512, 1) centroid_rows_kernel(const CentroidStatsArgs<T> args) {
+  const int64_t c = row_of_thread();
+  if (c >= args.classes) return;
+  Group group = group_of_thread(shared_storage<GroupStorage>());
+  Row<In, T, kept> row(args.logits, c, static_cast<const T*>(nullptr), args.columns, group);
+  T* log = args.log_activation + c * args.columns;
+  T* value = args.activation ? args.activation + c * args.columns : nullptr;
+  const Size<T> size = size_of<T>(row);
+  Kind kind = first_kind(args.softmax, size.largest);
+  T shift = kind == Kind::kSoftmax ? scaled_max(row, T(1)) : T(0);
+  double norm = 0;
+  with_kind<T>(kind, [&](auto tag) NCMI_INLINED {
+    norm = activate_row<decltype(tag)::value>(row, shift, log, value);
+  });
+  if (kind == Kind::kNsf && !(norm > double(smallest_plain_sum<T>()))) {
+    kind = Kind::kNsfShifted;
+    shift = scaled_max(row, T(1));
+    norm = activate_row<Kind::kNsfShifted>(row, shift, log, value);
+  }
+  norm += poison<T>(row, size.squares);
+  if (group.first()) {
+    args.of[c] = {::log(norm), double(shift), double(kind), -1, 0, 0, 0, 0};  // of lone columns only the CPU makes use
+  }
+}
+
+// The sums of a chunk of classes by column: log a; or q, q log a and q log_norm.
+template <class T>
+__global__ void __launch_bounds__(kWarps* kWarp, 1) class_sums_kernel(const CentroidStatsArgs<T> args, int64_t tiles) {
+  struct Storage {
+    double sums[kWarps][kClassSums][kWarp];
+  };
+  Storage& storage = shared_storage<Storage>();
+  const int lane = threadIdx.x, warp = threadIdx.y;
+  const int64_t chunk = blockIdx.x / tiles, tile = blockIdx.x % tiles;
+  const int64_t begin = chunk * args.classes / args.chunks, end = (chunk + 1) * args.classes / args.chunks;
+  const int64_t k = tile * kWarp + lane;
+  double sums[kClassSums] = {};
+  for (int64_t c = begin + warp; c < end; c += kWarps) {
+    if (k >= args.columns) break;
+    const double log = double(args.log_activation[c * args.columns + k]);
+    if (args.centroid_to_sample) {
+      const double log_norm = args.of[c].log_norm;
+      const double q = double(args.activation[c * args.columns + k]) * ::exp(-log_norm);
+      sums[0] += q;
+      sums[1] += q * log;
+      sums[2] += q * log_norm;
+    } else {
+      sums[0] += log;
+    }
+  }
+  for (int j = 0; j < kClassSums; ++j) storage.sums[warp][j][lane] = sums[j];
+  __syncthreads();
+  if (warp < kClassSums && k < args.columns) {
+    double sum = 0;
+    for (int w = 0; w < kWarps; ++w) sum += storage.sums[w][warp][lane];
+    args.sums[(chunk * kClassSums + warp) * args.columns + k] = sum;
+  }
+}
+
+// reference [2, M]: row 0 what log a is compared with, row 1 the mean q over classes (centroid_to_sample).
+//   sample_to_centroid: the mean over classes of log a(xi);
+//   centroid_to_sample: its mean weighted with q.
+template <class T>
+NCMI_DEVICE void finish_columns(const CentroidStatsArgs<T>& args, int64_t begin, int64_t end) {
+  const double inverse_classes = 1.0 / double(args.classes);
+  for (int64_t k = begin + threadIdx.x; k < end; k += blockDim.x) {
+    double sums[kClassSums] = {};
+    for (int64_t chunk = 0; chunk < args.chunks; ++chunk)
+#pragma unroll
+      for (int j = 0; j < kClassSums; ++j) sums[j] += args.sums[(chunk * kClassSums + j) * args.columns + k];
+    const double q_mean = args.centroid_to_sample ? sums[0] : 0;
+    const double reference =
+        args.centroid_to_sample ? (q_mean > 0 ? sums[1] / q_mean : 0) : sums[0] * inverse_classes;
+    const T rounded = T(reference), weight = T(q_mean * inverse_classes);
+    args.reference[k] = rounded;
+    args.reference[args.columns + k] = weight;
+    args.lost[k] = reference - double(rounded);
+    args.lost[args.columns + k] = q_mean > 0 ? double(weight) * (sums[2] / q_mean) : 0;
+  }
+}
+
+// `reference` was rounded to T. What that lost enters the mean under p; taken under the mean centroid instead it goes
+// into a constant. The two differ where p is far from the centroids, and there the terms are large.
+template <class T>
+NCMI_DEVICE void finish_constants(const CentroidStatsArgs<T>& args, Group& group) {
+  const T* compared = args.reference;
+  const T* q_mean = compared + args.columns;
+  double sums[3] = {};  // weights, what was lost, log_norm
+  if (args.centroid_to_sample) {
+    for (int64_t k = threadIdx.x; k < args.columns; k += blockDim.x) {
+      sums[0] += double(q_mean[k]);
+      sums[1] += double(q_mean[k]) * args.lost[k];
+      sums[2] += args.lost[args.columns + k];
+    }
+  } else {
+    double largest = -kLargest<double>;
+    for (int64_t k = threadIdx.x; k < args.columns; k += blockDim.x) largest = fmax(largest, double(compared[k]));
+    largest = group.maximum(largest);
+    for (int64_t k = threadIdx.x; k < args.columns; k += blockDim.x) {
+      const double w = ::exp(double(compared[k]) - largest);
+      sums[0] += w;
+      sums[1] += w * args.lost[k];
+    }
+    for (int64_t c = threadIdx.x; c < args.classes; c += blockDim.x) sums[2] += args.of[c].log_norm;
+  }
+#pragma unroll
+  for (int j = 0; j < 3; ++j) sums[j] = warp_sum(sums[j]);
+  group.sum_warps(sums);
+  if (group.first()) {
+    *reinterpret_cast<AllStats*>(args.of + args.classes) = {
+        args.centroid_to_sample ? sums[0] : 1.0,
+        args.centroid_to_sample ? sums[2] - sums[1] : sums[2] / double(args.classes) - sums[1] / sums[0],
+        {}};
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kFinishThreads, 1) columns_kernel(const CentroidStatsArgs<T> args) {
+  if (gridDim.x > 1) {
+    const int64_t begin = blockIdx.x * kColumnsPerBlock;
+    finish_columns(args, begin, min(args.columns, begin + kColumnsPerBlock));
+    return;
+  }
+  Group group = group_of_thread(shared_storage<GroupStorage>());
+  finish_columns(args, 0, args.columns);
+  __syncthreads();
+  finish_constants(args, group);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kFinishThreads, 1) constants_kernel(const CentroidStatsArgs<T> args) {
+  Group group = group_of_thread(shared_storage<GroupStorage>());
+  finish_constants(args, group);
+}
+
+}  // namespace
+
+int64_t class_chunks(int64_t classes, int64_t columns) {
+  return max(1, min(ceil_div(classes, kClassesPerChunk), max(1, 1024 / ceil_div(columns, kWarp))));
+}
+
+template <class T>
+void launch_centroid_stats(const CentroidStatsArgs<T>& args, Stream stream) {
+  const bool can_be_wide = aligned(args.log_activation) && aligned(args.activation);
+  const auto activate_rows = [&](auto in, auto kept) {
+    using In = typename decltype(in)::type;
+    constexpr int k = decltype(kept)::value;
+    const RowShape shape = row_shape(args.columns, k ? k : kElementsPerThread * kWidth<In>, 512);
+    launch(centroid_rows_kernel<In, T, k>, ceil_div(args.classes, shape.rows_per_block),
+           dim3(shape.threads, shape.rows_per_block), stream, args);
+  };
+  with_row_kernel<T>(args.logits, args.columns, can_be_wide, [&](auto in, auto kept) {
+    using In = typename decltype(in)::type;
+    if constexpr (sizeof(In) != 2) activate_rows(in, kept);  // the logits are in the arithmetic type
+  });
+  const int64_t tiles = ceil_div(args.columns, kWarp);
+  launch(class_sums_kernel<T>, tiles * args.chunks, dim3(kWarp, kWarps), stream, args, tiles);
+  if (args.columns * args.chunks <= kOneBlock) {
+    launch(columns_kernel<T>, 1, dim3(kFinishThreads), stream, args);
+  } else {
+    launch(columns_kernel<T>, ceil_div(args.columns, kColumnsPerBlock), dim3(kColumnsPerBlock), stream, args);
+    launch(constants_kernel<T>, 1, dim3(kFinishThreads), stream, args);
+  }
+}
+
+template void launch_centroid_stats(const CentroidStatsArgs<float>&, Stream);
+template void launch_centroid_stats(const CentroidStatsArgs<double>&, Stream);
+
+}  // namespace ncmi::cuda

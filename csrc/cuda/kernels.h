@@ -1,0 +1,185 @@
+// What the CUDA operators (ops_cuda.cpp) call: each function launches kernels on a stream and returns.
+//
+// Nothing here waits for the device or reads its memory on the host, so that all of it can be captured in a graph.
+// All pointers are to device memory. T is the type of the arithmetic, float or double.
+#pragma once
+
+#include "../layout.h"
+
+namespace ncmi::cuda {
+
+using Stream = void*;  // cudaStream_t
+
+template <class T>
+struct Centroids {
+  int64_t classes;          // C
+  int64_t columns;          // M
+  bool centroid_to_sample;  // the separation
+  const T* log_activation;  // [C, M] log a(xi), shifted
+  const T* activation;      // [C, M] a(xi), shifted; centroid_to_sample only
+  const T* reference;       // [2, M] what log a is compared with for all classes at once; the mean of q over classes
+  const ClassStats* of;     // [C], and then AllStats
+
+  NCMI_INLINE_MEMBER double log_norm(int64_t c) const { return of[c].log_norm; }
+  NCMI_INLINE_MEMBER double shift(int64_t c) const { return of[c].shift; }
+  NCMI_INLINE_MEMBER double kind(int64_t c) const { return of[c].kind; }
+  NCMI_INLINE_MEMBER const AllStats& all() const { return *reinterpret_cast<const AllStats*>(of + classes); }
+};
+
+// The sums of a row from which its terms and what the backward passes need are formed.
+struct RowSums {
+  double norm;       // S = sum a
+  double own;        // sum a (log a - log a(xi_y))
+  double all;        // sum a (log a - reference), or sum q_mean (log a - reference)
+  double own_cross;  // sum a(xi_y) (log a - log a(xi_y)); centroid_to_sample only
+};
+
+// A gradient times the upstream gradient: a scalar (stride 0) or [B], or none.
+struct Upstream {
+  const void* data;
+  bool is_double;
+  int64_t stride;
+};
+
+// What the rows weigh: class weights [C] or null.
+template <class T>
+struct Weights {
+  const T* by_class;
+  const double* total;  // the sum over the rows, by which each is divided; null for a sum
+};
+
+// How a row of features becomes a row of probabilities: Features, without a division a row.
+struct RowFeatures {
+  double inverse_temperature;
+  bool l2_normalize;
+  bool softmax;
+};
+
+template <class T>
+struct TermsArgs {
+  Matrix input;  // [B, M]
+  int64_t rows;
+  Targets target;   // [B]
+  const T* center;  // [M] or null
+  RowFeatures features;
+  Centroids<T> centroids;
+  RowSums* sums;    // [B]
+  RowStats* stats;  // [B]: scale, inverse_length, kind and shift, and zeros
+  // For the gradient of sum_i w_i A_i / (G_i + eps) while a row is on chip.
+  Weights<T> weights;
+  double eps;
+  T* grad;  // [B, M] contiguous, or null
+};
+
+template <class T>
+struct InputGradArgs {
+  Matrix input;  // [B, M]
+  int64_t rows;
+  Targets target;   // [B]
+  const T* center;  // [M] or null
+  Centroids<T> centroids;
+  const RowStats* stats;  // [B]
+  Upstream upstream;
+  void* grad;  // [B, M] contiguous, in the dtype of input
+};
+
+// The rows' sums to their terms, and to the loss.
+template <class T>
+struct ReduceArgs {
+  int64_t rows;
+  Targets target;
+  Centroids<T> centroids;
+  const RowSums* sums;  // [B]
+  RowStats* stats;      // [B]
+  Weights<T> weights;   // total null: formed here where `mean`
+  bool batch_ratio;
+  bool mean;
+  double eps;
+  T* loss;           // scalar
+  T* row_loss;       // [B], or null: reduction none
+  double* partials;  // [reduce_partials(rows), kReduceSums] workspace
+};
+constexpr int64_t kReduceSums = 4;
+int64_t reduce_partials(int64_t rows);
+
+// The mean of the rows, and what the rows weigh together: in two steps, over splits of the rows and then over splits.
+template <class T>
+struct CenterArgs {
+  Matrix input;  // [B, M]
+  int64_t rows, columns;
+  Targets target;
+  int64_t classes;
+  int64_t splits;  // center_splits(rows, columns)
+  double* sums;    // [splits, columns] workspace
+  double* counts;  // [splits, 2] workspace: rows that count, what they weigh
+  const T* class_weight;  // [C] or null
+  double* weight_total;   // [1] or null
+  double momentum;
+  T* center;               // [M], or null for the weights alone
+  int64_t* batches;        // []
+  T* moved;                // [M]
+  int32_t* finite;         // [center_blocks(splits, columns)] workspace
+};
+int64_t center_splits(int64_t rows, int64_t columns);
+int64_t center_blocks(int64_t splits, int64_t columns);
+
+template <class T>
+struct CentroidStatsArgs {
+  Matrix logits;  // [C, M] xi
+  int64_t classes, columns;
+  bool softmax;
+  bool centroid_to_sample;
+  T* log_activation;  // [C, M]
+  T* activation;      // [C, M] or null
+  T* reference;       // [2, M]
+  ClassStats* of;     // [C], and then AllStats
+  int64_t chunks;     // class_chunks(classes, columns)
+  double* sums;       // [chunks, kClassSums, M] workspace
+  double* lost;       // [2, M] workspace: what rounding `reference` lost; q_mean_k times the mean log_norm under it
+};
+constexpr int64_t kClassSums = 3;  // log a; or q, q log a and q log_norm
+int64_t class_chunks(int64_t classes, int64_t columns);
+
+template <class T>
+struct CentroidGradArgs {
+  Matrix input;  // [B, M]
+  int64_t rows;
+  Targets target;   // [B]
+  const T* center;  // [M] or null
+  Centroids<T> centroids;
+  Matrix logits;          // [C, M] xi
+  const RowStats* stats;  // [B]
+  Upstream upstream;
+  const int32_t* sorted;       // [B] targets in order, ignored rows as C
+  const int64_t* order;        // [B] the rows that they are of
+  int64_t* class_begin;        // [C + 1] workspace, into order
+  int64_t chunks;              // grad_chunks(classes, columns, dtype)
+  double* partial_totals;      // [chunks, M] workspace
+  double* totals;              // [M + 1] workspace, the last one sum_i beta_i
+  double* class_separation;    // [C] workspace: sums of beta over the rows of a class
+  T* own_separation;           // [C, M] workspace; centroid_to_sample only
+  T* grad;                     // [C, M]
+};
+int64_t grad_chunks(int64_t classes, int64_t columns);
+
+template <class T>
+void launch_terms(const TermsArgs<T>&, Stream);
+template <class T>
+void launch_input_grad(const InputGradArgs<T>&, Stream);
+// Terms [2, B] from the rows' sums, and the rest of their statistics.
+template <class T>
+void launch_finish_terms(const ReduceArgs<T>&, T* terms, Stream);
+template <class T>
+void launch_reduce(const ReduceArgs<T>&, Stream);
+template <class T>
+void launch_update_center(const CenterArgs<T>&, Stream);
+template <class T>
+void launch_centroid_stats(const CentroidStatsArgs<T>&, Stream);
+// Targets as sort keys [B], ignored rows last.
+void launch_sort_keys(const Targets&, int64_t rows, int64_t classes, int32_t* keys, Stream);
+template <class T>
+void launch_centroid_grad(const CentroidGradArgs<T>&, Stream);
+template <class T>
+void launch_scale(T* grad, int64_t elements, const T* factor, Stream);
+
+}  // namespace ncmi::cuda

@@ -1,0 +1,329 @@
+// The CUDA implementations: tensors to pointers, checks, workspace. Nothing waits for the device.
+//
+// Every output element has one owner and every sum one order: the same bits each run.
+//
+// A library of its own, beside the one with the CPU implementations and the operators' declarations: where it cannot be
+// loaded, those stay.
+
+#include <array>
+#include <optional>
+#include <tuple>
+
+#include "../tensors.h"
+#include "device.h"
+#include "kernels.h"
+
+namespace ncmi::cuda {
+
+namespace {
+
+constexpr int64_t kMostColumns = int64_t(1) << 30;  // within a row, columns are counted in 32 bits
+
+Tensor empty(const Device& device, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return empty_on(device.type(), device.index(), sizes, dtype);
+}
+
+// What passes between kernels, in one allocation: each costs about as much as a launch does.
+class Workspace {
+ public:
+  Workspace(const Device& device, int64_t doubles)
+      : memory_(empty(device, {doubles}, ScalarType::Double)), next_(output<double>(memory_)) {}
+
+  template <class T = double>
+  T* take(int64_t doubles) {
+    T* taken = reinterpret_cast<T*>(next_);
+    next_ += doubles;
+    return taken;
+  }
+
+ private:
+  Tensor memory_;  // the caching allocator hands it out again only to what the stream does next
+  double* next_;
+};
+
+constexpr int64_t kRowSums = sizeof(RowSums) / sizeof(double);
+
+// A kernel cannot check where its pointers lead.
+void check_device(const Tensor& t, const char* name, const Tensor& input) {
+  STD_TORCH_CHECK(t.is_cuda() == input.is_cuda() && t.get_device_index() == input.get_device_index(), "ncmi_kernels: ",
+                  name, " must be on the device of the other arguments");
+}
+
+template <class T>
+const T* data_on(const Tensor& t, const char* name, std::initializer_list<int64_t> sizes, const Tensor& input) {
+  check_device(t, name, input);
+  return data<T>(t, name, sizes);
+}
+
+template <class T>
+const T* data_on(const std::optional<Tensor>& t, const char* name, std::initializer_list<int64_t> sizes,
+                 const Tensor& input) {
+  return t ? data_on<T>(*t, name, sizes, input) : nullptr;
+}
+
+// Targets, which the kernels check to be classes or ignore_index.
+Targets targets(const Tensor& t, const Tensor& input, int64_t ignore_index) {
+  check_device(t, "target", input);
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long, "ncmi_kernels: target must be int64");
+  check_shape(t, "target", {input.size(0)});
+  return {static_cast<const int64_t*>(t.data_ptr()), t.stride(0), ignore_index};
+}
+
+template <class T>
+Centroids<T> centroids(const Tensor& log_activation, const Tensor& activation, const Tensor& reference,
+                       const Tensor& norms, bool centroid_to_sample, const Tensor& input) {
+  STD_TORCH_CHECK(log_activation.dim() == 2, "ncmi_kernels: log_activation must have 2 dimensions");
+  const int64_t classes = log_activation.size(0), columns = log_activation.size(1);
+  return {classes,
+          columns,
+          centroid_to_sample,
+          data_on<T>(log_activation, "log_activation", {classes, columns}, input),
+          data_on<T>(activation, "activation", {centroid_to_sample ? classes : 0, columns}, input),
+          data_on<T>(reference, "reference", {2, columns}, input),
+          reinterpret_cast<const ClassStats*>(data_on<double>(norms, "norms", {classes + 1, kClassStats}, input))};
+}
+
+template <class T>
+Matrix rows_of(const Tensor& input, int64_t columns) {
+  const Matrix z = matrix(input, "input");
+  check_shape(input, "input", {input.size(0), columns});
+  STD_TORCH_CHECK(columns <= kMostColumns, "ncmi_kernels: more columns than 2^30");
+  STD_TORCH_CHECK(z.dtype != Dtype::kFloat64 || kIsDouble<T>,
+                  "ncmi_kernels: float64 input needs float64 centroid_logits");
+  return z;
+}
+
+const RowStats* stats_on(const Tensor& rows, const Tensor& input) {
+  check_device(rows, "rows", input);
+  return row_stats_of(rows, input.size(0));
+}
+
+Upstream upstream_of(const std::optional<Tensor>& t, const Tensor& input) {
+  if (!t) return {nullptr, false, 0};
+  check_device(*t, "upstream", input);
+  const bool by_row = t->dim() == 1;
+  STD_TORCH_CHECK(by_row ? t->size(0) == input.size(0) : t->dim() == 0,
+                  "ncmi_kernels: upstream must be a scalar or [B]");
+  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float || t->scalar_type() == ScalarType::Double,
+                  "ncmi_kernels: upstream must be float32 or float64");
+  return {t->data_ptr(), t->scalar_type() == ScalarType::Double, by_row ? t->stride(0) : 0};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_stats(const Tensor& logits, bool softmax,
+                                                          bool centroid_to_sample) {
+  const Matrix xi = matrix(logits, "centroid_logits");
+  const int64_t classes = logits.size(0), columns = logits.size(1);
+  STD_TORCH_CHECK(classes > 0 && columns > 0, "ncmi_kernels: centroid_logits must not be empty");
+  STD_TORCH_CHECK(columns <= kMostColumns, "ncmi_kernels: more columns than 2^30");
+  const Device device(logits);
+  return with_arithmetic_type(logits.scalar_type(), "centroid_logits", [&]<class T>() {
+    const ScalarType dtype = logits.scalar_type();
+    Tensor log_activation = empty(device, {classes, columns}, dtype);
+    Tensor activation = empty(device, {centroid_to_sample ? classes : 0, columns}, dtype);
+    Tensor reference = empty(device, {2, columns}, dtype);
+    Tensor norms = empty(device, {classes + 1, kClassStats}, ScalarType::Double);
+    const int64_t chunks = class_chunks(classes, columns);
+    const int64_t sums = chunks * kClassSums * columns, lost = 2 * columns;
+    Workspace workspace(device, sums + lost);
+    launch_centroid_stats<T>({xi, classes, columns, softmax, centroid_to_sample, output<T>(log_activation),
+                              centroid_to_sample ? output<T>(activation) : nullptr, output<T>(reference),
+                              reinterpret_cast<ClassStats*>(output<double>(norms)), chunks, workspace.take(sums), workspace.take(lost)},
+                             device.stream());
+    return std::make_tuple(log_activation, activation, reference, norms);
+  });
+}
+
+std::tuple<Tensor, Tensor> terms(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
+                                 const Tensor& log_activation, const Tensor& activation, const Tensor& reference,
+                                 const Tensor& norms, double temperature, bool l2_normalize, bool softmax,
+                                 bool centroid_to_sample, int64_t ignore_index) {
+  const Device device(input);
+  return with_arithmetic_type(log_activation.scalar_type(), "log_activation", [&]<class T>() {
+    const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample, input);
+    const Matrix z = rows_of<T>(input, q.columns);
+    const int64_t rows = input.size(0);
+    const Targets y = targets(target, input, ignore_index);
+    Tensor stats = empty(device, {rows, kRowStats}, ScalarType::Double);
+    Workspace workspace(device, rows * kRowSums);
+    RowSums* sums = workspace.take<RowSums>(rows * kRowSums);
+    Tensor result = empty(device, {2, rows}, kScalarType<T>);
+    launch_terms<T>({z, rows, y, data_on<T>(center, "center", {q.columns}, input),
+                     {1.0 / temperature, l2_normalize, softmax}, q, sums, output<RowStats>(stats), {}, 0, nullptr},
+                    device.stream());
+    ReduceArgs<T> reduce{};
+    reduce.rows = rows;
+    reduce.target = y;
+    reduce.centroids = q;
+    reduce.sums = sums;
+    reduce.stats = output<RowStats>(stats);
+    launch_finish_terms(reduce, output<T>(result), device.stream());
+    return std::make_tuple(result, stats);
+  });
+}
+
+// In doubles, for column_sums.
+int64_t column_sums_workspace(int64_t rows, int64_t columns) {
+  const int64_t splits = center_splits(rows, columns);
+  return splits * (columns + 2) + center_blocks(splits, columns);
+}
+
+// Moves a running centre and leaves what the rows weigh together, each where it is asked for. Returns the copy of the
+// new centre, [0] without one.
+template <class T>
+Tensor column_sums(const Device& device, Workspace& workspace, const Tensor& input, const Targets& target,
+                   int64_t classes, const std::optional<Tensor>& center,
+                   const std::optional<Tensor>& num_batches_tracked, double momentum, const T* class_weight,
+                   double* weight_total) {
+  const int64_t rows = input.size(0), columns = center ? input.size(1) : 0;
+  const Matrix z = rows_of<T>(input, input.size(1));
+  const int64_t splits = center_splits(rows, columns);
+  Tensor moved = empty(device, {columns}, kScalarType<T>);
+  T* c = const_cast<T*>(data_on<T>(center, "center", {columns}, input));
+  int64_t* batches =
+      const_cast<int64_t*>(data_on<int64_t>(num_batches_tracked, "num_batches_tracked", {}, input));
+  launch_update_center<T>({z, rows, columns, target, classes, splits, workspace.take(splits * columns),
+                           workspace.take(splits * 2), class_weight, weight_total, momentum, c, batches,
+                           output<T>(moved), workspace.take<int32_t>(center_blocks(splits, columns))},
+                          device.stream());
+  return moved;
+}
+
+Tensor update_center_(const Tensor& center, const Tensor& num_batches_tracked, const Tensor& input,
+                      const Tensor& target, double momentum, int64_t num_classes, int64_t ignore_index) {
+  const Device device(input);
+  STD_TORCH_CHECK(input.dim() == 2, "ncmi_kernels: input must have 2 dimensions");
+  const Targets y = targets(target, input, ignore_index);
+  return with_arithmetic_type(center.scalar_type(), "center", [&]<class T>() {
+    Workspace workspace(device, column_sums_workspace(input.size(0), input.size(1)));
+    return column_sums<T>(device, workspace, input, y, num_classes, center, num_batches_tracked, momentum, nullptr, nullptr);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> loss(
+    const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
+    const std::optional<Tensor>& running_center, const std::optional<Tensor>& num_batches_tracked, double momentum,
+    const Tensor& log_activation, const Tensor& activation, const Tensor& reference, const Tensor& norms,
+    const std::optional<Tensor>& weight, double temperature, bool l2_normalize, bool softmax, bool centroid_to_sample,
+    bool batch_ratio, int64_t reduction, double eps, int64_t ignore_index, bool with_grad) {
+  check_loss_arguments(input, center, running_center, num_batches_tracked, log_activation, batch_ratio, reduction,
+                       with_grad);
+  const Device device(input);
+  return with_arithmetic_type(log_activation.scalar_type(), "log_activation", [&]<class T>() {
+    const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample, input);
+    const Matrix z = rows_of<T>(input, q.columns);
+    const int64_t rows = input.size(0);
+    const Targets y = targets(target, input, ignore_index);
+    const T* class_weight = data_on<T>(weight, "weight", {q.classes}, input);
+    // A gradient made with its row needs the sum of the weights first; else it is formed at the end.
+    const bool weighed = with_grad && reduction == kMean, summed = running_center || weighed;
+    const int64_t partials = reduce_partials(rows) * kReduceSums;
+    Workspace workspace(device,
+                        1 + rows * kRowSums + partials +
+                            (summed ? column_sums_workspace(rows, running_center ? q.columns : 0) : 0));
+    double* weight_total = workspace.take(1);
+    if (!weighed) weight_total = nullptr;
+    RowSums* sums = workspace.take<RowSums>(rows * kRowSums);
+    double* partial_sums = workspace.take(partials);
+    Tensor moved = summed ? column_sums<T>(device, workspace, input, y, q.classes, running_center,
+                                           num_batches_tracked, momentum, class_weight, weight_total)
+                          : empty(device, {0}, kScalarType<T>);
+    const T* c = running_center ? output<T>(moved) : data_on<T>(center, "center", {q.columns}, input);
+
+    Tensor grad = with_grad ? empty(device, {rows, q.columns}, kScalarType<T>) : empty(device, {0}, kScalarType<T>);
+    Tensor stats = empty(device, {rows, kRowStats}, ScalarType::Double);
+    Tensor result = reduction == kNone ? empty(device, {rows}, kScalarType<T>) : empty(device, {}, kScalarType<T>);
+    const Weights<T> weights{class_weight, weight_total};
+    launch_terms<T>({z, rows, y, c, {1.0 / temperature, l2_normalize, softmax}, q, sums,
+                     output<RowStats>(stats), weights, eps, with_grad ? output<T>(grad) : nullptr},
+                    device.stream());
+    launch_reduce<T>({rows, y, q, sums, output<RowStats>(stats), weights, batch_ratio,
+                      reduction == kMean, eps, reduction == kNone ? nullptr : output<T>(result),
+                      reduction == kNone ? output<T>(result) : nullptr, partial_sums},
+                     device.stream());
+    return std::make_tuple(result, stats, moved, grad);
+  });
+}
+
+void scale_(const Tensor& grad, const Tensor& upstream) {
+  STD_TORCH_CHECK(upstream.dim() == 0 && upstream.scalar_type() == grad.scalar_type(),
+                  "ncmi_kernels: upstream must be a scalar in the dtype of grad");
+  check_device(upstream, "upstream", grad);
+  const Device device(grad);
+  with_arithmetic_type(grad.scalar_type(), "grad", [&]<class T>() {
+    const int64_t rows = grad.size(0), columns = grad.size(1);
+    launch_scale(const_cast<T*>(data<T>(grad, "grad", {rows, columns})), rows * columns,
+                 static_cast<const T*>(upstream.data_ptr()), device.stream());
+  });
+}
+
+Tensor input_grad(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
+                  const Tensor& log_activation, const Tensor& activation, const Tensor& reference,
+                  const Tensor& norms, const Tensor& row_stats, const std::optional<Tensor>& upstream,
+                  bool centroid_to_sample, int64_t ignore_index) {
+  const Device device(input);
+  return with_arithmetic_type(log_activation.scalar_type(), "log_activation", [&]<class T>() {
+    const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample, input);
+    const Matrix z = rows_of<T>(input, q.columns);
+    STD_TORCH_CHECK((z.dtype == Dtype::kFloat64) == kIsDouble<T>,
+                    "ncmi_kernels: float64 input and float64 centroid_logits go together");
+    const int64_t rows = input.size(0);
+    Tensor grad = empty(device, {rows, q.columns}, input.scalar_type());
+    launch_input_grad<T>({z, rows, targets(target, input, ignore_index),
+                          data_on<T>(center, "center", {q.columns}, input), q, stats_on(row_stats, input),
+                          upstream_of(upstream, input), grad.data_ptr()},
+                         device.stream());
+    return grad;
+  });
+}
+
+// Sorted keys, and where each was; rows of one class stay in the order of the batch.
+std::tuple<Tensor, Tensor> stable_sort(const Tensor& keys) {
+  std::array<StableIValue, 4> stack{torch::stable::detail::from(keys),
+                                    torch::stable::detail::from(std::optional<bool>(true)),
+                                    torch::stable::detail::from(int64_t(0)), torch::stable::detail::from(false)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
+}
+
+Tensor centroid_grad(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
+                     const Tensor& centroid_logits, const Tensor& log_activation, const Tensor& activation,
+                     const Tensor& reference, const Tensor& norms, const Tensor& row_stats,
+                     const std::optional<Tensor>& upstream, bool centroid_to_sample, int64_t ignore_index) {
+  const Device device(input);
+  const Matrix xi = matrix(centroid_logits, "centroid_logits");
+  check_device(centroid_logits, "centroid_logits", input);
+  return with_arithmetic_type(centroid_logits.scalar_type(), "centroid_logits", [&]<class T>() {
+    const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample, input);
+    const Matrix z = rows_of<T>(input, q.columns);
+    check_shape(centroid_logits, "centroid_logits", {q.classes, q.columns});
+    STD_TORCH_CHECK(q.classes < 0x7fffffff, "ncmi_kernels: more classes than 2^31");
+    const int64_t rows = input.size(0), chunks = grad_chunks(q.classes, q.columns);
+    const Targets y = targets(target, input, ignore_index);
+    Tensor keys = empty(device, {rows}, ScalarType::Int);
+    launch_sort_keys(y, rows, q.classes, output<int32_t>(keys), device.stream());
+    auto [sorted, order] = stable_sort(keys);
+    const int64_t own_separation = centroid_to_sample ? q.classes * q.columns : 0;
+    Workspace workspace(device, (q.classes + 1) + chunks * q.columns + (q.columns + 1) + q.classes + own_separation);
+    Tensor grad = empty(device, {q.classes, q.columns}, kScalarType<T>);
+    launch_centroid_grad<T>({z, rows, y, data_on<T>(center, "center", {q.columns}, input), q, xi,
+                             stats_on(row_stats, input), upstream_of(upstream, input), output<int32_t>(sorted),
+                             output<int64_t>(order), workspace.take<int64_t>(q.classes + 1), chunks,
+                             workspace.take(chunks * q.columns), workspace.take(q.columns + 1),
+                             workspace.take(q.classes), workspace.take<T>(own_separation), output<T>(grad)},
+                            device.stream());
+    return grad;
+  });
+}
+
+}  // namespace
+}  // namespace ncmi::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(ncmi_kernels, CUDA, m) {
+  m.impl("centroid_stats", TORCH_BOX(&ncmi::cuda::centroid_stats));
+  m.impl("terms", TORCH_BOX(&ncmi::cuda::terms));
+  m.impl("loss", TORCH_BOX(&ncmi::cuda::loss));
+  m.impl("scale_", TORCH_BOX(&ncmi::cuda::scale_));
+  m.impl("input_grad", TORCH_BOX(&ncmi::cuda::input_grad));
+  m.impl("centroid_grad", TORCH_BOX(&ncmi::cuda::centroid_grad));
+  m.impl("update_center_", TORCH_BOX(&ncmi::cuda::update_center_));
+}

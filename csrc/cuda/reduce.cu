@@ -1,0 +1,160 @@
+// The rows' sums to their terms, to the loss, and to its derivatives by the terms.
+#include "rows.cuh"
+
+namespace ncmi::cuda {
+
+namespace {
+
+constexpr int kThreads = 1024;
+constexpr int64_t kRowsOfOneStep = 8192;  // up to here every block forms the sums over all rows for itself
+
+// One row's part in the sums over all: [rows that count, weight, A or ratio, G].
+template <class T>
+NCMI_DEVICE void add_row(const ReduceArgs<T>& args, int64_t i, double (&sums)[kReduceSums]) {
+  const int64_t target = args.target[i];
+  if (target == args.target.ignore_index) return;
+  const int64_t y = class_of(target, args.centroids.classes);
+  const RowTerms t = terms_of(args.centroids, y, args.sums[i]);
+  const double w = weight_of(args.weights, y);
+  sums[0] += 1;
+  sums[1] += w;
+  sums[2] += w * (args.batch_ratio ? t.concentration : ratio(t.concentration, t.separation, args.eps).value);
+  sums[3] += w * t.separation;
+}
+
+NCMI_DEVICE void sum_of_block(Group& group, double (&sums)[kReduceSums]) {
+#pragma unroll
+  for (int j = 0; j < kReduceSums; ++j) sums[j] = warp_sum(sums[j]);
+  group.sum_warps(sums);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1) reduce_partials_kernel(const ReduceArgs<T> args) {
+  Group group = group_of_thread(shared_storage<GroupStorage>());
+  double sums[kReduceSums] = {};
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < args.rows; i += int64_t(gridDim.x) * blockDim.x)
+    add_row(args, i, sums);
+  sum_of_block(group, sums);
+  if (group.first())
+    for (int j = 0; j < kReduceSums; ++j) args.partials[blockIdx.x * kReduceSums + j] = sums[j];
+}
+
+// Every block forms the same sums in the same order; the first writes the loss, and each its share of the rows.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1) reduce_kernel(const ReduceArgs<T> args, int64_t partials) {
+  Group group = group_of_thread(shared_storage<GroupStorage>());
+  double sums[kReduceSums] = {};
+  if (partials) {
+    for (int64_t p = threadIdx.x; p < partials; p += blockDim.x)
+#pragma unroll
+      for (int j = 0; j < kReduceSums; ++j) sums[j] += args.partials[p * kReduceSums + j];
+  } else {
+    for (int64_t i = threadIdx.x; i < args.rows; i += blockDim.x) add_row(args, i, sums);
+  }
+  sum_of_block(group, sums);
+  double weight_sum = args.mean ? sums[1] : 1.0;
+  if (args.weights.total) weight_sum = *args.weights.total;
+  const Ratio of_batch = ratio(sums[2] / weight_sum, sums[3] / weight_sum, args.eps);
+  if (args.loss && blockIdx.x == 0 && group.first()) {
+    const double total = args.batch_ratio ? of_batch.value : sums[2] / weight_sum;
+    // No sample that counts: 0 / 0, as cross_entropy.
+    *args.loss = T(args.mean && sums[0] == 0 ? double(NAN) : total);
+  }
+
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < args.rows;
+       i += int64_t(gridDim.x) * blockDim.x) {
+    const int64_t target = args.target[i];
+    if (target == args.target.ignore_index) {  // its statistics are zeros already
+      if (args.row_loss) args.row_loss[i] = 0;
+      continue;
+    }
+    const int64_t y = class_of(target, args.centroids.classes);
+    const RowTerms t = terms_of(args.centroids, y, args.sums[i]);
+    const Ratio r = args.batch_ratio ? of_batch : ratio(t.concentration, t.separation, args.eps);
+    double w = weight_of(args.weights, y);
+    if (args.mean) w /= weight_sum;
+    RowStats& stats = args.stats[i];
+    stats.inverse_norm = t.inverse_norm;
+    stats.own_mean = t.own_mean;
+    stats.all_mean = t.all_mean;
+    stats.by_concentration = w * r.d_concentration;
+    stats.by_separation = w * r.d_separation;
+    if (args.row_loss) args.row_loss[i] = T(w * r.value);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1) finish_terms_kernel(const ReduceArgs<T> args, T* terms) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= args.rows) return;
+  const int64_t target = args.target[i];
+  if (target == args.target.ignore_index) {
+    terms[i] = terms[args.rows + i] = 0;
+    return;
+  }
+  const RowTerms t = terms_of(args.centroids, class_of(target, args.centroids.classes), args.sums[i]);
+  terms[i] = T(t.concentration);
+  terms[args.rows + i] = T(t.separation);
+  RowStats& stats = args.stats[i];
+  stats.inverse_norm = t.inverse_norm;
+  stats.own_mean = t.own_mean;
+  stats.all_mean = t.all_mean;
+}
+
+// In place: a gradient of the loss to one of what comes after it. Reads the factor itself, and stops where it is 1.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1) scale_kernel(T* grad, int64_t elements, const T* factor) {
+  constexpr int width = 16 / int(sizeof(T));
+  const T by = *factor;
+  if (by == T(1)) return;  // loss.backward()
+  const int64_t first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, step = int64_t(gridDim.x) * blockDim.x;
+  struct alignas(16) Stretch {
+    T value[width];
+  };
+  Stretch* stretches = reinterpret_cast<Stretch*>(grad);
+  for (int64_t j = first; j < elements / width; j += step) {
+    Stretch s = stretches[j];
+#pragma unroll
+    for (int v = 0; v < width; ++v) s.value[v] *= by;
+    stretches[j] = s;
+  }
+  const int64_t k = elements / width * width + first;
+  if (k < elements) grad[k] *= by;
+}
+
+int block_threads(int64_t items) { return int(min(ceil_div(max(items, 1), kWarp) * kWarp, kThreads)); }
+
+}  // namespace
+
+int64_t reduce_partials(int64_t rows) { return rows <= kRowsOfOneStep ? 0 : min(ceil_div(rows, kThreads), kThreads); }
+
+template <class T>
+void launch_reduce(const ReduceArgs<T>& args, Stream stream) {
+  const int64_t partials = reduce_partials(args.rows);
+  if (partials) launch(reduce_partials_kernel<T>, partials, dim3(kThreads), stream, args);
+  const int threads = block_threads(args.rows);
+  launch(reduce_kernel<T>, max(1, ceil_div(args.rows, threads)), dim3(threads), stream, args, partials);
+}
+
+template <class T>
+void launch_finish_terms(const ReduceArgs<T>& args, T* terms, Stream stream) {
+  const int threads = int(min(block_threads(args.rows), 256));
+  launch(finish_terms_kernel<T>, ceil_div(args.rows, threads), dim3(threads), stream, args, terms);
+}
+
+template <class T>
+void launch_scale(T* grad, int64_t elements, const T* factor, Stream stream) {
+  constexpr int64_t width = 16 / int64_t(sizeof(T)), threads = 256;
+  if (elements == 0) return;
+  launch(scale_kernel<T>, max(1, min(ceil_div(elements / width, threads), 4096)), dim3(threads), stream, grad, elements,
+         factor);
+}
+
+template void launch_reduce(const ReduceArgs<float>&, Stream);
+template void launch_reduce(const ReduceArgs<double>&, Stream);
+template void launch_finish_terms(const ReduceArgs<float>&, float*, Stream);
+template void launch_finish_terms(const ReduceArgs<double>&, double*, Stream);
+template void launch_scale(float*, int64_t, const float*, Stream);
+template void launch_scale(double*, int64_t, const double*, Stream);
+
+}  // namespace ncmi::cuda

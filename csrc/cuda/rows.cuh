@@ -1,0 +1,569 @@
+// One row against its own centroid and against all of them: sums, terms, gradient.
+//
+// A row belongs to a warp, or to a block. Up to 8192 columns its features stay in registers between the passes over
+// them; longer rows, and those that cannot be read in 16 bytes, are read again by each pass, mostly from the L1 cache.
+#pragma once
+
+#include "common.cuh"
+
+namespace ncmi::cuda {
+
+constexpr int kKept = 16;              // elements of a row that a thread keeps in registers
+constexpr int kElementsPerThread = 8;  // what a thread gets at least of a row that is read again
+constexpr int kRowsPerBlock = 4;       // that a warp each takes
+// Threads of a block: what they need of registers leaves room for no more. (The 1 in __launch_bounds__ has ptxas give
+// them what they need; without it, it spills a few to fit more blocks.)
+template <class In, class T, int kept>
+constexpr int kMostThreads = kept || sizeof(In) == 2 || kSame<T, double> ? 512 : 1024;
+template <class In, class T, int kept>
+constexpr int kRegisters = kept || sizeof(In) == 2 || kSame<T, double> ? 96 : 64;
+template <class In, class T, int kept, bool centroid_to_sample>  // sm_80 would spill two
+constexpr int kTermsRegisters = kRegisters<In, T, kept> + (kept && centroid_to_sample && sizeof(In) == 2 ? 8 : 0);
+
+struct RowShape {
+  int threads, rows_per_block;
+};
+
+inline RowShape row_shape(int64_t columns, int64_t elements_per_thread, int most_threads) {
+  const int64_t warps = ceil_div(ceil_div(columns, elements_per_thread), kWarp);
+  const int threads = int(min(warps * kWarp, most_threads));
+  return {threads, threads == kWarp ? kRowsPerBlock : 1};
+}
+
+// The row of this thread, and the threads it shares it with. Threads of a block that share a row run the same way
+// through all that follows, barriers included, as everything they branch on is the same for all of them.
+NCMI_DEVICE int64_t row_of_thread() { return int64_t(blockIdx.x) * blockDim.y + threadIdx.y; }
+NCMI_DEVICE Group group_of_thread(GroupStorage& storage) {
+  return {int(threadIdx.x), int(blockDim.x), &storage};
+}
+
+// A row of features less the centre. `kept` elements a thread are in registers, for 0 none.
+template <class In, class T, int kept>
+struct Row {
+  static constexpr int width = kWidth<In>;          // elements that a thread loads at once
+  static constexpr int part = width > 4 ? 4 : width;  // and those that it works on at once
+  static constexpr bool streamed = kept == 0;
+
+  const Matrix& input;
+  int64_t i;
+  const T* center;
+  int columns;
+  Group& group;
+  T x[streamed ? 1 : kept];
+
+  NCMI_DEVICE Row(const Matrix& input, int64_t i, const T* center, int64_t columns, Group& group)
+      : input(input), i(i), center(center), columns(int(columns)), group(group) {
+    if constexpr (!streamed) {
+#pragma unroll
+      for (int j = 0; j < kept / width; ++j)
+        if (column(j) < this->columns) load_input<In, true>(input, i, column(j), x + j * width);
+      if (center) {
+#pragma unroll
+        for (int j = 0; j < kept / width; ++j)
+          if (column(j) < this->columns) subtract_center(column(j), x + j * width);
+      }
+    }
+  }
+
+  NCMI_DEVICE int column(int j) const { return (j * group.threads + group.thread) * width; }
+
+  NCMI_DEVICE void subtract_center(int k, T* value) const {
+    T c[width];
+    load_values<width, false>(center + k, c);
+#pragma unroll
+    for (int v = 0; v < width; ++v) value[v] -= c[v];
+  }
+
+  // f(k, x) for each `part` of the thread's columns, the first of which is k.
+  template <class F>
+  NCMI_DEVICE void each(const F& f) {
+    each_stretch([&](int, int k, const T* value) NCMI_INLINED {
+#pragma unroll
+      for (int v = 0; v < width; v += part) f(k + v, value + v);
+    });
+  }
+
+  // f(j, k, x) for each of the thread's stretches of `width` columns: the j-th, from column k.
+  template <class F>
+  NCMI_DEVICE void each_stretch(const F& f) {
+    if constexpr (streamed) {
+#pragma unroll 1
+      for (int j = 0, k = column(0); k < columns; ++j, k += group.threads * width) {
+        T value[width];
+        load_input<In, false>(input, i, k, value);
+        if (center) subtract_center(k, value);
+        f(j, k, value);
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kept / width; ++j)
+        if (column(j) < columns) f(j, column(j), x + j * width);
+    }
+  }
+};
+
+// A sum of a thread: of a few elements in T, or of many of them in double.
+template <class R, class T>
+struct ThreadSum;
+template <class In, class T, int kept>
+struct ThreadSum<Row<In, T, kept>, T> {
+  T value = 0;
+};
+template <class In, class T>
+struct ThreadSum<Row<In, T, 0>, T> {
+  double value = 0;
+};
+
+// Of a row: the sum of its squares, and its largest magnitude, found on the bits: they order as the numbers do, and
+// no NaN gets lost.
+template <class T>
+struct Size {
+  double squares;
+  T largest;
+};
+
+template <class T, class R>
+NCMI_DEVICE Size<T> size_of(R& row) {
+  ThreadSum<R, T> squares;
+  decltype(magnitude_bits(T())) largest = 0;
+  row.each([&](int, const T* x) NCMI_INLINED {
+    T sum = 0;
+#pragma unroll
+    for (int v = 0; v < R::part; ++v) {
+      const auto bits = magnitude_bits(x[v]);
+      sum += x[v] * x[v];
+      largest = bits > largest ? bits : largest;
+    }
+    squares.value += sum;
+  });
+  return {row.group.sum(squares.value), bit_cast<T>(row.group.maximum(largest))};
+}
+
+// ||x||_2 from the plain sum of squares, which is redone of smaller numbers only where it overflowed; where it underflows
+// the caller's kSmallestLength hides it.
+template <class T, class R>
+NCMI_DEVICE double norm_of(R& row, const Size<T>& size) {
+  if (size.squares < double(kLargest<T>)) return double(sqrt(T(size.squares)));
+  // A power of two: small enough for any number of squares, and what it lets underflow is nothing beside the largest.
+  constexpr T factor = kSame<T, float> ? T(0x1p-96) : T(0x1p-600);
+  ThreadSum<R, T> squares;
+  row.each([&](int, const T* x) NCMI_INLINED {
+    T sum = 0;
+#pragma unroll
+    for (int v = 0; v < R::part; ++v) sum += (x[v] * factor) * (x[v] * factor);
+    squares.value += sum;
+  });
+  return sqrt(row.group.sum(squares.value)) * (kSame<T, float> ? 0x1p96 : 0x1p600);
+}
+
+template <class T, class R>
+NCMI_DEVICE T scaled_max(R& row, T scale) {
+  T largest = -kLargest<T>;
+  row.each([&](int, const T* x) NCMI_INLINED {
+#pragma unroll
+    for (int v = 0; v < R::part; ++v) largest = x[v] > largest ? x[v] : largest;
+  });
+  return row.group.maximum(largest) * scale;  // scale > 0
+}
+
+// Zero, or NaN where an element is NaN or infinite: added to a row's normaliser it carries them to the loss, which
+// the saturating sigmoid would hide. A finite sum of squares tells that there is none.
+template <class T, class R>
+NCMI_DEVICE double poison(R& row, double squares) {
+  if (squares < double(kLargest<T>)) return 0;
+  T sum = 0;
+  row.each([&](int, const T* x) NCMI_INLINED {
+#pragma unroll
+    for (int v = 0; v < R::part; ++v) sum += x[v] * T(0);
+  });
+  return row.group.sum(sum);
+}
+
+// -------------------------------------------------------------------------------------------------------------
+// Sums
+// -------------------------------------------------------------------------------------------------------------
+
+// The pointers of one row.
+template <class T>
+struct Own {
+  const T* log;         // log a(xi_y)
+  const T* activation;  // a(xi_y); centroid_to_sample only
+  const T* reference;   // what log a is compared with, for all classes at once
+  const T* q_mean;      // mean of q over classes; centroid_to_sample only
+};
+
+template <bool centroid_to_sample, class T>
+NCMI_DEVICE Own<T> own_of(const Centroids<T>& q, int64_t y) {
+  return {q.log_activation + y * q.columns, centroid_to_sample ? q.activation + y * q.columns : nullptr, q.reference,
+          q.reference + q.columns};
+}
+
+template <Kind kind, bool centroid_to_sample, bool fast, class T, class R>
+NCMI_DEVICE RowSums sum_row(R& row, const Own<T>& of, double scale, T shift) {
+  // S has sums of double, as its rounding would enter the loss in first order; near, of the excess of sigma over 1/2,
+  // it is small, and so is its rounding.
+  constexpr bool norm_in_double = !is_near(kind) && !fast;
+  ThreadSum<R, T> excess, own, all, own_cross;
+  double norm = 0;
+  const T s = argument_scale<kind, T>(scale);
+  row.each([&](int k, const T* x) NCMI_INLINED {
+    T own_log[R::part], reference[R::part], own_activation[R::part], q_mean[R::part];
+    load_values<R::part, true>(of.log + k, own_log);
+    load_values<R::part, false>(of.reference + k, reference);
+    if constexpr (centroid_to_sample) {
+      load_values<R::part, true>(of.activation + k, own_activation);
+      load_values<R::part, false>(of.q_mean + k, q_mean);
+    }
+    T sum_excess = 0, sum_own = 0, sum_all = 0, sum_cross = 0;
+#pragma unroll
+    for (int v = 0; v < R::part; ++v) {
+      T weight, log;  // near: twice a
+      if constexpr (is_near(kind)) {
+        const NearActivation a = near<kind>(x[v] * s);
+        sum_excess += a.excess;
+        weight = T(1) + a.excess;
+        log = a.log;
+      } else {
+        const Activation<T> a = activate<kind, fast>(x[v] * s, shift);
+        if constexpr (norm_in_double)
+          norm += double(a.value);
+        else
+          sum_excess += a.value;
+        weight = a.value;
+        log = a.log;
+      }
+      const T d_own = log - own_log[v], d_all = log - reference[v];
+      sum_own += weight * d_own;
+      if constexpr (centroid_to_sample) {
+        sum_all += q_mean[v] * d_all;
+        sum_cross += own_activation[v] * d_own;
+      } else {
+        sum_all += weight * d_all;
+      }
+    }
+    excess.value += sum_excess;
+    own.value += sum_own;
+    all.value += sum_all;
+    own_cross.value += sum_cross;
+  });
+  double total[4] = {norm_in_double ? warp_sum(norm) : double(warp_sum(excess.value)), double(warp_sum(own.value)),
+                     double(warp_sum(all.value)),
+                     centroid_to_sample ? double(warp_sum(own_cross.value)) : 0.0};
+  if constexpr (centroid_to_sample) {
+    row.group.sum_warps(total);
+  } else {
+    double three[3] = {total[0], total[1], total[2]};
+    row.group.sum_warps(three);
+    for (int j = 0; j < 3; ++j) total[j] = three[j];
+  }
+  if constexpr (is_near(kind))  // sigma = (1 + excess) / 2
+    return {0.5 * (double(row.columns) + total[0]), 0.5 * total[1], centroid_to_sample ? total[2] : 0.5 * total[2],
+            total[3]};
+  return {total[0], total[1], total[2], total[3]};
+}
+
+// How a row is scaled and activated, and its sums so.
+template <class T>
+struct Summed {
+  double scale, inverse_length;
+  Kind kind;
+  T shift;
+  RowSums sums;
+};
+
+template <bool centroid_to_sample, bool fast, class T, class R>
+NCMI_DEVICE Summed<T> sum_row_stable(R& row, const Own<T>& of, const RowFeatures& features) {
+  const Size<T> size = size_of<T>(row);
+  Summed<T> result;
+  result.scale = features.inverse_temperature;
+  result.inverse_length = 0;
+  if (features.l2_normalize) {
+    const double length = norm_of(row, size);
+    const bool floored = length < kSmallestLength;
+    double inverse;
+    if (kSame<T, float> && length < double(kLargest<float>))
+      inverse = double(1.0f / float(floored ? kSmallestLength : length));
+    else
+      inverse = 1.0 / (floored ? kSmallestLength : length);
+    result.scale *= inverse;
+    result.inverse_length = floored ? 0 : inverse;
+  }
+  result.kind = first_kind(features.softmax, size.largest * T(result.scale));
+  result.shift = features.softmax ? scaled_max(row, T(result.scale)) : T(0);
+  const auto sum_as = [&](auto tag) NCMI_INLINED {
+    result.sums = sum_row<decltype(tag)::value, centroid_to_sample, fast>(row, of, result.scale, result.shift);
+  };
+  if constexpr (kSame<T, float>) {
+    if (result.kind == Kind::kNsfNearest) sum_as(KindTag<Kind::kNsfNearest>());
+    if (result.kind == Kind::kNsfNear) sum_as(KindTag<Kind::kNsfNear>());
+  }
+  if (result.kind == Kind::kNsf) {
+    sum_as(KindTag<Kind::kNsf>());
+    if (!(result.sums.norm > double(smallest_plain_sum<T>()))) {
+      result.kind = Kind::kNsfShifted;
+      result.shift = scaled_max(row, T(result.scale));
+    }
+  }
+  if (result.kind == Kind::kNsfShifted) sum_as(KindTag<Kind::kNsfShifted>());
+  if (result.kind == Kind::kSoftmax) sum_as(KindTag<Kind::kSoftmax>());
+  result.sums.norm += poison<T>(row, size.squares);
+  return result;
+}
+
+// -------------------------------------------------------------------------------------------------------------
+// Terms
+// -------------------------------------------------------------------------------------------------------------
+
+struct RowTerms {
+  double inverse_norm, own_mean, all_mean;
+  double concentration, separation;
+};
+
+// KL divergences as differences of logarithms, then of log-normalisers: each difference apart.
+template <class T>
+NCMI_DEVICE RowTerms terms_of(const Centroids<T>& q, int64_t y, const RowSums& sums) {
+  const double log_norm = ::log(sums.norm), inverse_norm = 1.0 / sums.norm;
+  const double own_mean = sums.own * inverse_norm, all_mean = sums.all * inverse_norm;
+  const double own_gap = log_norm - q.log_norm(y), inverse_classes = 1.0 / double(q.classes);
+  const double concentration = own_mean - own_gap;
+  const double separation =
+      q.centroid_to_sample ? (q.all().weight_sum * log_norm - q.all().weighted_log_norm) - sums.all +
+                                 (sums.own_cross * ::exp(-q.log_norm(y)) - own_gap) * inverse_classes
+                           : all_mean - (log_norm - q.all().weighted_log_norm) - concentration * inverse_classes;
+  return {inverse_norm, own_mean, all_mean, concentration, separation};
+}
+
+template <class T>
+NCMI_DEVICE double weight_of(const Weights<T>& weights, int64_t y) {
+  return weights.by_class ? double(weights.by_class[y]) : 1.0;
+}
+
+// -------------------------------------------------------------------------------------------------------------
+// Gradient. Forms p again: with the sums of the row known that is one pass.
+// -------------------------------------------------------------------------------------------------------------
+
+// The gradient of a row by z, but for what the chain rule of its length takes away.
+template <bool centroid_to_sample, bool fast, Kind kind, class T>
+struct GradRow {
+  T s, shift;
+  // sample_to_centroid
+  T by_all, by_gap, constant;
+  // centroid_to_sample
+  T inverse_norm, q_factor, own_mean, inverse_classes, alpha, beta;
+
+  NCMI_DEVICE GradRow(const Centroids<T>& q, int64_t y, const RowStats& stats, double concentration_grad,
+                      double separation_grad)
+      : s(argument_scale<kind, T>(stats.scale)), shift(T(stats.shift)) {
+    const double inverse_c = 1.0 / double(q.classes);
+    if constexpr (centroid_to_sample) {
+      inverse_norm = T(stats.inverse_norm);
+      q_factor = T(::exp(-q.log_norm(y)));
+      own_mean = T(stats.own_mean);
+      inverse_classes = T(inverse_c);
+      alpha = T(concentration_grad * stats.scale);
+      beta = T(separation_grad * stats.scale);
+    } else {
+      const SampleGradient g =
+          sample_gradient(concentration_grad, separation_grad, inverse_c, stats.own_mean, stats.all_mean);
+      // near: the factor 1/4 of (1 - t^2) / 4 goes into the coefficients
+      const double factor = (is_near(kind) ? 0.25 : 1.0) * stats.scale * stats.inverse_norm;
+      by_all = T(factor * g.by_all);
+      by_gap = T(factor * g.by_gap);
+      constant = T(factor * g.constant);
+    }
+  }
+
+  template <int width>
+  NCMI_DEVICE void at(const Own<T>& of, int k, const T* x, T* grad) const {
+    T own_log[width], reference[width], own_activation[width], q_mean[width];
+    load_values<width, true>(of.log + k, own_log);
+    if constexpr (centroid_to_sample) {
+      load_values<width, true>(of.activation + k, own_activation);
+      load_values<width, false>(of.q_mean + k, q_mean);
+    } else {
+      load_values<width, false>(of.reference + k, reference);
+    }
+#pragma unroll
+    for (int v = 0; v < width; ++v) {
+      if constexpr (centroid_to_sample) {
+        const Activation<T> a = activate<kind, fast>(x[v] * s, shift);
+        const T p = a.value * inverse_norm;
+        grad[v] = alpha * concentration_gradient(a.slope * p, a.log - own_log[v], own_mean) +
+                  beta * separation_gradient_centroid(a.slope, p, q_mean[v], own_activation[v] * q_factor,
+                                                      inverse_classes);
+      } else {
+        T value_slope, log;
+        if constexpr (is_near(kind)) {
+          const NearSlope a = near_slope<kind>(x[v] * s);
+          value_slope = a.slope;
+          log = a.log;
+        } else {
+          const Activation<T> a = activate<kind, fast>(x[v] * s, shift);
+          value_slope = a.value_slope;
+          log = a.log;
+        }
+        grad[v] = sample_gradient_at(value_slope, log - reference[v], reference[v] - own_log[v], by_all, by_gap,
+                                     constant);
+      }
+    }
+  }
+};
+
+// d loss / d z of a row, by the derivatives of the loss by its terms. Where the length counts, through x / ||x|| as
+// well: g - x (x . g) / ||x||^2.
+template <bool centroid_to_sample, bool fast, class In, class T, int kept>
+NCMI_DEVICE void grad_of_row(Row<In, T, kept>& row, const Centroids<T>& q, int64_t y, const RowStats& stats,
+                             double concentration_grad, double separation_grad, void* out) {
+  using R = Row<In, T, kept>;
+  const Own<T> of = own_of<centroid_to_sample>(q, y);
+  const int64_t offset = row.i * q.columns;
+  with_kind<T>(Kind(int(stats.kind)), [&](auto tag) NCMI_INLINED {
+    const GradRow<centroid_to_sample, fast, decltype(tag)::value, T> of_row(q, y, stats, concentration_grad,
+                                                                            separation_grad);
+    T grad[R::streamed ? 1 : kept];
+    ThreadSum<R, T> dot;
+    if (!R::streamed || stats.inverse_length != 0) {
+      row.each_stretch([&](int j, int k, const T* x) NCMI_INLINED {
+        T stretch[R::width];
+        T* g = R::streamed ? stretch : grad + j * R::width;
+        
+#pragma unroll
+        for (int v = 0; v < R::width; v += R::part) of_row.template at<R::part>(of, k + v, x + v, g + v);
+        T sum = 0;
+#pragma unroll
+        for (int v = 0; v < R::width; ++v) sum += x[v] * g[v];
+        dot.value += sum;
+      });
+    }
+    T share = 0;
+    if (stats.inverse_length != 0)
+      share = T(row.group.sum(dot.value) * stats.inverse_length * stats.inverse_length);
+    row.each_stretch([&](int j, int k, const T* x) NCMI_INLINED {
+      T g[R::width];
+      if constexpr (R::streamed) {
+        
+#pragma unroll
+        for (int v = 0; v < R::width; v += R::part) of_row.template at<R::part>(of, k + v, x + v, g + v);
+      } else {
+#pragma unroll
+        for (int v = 0; v < R::width; ++v) g[v] = grad[j * R::width + v];
+      }
+#pragma unroll
+      for (int v = 0; v < R::width; ++v) g[v] -= x[v] * share;
+      store_output<In, R::width>(out, row.input.dtype, offset + k, g);
+    });
+  });
+}
+
+// What an ignored row gets.
+template <class In, class T>
+NCMI_DEVICE void zero_row(const Group& group, const Matrix& input, int64_t i, int64_t columns, void* out) {
+  constexpr int width = kWidth<In>;
+  const T zero[width] = {};
+  for (int k = group.thread * width; k < columns; k += group.threads * width)
+    store_output<In, width>(out, input.dtype, i * columns + k, zero);
+}
+
+// -------------------------------------------------------------------------------------------------------------
+// Kernels
+// -------------------------------------------------------------------------------------------------------------
+
+template <class In, class T, int kept, bool centroid_to_sample, bool with_grad>
+__global__ void __maxnreg__((kTermsRegisters<In, T, kept, centroid_to_sample>)) terms_kernel(const TermsArgs<T> args) {
+  constexpr bool fast = sizeof(In) == 2;
+  const int64_t i = row_of_thread();
+  if (i >= args.rows) return;
+  Group group = group_of_thread(shared_storage<GroupStorage>());
+  const Centroids<T>& q = args.centroids;
+  const int64_t target = args.target[i];
+  if (target == args.target.ignore_index) {
+    if (group.first()) {
+      args.sums[i] = {};
+      args.stats[i] = {};
+    }
+    if constexpr (with_grad) zero_row<In, T>(group, args.input, i, q.columns, args.grad);
+    return;
+  }
+  const int64_t y = class_of(target, q.classes);
+  Row<In, T, kept> row(args.input, i, args.center, q.columns, group);
+  const Summed<T> summed =
+      sum_row_stable<centroid_to_sample, fast>(row, own_of<centroid_to_sample>(q, y), args.features);
+  RowStats stats{summed.scale, summed.inverse_length, double(summed.kind), double(summed.shift), 0, 0, 0, 0, 0};
+  if (group.first()) {
+    args.sums[i] = summed.sums;
+    args.stats[i] = stats;
+  }
+  if constexpr (with_grad) {
+    const RowTerms terms = terms_of(q, y, summed.sums);
+    const Ratio r = ratio(terms.concentration, terms.separation, args.eps);
+    double w = weight_of(args.weights, y);
+    if (args.weights.total) w /= *args.weights.total;
+    stats.inverse_norm = terms.inverse_norm;
+    stats.own_mean = terms.own_mean;
+    stats.all_mean = terms.all_mean;
+    grad_of_row<centroid_to_sample, fast>(row, q, y, stats, w * r.d_concentration, w * r.d_separation, args.grad);
+  }
+}
+
+template <class In, class T, int kept, bool centroid_to_sample>
+__global__ void __maxnreg__((kRegisters<In, T, kept>)) input_grad_kernel(const InputGradArgs<T> args) {
+  constexpr bool fast = sizeof(In) == 2;
+  const int64_t i = row_of_thread();
+  if (i >= args.rows) return;
+  Group group = group_of_thread(shared_storage<GroupStorage>());
+  const Centroids<T>& q = args.centroids;
+  const int64_t target = args.target[i];
+  if (target == args.target.ignore_index) return zero_row<In, T>(group, args.input, i, q.columns, args.grad);
+  const int64_t y = class_of(target, q.classes);
+  Row<In, T, kept> row(args.input, i, args.center, q.columns, group);
+  const RowStats stats = args.stats[i];
+  const double upstream = upstream_at(args.upstream, i);
+  grad_of_row<centroid_to_sample, fast>(row, q, y, stats, stats.by_concentration * upstream,
+                                        stats.by_separation * upstream, args.grad);
+}
+
+// -------------------------------------------------------------------------------------------------------------
+// Which of them
+// -------------------------------------------------------------------------------------------------------------
+
+template <class In>
+struct InputTag {
+  using type = In;
+};
+template <int kept>
+struct KeptTag {
+  static constexpr int value = kept;
+};
+
+// Calls f with the input type and what a thread keeps of a row: in registers, if it fits and can be read in 16 bytes.
+template <class T, class F>
+void with_row_kernel(const Matrix& input, int64_t columns, bool can_be_wide, const F& f) {
+  if constexpr (kSame<T, float>) {
+    if (can_be_wide && aligned(input, columns)) {
+      const auto with_kept = [&](auto in) {
+        if (columns <= kKept * kMostThreads<float, T, kKept>)
+          f(in, KeptTag<kKept>());
+        else
+          f(in, KeptTag<0>());
+      };
+      if (input.dtype == Dtype::kFloat32) return with_kept(InputTag<float>());
+      if (input.dtype == Dtype::kBFloat16) return with_kept(InputTag<BFloat16>());
+      return with_kept(InputTag<Float16>());
+    }
+  }
+  f(InputTag<Any>(), KeptTag<0>());
+}
+
+template <class In, int kept, template <class> class Args, class T>
+void launch_rows(void (*kernel)(Args<T>), const Args<T>& args, int64_t columns, Stream stream) {
+  const RowShape shape =
+      row_shape(columns, kept ? kept : kElementsPerThread * kWidth<In>, kMostThreads<In, T, kept>);
+  launch(kernel, ceil_div(args.rows, shape.rows_per_block), dim3(shape.threads, shape.rows_per_block), stream, args);
+}
+
+template <class T>
+bool aligned(const Centroids<T>& q) {
+  return aligned(q.log_activation) && aligned(q.activation) && aligned(q.reference);
+}
+
+}  // namespace ncmi::cuda

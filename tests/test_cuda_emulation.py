@@ -1,0 +1,412 @@
+"""The CUDA kernels themselves, run on the CPU (tests/cuda_emulation), against the literal definition in float64."""
+
+import ctypes
+import itertools
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import relative
+from torch.utils import cpp_extension
+
+import ncmi_kernels
+from ncmi_kernels import _ops, ncmi_loss, ncmi_terms, reference
+from ncmi_kernels._options import Options
+
+ROOT = Path(__file__).parent.parent
+EMULATION = Path(__file__).parent / "cuda_emulation"
+SEPARATIONS = ("sample_to_centroid", "centroid_to_sample")
+RATIOS = ("batch", "sample")
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    """csrc/cuda compiled by the host compiler."""
+    directory = tmp_path_factory.mktemp("emulation")
+    sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "csrc" / "cuda" / "ops_cuda.cpp"]
+    sources += [ROOT / "csrc" / "ops.cpp", EMULATION / "emulation.cpp"]
+    flags = ["-x", "c++", "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+    flags += ["-Werror", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020B000000000000"]
+    flags += ["-include", str(EMULATION / "emulation.h")]
+    flags += [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    objects = [str(directory / f"{source.name}.o") for source in sources]
+    compiling = [
+        subprocess.Popen(["g++", *flags, "-c", str(source), "-o", out], stderr=subprocess.PIPE, text=True)
+        for source, out in zip(sources, objects, strict=True)
+    ]
+    for process in compiling:
+        errors = process.communicate()[1]
+        assert process.returncode == 0, errors
+    path = directory / "ncmi_emulated.so"
+    link = [f"-L{p}" for p in cpp_extension.library_paths()] + ["-ltorch", "-ltorch_cpu", "-lc10"]
+    subprocess.run(["g++", "-shared", "-Wl,-Bsymbolic", "-o", str(path), *objects, *link], check=True)
+    torch.ops.load_library(str(path))
+    return path
+
+
+@pytest.fixture
+def emulated(library):
+    """The operators, as "cpu" and "cuda" have them."""
+    return _ops.Operators(*(getattr(torch.ops.ncmi_emulated, name).default for name in _ops.NAMES))
+
+
+@pytest.fixture
+def runs(emulated, monkeypatch):
+    """Run the emulated kernels in the place of the CPU's, on outputs and workspace that are full of NaN."""
+    monkeypatch.setattr(_ops, "operators", lambda backend: emulated)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def launches(library):
+    """Kernels launched so far."""
+    count = ctypes.CDLL(str(library)).emulation_launches
+    count.restype = ctypes.c_int64
+    return count
+
+
+def make(rows, classes, columns, *, ignore=False, center=False, weight=False, spread=2.0, dtype=torch.float32):
+    target = torch.randint(classes, (rows,))
+    if ignore:
+        target[::3] = -100
+    return (
+        (spread * torch.randn(rows, columns)).to(dtype),
+        target,
+        (spread * torch.randn(classes, columns)).to(dtype),
+        torch.randn(columns).to(dtype) if center else None,
+        (torch.rand(classes) + 0.1).to(dtype) if weight else None,
+    )
+
+
+def kernels(problem, upstream=1.0, **options):
+    """Loss and gradients of input and centroid_logits."""
+    z, target, xi, center, weight = problem
+    z, xi = z.clone().requires_grad_(), xi.clone().requires_grad_()
+    loss = ncmi_loss(z, target, xi, center=center, weight=weight, backend="cpu", **options)
+    return loss.detach(), *torch.autograd.grad(loss, (z, xi), torch.full_like(loss, upstream))
+
+
+def exactly(problem, upstream=1.0, **options):
+    """The same in float64, by the literal definition."""
+    z, target, xi, center, weight = (t if t is None or t.dtype is torch.int64 else t.double() for t in problem)
+    z, xi = z.clone().requires_grad_(), xi.clone().requires_grad_()
+    loss = reference.loss(z, target, xi, center, weight, Options(**options), literal=True)
+    return loss.detach(), *torch.autograd.grad(loss, (z, xi), torch.full_like(loss, upstream))
+
+
+def check(problem, bounds, upstream=1.0, **options):
+    actual, expected = kernels(problem, upstream, **options), exactly(problem, upstream, **options)
+    for a, e, bound in zip(actual, expected, bounds, strict=True):
+        assert relative(a, e) < bound
+
+
+FLOAT32 = (2e-6, 5e-6, 5e-6)
+FLOAT64 = (1e-10, 1e-10, 1e-10)
+
+
+@pytest.mark.parametrize("columns", [36, 37], ids=["in 16 bytes", "one by one"])
+@pytest.mark.parametrize("activation", ["nsf", "softmax"])
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("separation", SEPARATIONS)
+def test_every_variant(runs, separation, ratio, activation, columns):
+    for l2, center, weight, ignore in itertools.product((False, True), repeat=4):
+        options = {"temperature": 0.7, "l2_normalize": l2, "activation": activation}
+        options |= {"separation": separation, "ratio": ratio}
+        for dtype, bounds in ((torch.float32, FLOAT32), (torch.float64, FLOAT64)):
+            problem = make(13, 7, columns, center=center, weight=weight, ignore=ignore, dtype=dtype)
+            check(problem, bounds, **options)
+
+
+# A warp a row; a block; registers no longer enough; one element at a time.
+@pytest.mark.parametrize("columns", [2, 4, 512, 516, 8192, 8200, 8201])
+@pytest.mark.parametrize("separation", SEPARATIONS)
+@pytest.mark.parametrize("l2", [False, True])
+def test_every_layout_of_a_row(runs, columns, separation, l2):
+    for ratio in RATIOS:
+        check(make(5, 4, columns, center=True), FLOAT32, l2_normalize=l2, separation=separation, ratio=ratio)
+
+
+def test_one_column(runs):
+    """p = q = 1: every term is exactly zero and only rounding is left."""
+    for separation, l2 in itertools.product(SEPARATIONS, (False, True)):
+        problem = make(3, 4, 1, center=True, dtype=torch.float64)
+        for a in kernels(problem, separation=separation, l2_normalize=l2):
+            assert a.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("columns", [133, 136, 520, 8200])
+@pytest.mark.parametrize("separation", SEPARATIONS)
+@pytest.mark.parametrize("l2", [False, True])
+def test_half_precision(runs, dtype, columns, separation, l2):
+    problem = make(6, 5, columns, center=True, dtype=dtype, spread=1.0)
+    options = {"temperature": 0.5, "l2_normalize": l2, "separation": separation}
+    loss, grad_z, grad_xi = kernels(problem, 64.0, **options)
+    expected = exactly(problem, 64.0, **options)
+    assert loss.dtype == torch.float32
+    assert relative(loss, expected[0]) < 2e-6
+    for grad, exact in ((grad_z, expected[1]), (grad_xi, expected[2])):
+        rounding = relative(exact.to(grad.dtype), exact)  # what storing the exact gradient would cost
+        assert relative(grad, exact) <= 1.05 * rounding + 5e-6
+
+
+@pytest.mark.parametrize("separation", SEPARATIONS)
+@pytest.mark.parametrize("temperature", [0.2, 1.0])
+def test_authors_regime(runs, separation, temperature):
+    """p and q differ by a percent, and so much the more do roundings count."""
+    z, target, _, _, _ = make(64, 100, 512)
+    problem = z, target, 10 * torch.eye(100, 512), z.mean(0), None
+    for ratio in RATIOS:
+        options = {"temperature": temperature, "l2_normalize": True, "separation": separation, "ratio": ratio}
+        check(problem, (1e-5, 1e-5, 1e-5), **options)
+
+
+@pytest.mark.parametrize("separation", SEPARATIONS)
+def test_every_range_of_the_activation(runs, separation):
+    """Rows that are activated differently meet in the gradient of one centroid."""
+    for columns in (40, 41):
+        z, _, xi, _, _ = make(12, 2, columns, spread=1.0)
+        z = z * torch.logspace(-3, 2, 12)[:, None]
+        for ratio in RATIOS:
+            problem = z, torch.zeros(12, dtype=torch.int64), xi, None, None
+            check(problem, (5e-6, 5e-6, 5e-6), separation=separation, ratio=ratio)
+
+
+@pytest.mark.parametrize("separation", SEPARATIONS)
+def test_near_zero(runs, separation):
+    """A and G are of second order in features and centroids there: what rounds relative to 1 loses them."""
+    check(make(40, 3, 24, spread=0.1), FLOAT32, separation=separation)
+
+
+@pytest.mark.parametrize("value", [-200.0, 200.0])
+@pytest.mark.parametrize("separation", SEPARATIONS)
+def test_saturated_rows_and_centroids(runs, value, separation):
+    z, target, xi, _, _ = make(5, 3, 24, spread=1.0)
+    for problem in ((z + value, target, xi, None, None), (z, target, xi + value, None, None)):
+        for ratio in RATIOS:
+            actual = kernels(problem, separation=separation, ratio=ratio)
+            expected = exactly(problem, separation=separation, ratio=ratio)
+            assert relative(actual[0], expected[0]) < 1e-5
+            for a, e in zip(actual[1:], expected[1:], strict=True):
+                assert (a - e).norm() < 1e-4 * e.norm() + 1e-30
+
+
+@pytest.mark.parametrize("huge", [1e18, 3e37])
+def test_one_huge_element(runs, huge):
+    for columns in (24, 25):
+        z, target, xi, _, _ = make(4, 3, columns)
+        z[1, 2] = huge
+        loss, grad_z, grad_xi = kernels((z, target, xi, None, None), l2_normalize=True)
+        expected = exactly((z, target, xi, None, None), l2_normalize=True)
+        assert relative(loss, expected[0]) < 1e-5
+        assert bool(grad_z.isfinite().all())
+        assert relative(grad_xi, expected[2]) < 1e-5
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_reaches_the_loss(runs, value):
+    for columns, l2, ratio in itertools.product((24, 25), (False, True), RATIOS):
+        z, target, xi, _, _ = make(4, 3, columns)
+        z[1, 2] = value
+        assert ncmi_loss(z, target, xi, l2_normalize=l2, ratio=ratio, backend="cpu").isnan()
+
+
+def test_ignored_rows_leave_no_trace(runs):
+    z, target, xi, _, _ = make(10, 4, 36, ignore=True)
+    kept = target != -100
+    dirty = torch.where(kept[:, None], z, float("nan"))
+    for ratio, reduction in (("batch", "mean"), ("sample", "mean"), ("sample", "none")):
+        clean = kernels((z, target, xi, None, None), ratio=ratio, reduction=reduction)
+        for a, e in zip(kernels((dirty, target, xi, None, None), ratio=ratio, reduction=reduction), clean, strict=True):
+            assert torch.equal(a, e)
+        assert bool((clean[1][~kept] == 0).all())
+
+
+def test_nothing_to_average(runs):
+    xi = torch.randn(4, 6, requires_grad=True)
+    for rows, ratio in itertools.product((0, 5), RATIOS):
+        z = torch.randn(rows, 6, requires_grad=True)
+        target = torch.full((rows,), -100)
+        loss = ncmi_loss(z, target, xi, ratio=ratio, backend="cpu")
+        assert loss.isnan()
+        assert all(bool((g == 0).all()) for g in torch.autograd.grad(loss, (z, xi)))
+    assert ncmi_loss(z, target, xi, ratio="sample", reduction="sum", backend="cpu") == 0
+
+
+@pytest.mark.parametrize("separation", SEPARATIONS)
+def test_reductions_and_upstream_gradients(runs, separation):
+    problem = make(9, 4, 40, weight=True, ignore=True)
+    for reduction in ("mean", "sum", "none"):
+        check(problem, FLOAT32, 3.7, separation=separation, ratio="sample", reduction=reduction)
+    z, target, xi, _, weight = problem
+    z, xi = z.requires_grad_(), xi.requires_grad_()
+    losses = ncmi_loss(z, target, xi, weight=weight, ratio="sample", reduction="none", backend="cpu")
+    factors = torch.randn(18)[::2]
+    grads = torch.autograd.grad(losses, (z, xi), factors)
+    options = Options(ratio="sample", reduction="none")
+    wide = z.detach().double().requires_grad_(), xi.detach().double().requires_grad_()
+    exact = reference.loss(wide[0], target, wide[1], None, weight.double(), options, literal=True)
+    for a, e in zip(grads, torch.autograd.grad(exact, wide, factors.double()), strict=True):
+        assert relative(a, e) < 5e-6
+
+
+def test_terms(runs):
+    for columns, separation in itertools.product((36, 37), SEPARATIONS):
+        z, target, xi, center, _ = make(7, 4, columns, center=True)
+        z, xi = z.requires_grad_(), xi.requires_grad_()
+        terms = ncmi_terms(z, target, xi, center=center, separation=separation, backend="cpu")
+        wide = z.detach().double().requires_grad_(), xi.detach().double().requires_grad_()
+        exact = reference.terms(wide[0], target, wide[1], center.double(), Options(separation=separation))
+        upstream = torch.randn(7), torch.randn(7)
+        grads = torch.autograd.grad(terms, (z, xi), upstream)
+        expected = torch.autograd.grad(exact, wide, tuple(u.double() for u in upstream))
+        for a, e in zip((*terms, *grads), (*exact, *expected), strict=True):
+            assert relative(a, e) < 5e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layouts_of_the_tensors(runs, dtype):
+    base = torch.randn(60, 64).to(dtype)
+    target = torch.stack((torch.arange(20) % 3, torch.arange(20)), dim=1)[:, 0]
+    for z in (base.t()[:20, :32], base[:20, ::2], base[:1, :32].expand(20, 32), base[7:27, 5:37], base[:20, 8:40]):
+        xi = torch.randn(60, 120)[:32, :3].t()
+        strided = kernels((z, target, xi, None, None))
+        expected = exactly((z, target, xi, None, None))
+        for a, e, bound in zip(strided, expected, FLOAT32, strict=True):
+            assert relative(a, e) < bound + relative(e.to(a.dtype), e) * 1.05
+
+
+def test_many_rows_and_many_columns(runs):
+    """What blocks share beyond a size: the sums over rows, over columns, the centre."""
+    check(make(8200, 3, 4, weight=True, ignore=True), (2e-6, 5e-6, 5e-6))
+    check(make(2, 2, 66000), FLOAT32)
+    check(make(2, 2, 66000), FLOAT32, separation="centroid_to_sample", l2_normalize=True)
+
+
+@pytest.mark.parametrize("shape", [(5, 12), (70, 13), (300, 260), (2, 66000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_running_center(emulated, runs, shape, dtype):
+    rows, columns = shape
+    z, target = torch.randn(rows, columns).to(dtype), torch.randint(3, (rows,))
+    target[1] = -100
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    center, batches = torch.zeros(columns, dtype=wide), torch.tensor(0)
+    expected = z[target != -100].double().mean(0)
+    copy = emulated.update_center_(center, batches, z, target, 0.9, 3, -100)
+    assert torch.equal(copy, center)
+    assert batches == 1
+    assert relative(center, expected) < (1e-12 if dtype == torch.float64 else 1e-6)
+    second = emulated.update_center_(center, batches, z * 2, target, 0.75, 3, -100)
+    assert batches == 2
+    assert relative(second, 1.25 * expected) < (1e-12 if dtype == torch.float64 else 1e-6)
+
+    before = center.clone()
+    dirty = z.clone()
+    dirty[0, columns // 2] = float("inf")
+    for batch, y in ((dirty, target), (z, torch.full_like(target, -100)), (z[:0], target[:0])):
+        if batch is dirty and target[0] == -100:
+            continue
+        copy = emulated.update_center_(center, batches, batch, y, 0.9, 3, -100)
+        assert torch.equal(center, before)
+        assert torch.equal(copy, before)
+        assert batches == 2
+
+
+def test_training_step_with_a_running_center(runs):
+    """The module with these kernels and with the CPU's, for two steps."""
+    results = []
+    for operators in (_ops.operators("cuda"), _ops._compiled):
+        for ratio in RATIOS:
+            _ops.operators = lambda backend, operators=operators: operators  # restored by the fixture
+            torch.manual_seed(1)
+            criterion = ncmi_kernels.NCMILoss(5, 24, ratio=ratio, backend="cpu")
+            z = torch.randn(9, 24)
+            for step in range(2):
+                x = (z * (step + 1)).requires_grad_()
+                loss = criterion(x, torch.arange(9) % 5)
+                loss.backward()
+                results.append((loss.detach(), x.grad, *(b.clone() for b in criterion.buffers())))
+    for ours, cpus in zip(results[:4], results[4:], strict=True):
+        for a, e in zip(ours, cpus, strict=True):
+            assert relative(a.double(), e.double()) < 5e-6
+
+
+def test_same_outputs_as_the_cpu_operators(emulated, runs):
+    """Shapes, dtypes and strides of every output, which the fake kernels promise."""
+    cpu = _ops._compiled
+    for separation in (False, True):
+        z, target, xi, _, _ = make(6, 4, 20)
+        stats = [ops.centroid_stats(xi, False, separation) for ops in (emulated, cpu)]
+        center, batches = torch.zeros(20), torch.tensor(0)
+        outputs = []
+        for ops, s in zip((emulated, cpu), stats, strict=True):
+            terms = ops.terms(z, target, None, *s, 1.0, False, False, separation, -100)
+            loss = [
+                ops.loss(
+                    z, target, None, center.clone(), batches.clone(), 0.9, *s, None, 1.0, True, False, separation,
+                    batch, reduction, 1e-8, -100, with_grad,
+                )
+                for batch, reduction, with_grad in ((True, 1, False), (False, 1, True), (False, 0, False))
+            ]  # fmt: skip
+            upstream = torch.tensor(2.0)
+            rest = z, target, None
+            grad = ops.input_grad(*rest, *s, loss[0][1], upstream, separation, -100)
+            xi_grad = ops.centroid_grad(*rest, xi, *s, loss[0][1], upstream, separation, -100)
+            outputs.append([*s, *terms, *itertools.chain(*loss), grad, xi_grad])
+        for a, e in zip(*outputs, strict=True):
+            assert (a.shape, a.dtype, a.stride()) == (e.shape, e.dtype, e.stride())
+
+
+def test_a_target_out_of_range_stops_the_kernel(runs):
+    z, target, xi, _, _ = make(4, 3, 8)
+    for wrong in (3, -1):
+        target[2] = wrong
+        with pytest.raises(RuntimeError, match="target is out of range"):
+            ncmi_loss(z, target, xi, backend="cpu")
+
+
+@pytest.mark.parametrize(("ratio", "reduction"), [("batch", "mean"), ("sample", "mean"), ("sample", "none")])
+@pytest.mark.parametrize("separation", SEPARATIONS)
+@pytest.mark.parametrize("spread", [0.1, 2.0])
+def test_the_same_bits_again(runs, separation, ratio, reduction, spread):
+    z, target, xi, _, weight = make(9, 3, 124, weight=True, ignore=True, spread=spread)
+    z.requires_grad_(), xi.requires_grad_()
+    losses = [
+        ncmi_loss(z, target, xi, weight=weight, separation=separation, ratio=ratio, reduction=reduction, backend="cpu")
+        for _ in range(2)
+    ]
+    assert torch.equal(*losses)
+    upstream = torch.full_like(losses[0], 3.7)
+    first = torch.autograd.grad(losses[0], (z, xi), upstream, retain_graph=True)
+    for loss in losses:
+        for a, b in zip(first, torch.autograd.grad(loss, (z, xi), upstream), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shape", [(128, 100, 512), (256, 1000, 1000), (4096, 100, 128)])
+def test_launches_of_a_step(emulated, launches, shape):
+    """With fixed centroids: at most 4 forward, the centre's update included, and 2 backward."""
+    rows, classes, columns = shape
+    z, target = torch.randn(rows, columns), torch.randint(classes, (rows,))
+    stats = emulated.centroid_stats(10 * torch.eye(classes, columns), False, False)
+    center, batches = torch.zeros(columns), torch.tensor(0)
+    for batch_ratio in (True, False):
+        before = launches()
+        _, row_stats, moved, grad = emulated.loss(
+            z, target, None, center, batches, 0.9, *stats, None, 1.0, True, False, False, batch_ratio, 1, 1e-8, -100,
+            not batch_ratio,
+        )  # fmt: skip
+        assert launches() - before == 4
+        before = launches()
+        if batch_ratio:
+            emulated.input_grad(z, target, moved, *stats, row_stats, torch.tensor(2.0), False, -100)
+        else:
+            emulated.scale_(grad, torch.tensor(2.0))
+        assert launches() - before == 1
