@@ -1,7 +1,67 @@
-"""Fixtures and the comparison with float64 that all tests of numbers share."""
+"""Fixtures, the backends, and the comparison with float64 that all tests of numbers share."""
+
+import os
+from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
+
+# Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors. It looks at this when it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from ncmi_kernels import _backends
+
+if _backends.triton_interprets() and _backends.load_triton() is None:
+    from triton.runtime.interpreter import InterpretedFunction
+
+    # A kernel that calls a function of its own module has patched what that needs already. Doing it again for every
+    # call takes a third of the time of a test.
+    InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
+
+# Those with kernels. "cuda", and "triton" where there is a GPU, run on it.
+KERNELS = [
+    pytest.param("cpu"),
+    pytest.param("triton", marks=[pytest.mark.gpu] if torch.cuda.is_available() else []),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+
+
+# Backends whose tests fail where they cannot run, and are not skipped.
+REQUIRED = [name for name in os.environ.get("NCMI_REQUIRE_BACKENDS", "").split(",") if name]
+
+
+def device_of(backend: str) -> str:
+    """Where the tests put tensors for a backend."""
+    return "cuda" if backend == "cuda" or (backend == "triton" and torch.cuda.is_available()) else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a test of one backend makes, it makes where that backend runs."""
+    backend = request.node.callspec.params.get("backend") if hasattr(request.node, "callspec") else None
+    with torch.device(device_of(backend)) if isinstance(backend, str) else nullcontext():
+        yield
+
+
+@pytest.fixture
+def interpreted(backend: str) -> bool:
+    """Whether the test runs a backend in Triton's interpreter: correct, but milliseconds for each program."""
+    return backend == "triton" and device_of(backend) == "cpu"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none, and backends that cannot run."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available() and not REQUIRED:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+            continue
+        callspec = getattr(item, "callspec", None)
+        backend = callspec.params.get("backend") if callspec else None
+        reason = _backends.available_backends().get(backend) if backend in ("triton", "cuda") else None
+        if reason is not None and backend not in REQUIRED:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,740 @@
+"""The operators of csrc/ops.cpp on Triton: outputs allocated, kernels launched.
+
+Called directly in eager mode; under torch.compile through the dispatcher, as opaque operators of a namespace of their
+own. Shapes: B rows, M columns, C classes.
+"""
+
+import struct
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from torch.library import Library
+
+from ncmi_kernels import _backends, _ops
+from ncmi_kernels._options import REDUCTIONS
+from ncmi_kernels._triton import kernels
+
+NAMESPACE = "ncmi_kernels_triton"
+INTERPRETED = _backends.triton_interprets()
+
+LARGEST_ON_CHIP = 16384  # columns; longer rows are read in stretches, once for every pass over them
+RESCUE_COLUMNS = 128  # at once, where a row is read again because its squares overflowed
+FINISH_BLOCK = 512  # rows a program of finish_kernel has
+LARGEST_WHOLE = 8192  # rows up to which each of its programs sums over the whole batch itself
+LARGEST_CHUNKS = 128  # of rows, for sums over the batch
+SMALLEST_CHUNK = 64  # rows
+LARGEST_WHOLE_CENTER = 65536  # chunks * columns up to which one program moves the centre
+
+# Of all kernels. Fusing multiplications with additions is no longer the default from Triton 3.10 on.
+COMPILING = {"sanitize_overflow": False, "enable_fp_fusion": True}
+
+_HALF = (torch.bfloat16, torch.float16)
+_TL = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+class Tile(NamedTuple):
+    """What a program works on."""
+
+    rows: int
+    columns: int  # at once
+    stretches: int  # of that many columns in a row held on chip; 0: the row is read in a loop
+    keep: bool  # the gradient of a row on chip too; else it is formed twice
+    vec: int  # neighbours that a sum adds before it goes to float64
+    warps: int
+
+
+@lru_cache(maxsize=1024)
+def row_tile(
+    columns: int, dtype: torch.dtype, with_grad: bool, centroid_to_sample: bool = False, near: bool = False
+) -> Tile:
+    """For kernels by row of an input [B, columns].
+
+    A thread has 64 elements, so that sums across threads and what is done once for a row are little beside the work on
+    elements; half as many where a gradient is held on chip as well, or features are not known to be `near`, and of
+    float64 a quarter. Short rows share a program.
+    """
+    double, half = dtype == torch.float64, dtype in _HALF
+    vec = 8 if half else 4
+    # Past these, registers spill.
+    on_chip = LARGEST_ON_CHIP // (4 if double else 2 if with_grad and centroid_to_sample else 1)
+    if columns > on_chip:
+        warps = 8 if half and with_grad else 16
+        return Tile(1, 256 * warps, 0, False, vec, warps)
+    width = max(16, 1 << (columns - 1).bit_length())
+    of_warp = 512 if double else 1024 if with_grad or not near else 2048
+    warps = max(1, width // of_warp)
+    keep = width < LARGEST_ON_CHIP
+    at_once = (256 if keep or half else 128) * warps  # 8 elements a thread, one or two loads
+    rows = min(max(1, of_warp * warps // width), at_once // 16)
+    stretch = min(width, at_once // rows)
+    return Tile(rows, stretch, -(-columns // stretch), keep, vec, warps)
+
+
+def _power_of_two(n: int, largest: int) -> int:
+    return int(min(largest, max(16, 1 << (n - 1).bit_length())))
+
+
+def _bits(value: float) -> int:
+    """The bits of a double, which Triton takes where it would round a float to float32."""
+    return int(struct.unpack("<q", struct.pack("<d", value))[0])
+
+
+class Strides(NamedTuple):
+    """Strides of a matrix as kernels take them."""
+
+    units: int  # between rows, in units of `align` elements
+    column: int
+    align: int
+    contiguous: bool
+
+
+def _strides(matrix: Tensor) -> Strides:
+    row, column = matrix.stride()
+    if column != 1 and matrix.shape[1] > 1:
+        return Strides(row, column, 1, False)
+    align = 16
+    while row % align:
+        align //= 2
+    return Strides(row // align, 1, align, True)
+
+
+def _on(tensor: Tensor) -> AbstractContextManager[Any]:
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, **options: Any) -> None:
+    """Every launch goes through here."""
+    kernel[grid](*args, num_warps=warps, **COMPILING, **options)
+
+
+def _check_targets(target: Tensor, ignore_index: int, classes: int) -> None:
+    """What device assertions do on a device, for the interpreter, which has none."""
+    if not INTERPRETED:
+        return
+    wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise IndexError(
+            f"target: value {int(target[row])} at row {row} is out of range, expected a class in [0, {classes}) or "
+            f"ignore_index ({ignore_index})"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Operators
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def centroid_stats(
+    centroid_logits: Tensor, softmax: bool, centroid_to_sample: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits [C, M] to log_activation [C, M], activation [C or 0, M], reference [2, M], norms [C + 1, 8] float64."""
+    classes, columns = centroid_logits.shape
+    log_activation = centroid_logits.new_empty((classes, columns))
+    activation = centroid_logits.new_empty((classes if centroid_to_sample else 0, columns))
+    reference = centroid_logits.new_empty((2, columns))
+    norms = centroid_logits.new_empty((classes + 1, _ops.CLASS_STATS), dtype=torch.float64)
+    workspace = norms.new_empty((2, columns))
+    residual, weighted = workspace[0], workspace[1]
+    tile = row_tile(columns, centroid_logits.dtype, True)
+    strides = _strides(centroid_logits)
+    with _on(centroid_logits):
+        launch(
+            kernels.centroid_rows_kernel,
+            (-(-classes // tile.rows),),
+            centroid_logits,
+            log_activation,
+            activation,
+            norms,
+            strides.units,
+            strides.column,
+            classes,
+            columns,
+            strides.align,
+            strides.contiguous,
+            kernels.SOFTMAX if softmax else kernels.NSF,
+            centroid_to_sample,
+            tile.rows,
+            tile.columns,
+            tile.vec,
+            warps=tile.warps,
+        )
+        launch(
+            kernels.centroid_columns_kernel,
+            (-(-columns // 16),),
+            log_activation,
+            activation,
+            norms,
+            reference,
+            residual,
+            weighted,
+            classes,
+            columns,
+            centroid_to_sample,
+            128,
+            16,
+        )
+        launch(
+            kernels.centroid_constants_kernel,
+            (1,),
+            reference,
+            residual,
+            weighted,
+            norms,
+            classes,
+            columns,
+            centroid_to_sample,
+            512,
+        )
+    return log_activation, activation, reference, norms
+
+
+def _launch_rows(
+    input: Tensor,
+    target: Tensor,
+    center: Tensor | None,
+    log_activation: Tensor,
+    activation: Tensor,
+    reference: Tensor,
+    norms: Tensor,
+    temperature: float,
+    l2_normalize: bool,
+    softmax: bool,
+    centroid_to_sample: bool,
+    ignore_index: int,
+    weight: Tensor | None = None,
+    weight_sums: Tensor | None = None,
+    eps: float = 0.0,
+    grad: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The rows' statistics [B, 9] and sums [4, B], float64, as terms_kernel leaves them."""
+    rows, columns = input.shape
+    classes = log_activation.shape[0]
+    stats = norms.new_empty((rows, _ops.ROW_STATS))
+    sums = norms.new_empty((4, rows))
+    if rows == 0:
+        return stats, sums
+    double = log_activation.dtype is torch.float64
+    # Of a vector of length one over the temperature: |f| <= 1 / temperature.
+    reach = 1.0 / temperature if l2_normalize else float("inf")
+    kind = kernels.SOFTMAX if softmax else kernels.NEAR if reach <= 1.0 and not double else kernels.NSF
+    dtype = log_activation.dtype if double else input.dtype
+    tile = row_tile(columns, dtype, grad is not None, centroid_to_sample, kind == kernels.NEAR)
+    strides = _strides(input)
+    launch(
+        kernels.terms_kernel,
+        (-(-rows // tile.rows),),
+        input,
+        target,
+        center,
+        log_activation,
+        activation,
+        reference,
+        norms,
+        weight if grad is not None else None,
+        weight_sums,
+        stats,
+        sums,
+        grad,
+        strides.units,
+        strides.column,
+        target.stride(0),
+        _bits(1.0 / temperature),
+        _bits(eps),
+        ignore_index,
+        classes,
+        rows,
+        columns,
+        0 if weight_sums is None else weight_sums.shape[0],
+        columns,
+        strides.align,
+        strides.contiguous,
+        l2_normalize,
+        kind,
+        kind == kernels.NSF and reach > 16.0,
+        input.dtype in _HALF,
+        min(RESCUE_COLUMNS, tile.columns) if l2_normalize and input.dtype is not torch.float16 else 0,
+        centroid_to_sample,
+        grad is not None,
+        weight_sums is not None,
+        tile.rows,
+        tile.columns,
+        tile.stretches,
+        tile.vec,
+        LARGEST_CHUNKS,
+        tile.keep,
+        warps=tile.warps,
+    )
+    return stats, sums
+
+
+def _finish(
+    target: Tensor,
+    norms: Tensor,
+    weight: Tensor | None,
+    sums: Tensor,
+    stats: Tensor,
+    result: Tensor,
+    eps: float,
+    ignore_index: int,
+    classes: int,
+    centroid_to_sample: bool,
+    batch_ratio: bool,
+    reduction: int,
+    finished: bool,
+) -> None:
+    rows = target.shape[0]
+    tiles = max(1, -(-rows // FINISH_BLOCK))
+    whole = rows <= LARGEST_WHOLE or REDUCTIONS_AND_TERMS[reduction] in ("none", "terms")
+    partials = None if whole else norms.new_empty((3, tiles))
+    for stage in (kernels.WHOLE,) if whole else (kernels.PARTIAL, kernels.LAST):
+        launch(
+            kernels.finish_kernel,
+            (tiles,),
+            target,
+            norms,
+            weight,
+            sums,
+            partials,
+            stats,
+            result,
+            target.stride(0),
+            _bits(eps),
+            ignore_index,
+            classes,
+            rows,
+            tiles,
+            centroid_to_sample,
+            batch_ratio,
+            reduction,
+            finished,
+            stage,
+            FINISH_BLOCK,
+            debug=True,
+        )
+
+
+REDUCTIONS_AND_TERMS = (*REDUCTIONS, "terms")
+
+
+def terms(
+    input: Tensor,
+    target: Tensor,
+    center: Tensor | None,
+    log_activation: Tensor,
+    activation: Tensor,
+    reference: Tensor,
+    norms: Tensor,
+    temperature: float,
+    l2_normalize: bool,
+    softmax: bool,
+    centroid_to_sample: bool,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """Concentration and separation [2, B], and the rows' statistics [B, 9] float64."""
+    classes = log_activation.shape[0]
+    _check_targets(target, ignore_index, classes)
+    with _on(input):
+        stats, sums = _launch_rows(
+            input,
+            target,
+            center,
+            log_activation,
+            activation,
+            reference,
+            norms,
+            temperature,
+            l2_normalize,
+            softmax,
+            centroid_to_sample,
+            ignore_index,
+        )
+        result = log_activation.new_empty((2, target.shape[0]))
+        reduction = REDUCTIONS_AND_TERMS.index("terms")
+        _finish(
+            target,
+            norms,
+            None,
+            sums,
+            stats,
+            result,
+            0.0,
+            ignore_index,
+            classes,
+            centroid_to_sample,
+            False,
+            reduction,
+            False,
+        )
+    return result, stats
+
+
+def _column_sums(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    classes: int,
+    with_sums: bool,
+    with_weights: bool,
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """By chunk of rows, float64: column sums [chunks, M], how many rows count [chunks], the sum of their weights."""
+    rows, columns = input.shape
+    chunk_rows = max(SMALLEST_CHUNK, -(-rows // LARGEST_CHUNKS))
+    chunks = max(1, -(-rows // chunk_rows))
+    sums = input.new_empty((chunks, columns), dtype=torch.float64) if with_sums else None
+    counts = input.new_empty((chunks,), dtype=torch.float64)
+    weight_sums = input.new_empty((chunks,), dtype=torch.float64) if with_weights else None
+    width = _power_of_two(columns, 256)
+    strides = _strides(input)
+    launch(
+        kernels.column_sums_kernel,
+        (chunks, -(-columns // width) if with_sums else 1),
+        input,
+        target,
+        weight,
+        sums,
+        counts,
+        weight_sums,
+        strides.units,
+        strides.column,
+        target.stride(0),
+        ignore_index,
+        classes,
+        rows,
+        chunk_rows,
+        columns,
+        strides.align,
+        strides.contiguous,
+        with_sums,
+        with_weights,
+        2048 // width if width > 32 else 64,
+        width,
+        debug=True,
+    )
+    return sums, counts, weight_sums
+
+
+def _move_center(sums: Tensor, counts: Tensor, center: Tensor, batches: Tensor, momentum: float) -> Tensor:
+    copy = torch.empty_like(center)
+    chunks, columns = sums.shape
+    whole = chunks * columns <= LARGEST_WHOLE_CENTER
+    rows, width = (16, 256) if whole else (32, 64)
+    tiles = 1 if whole else -(-columns // width)
+    wrongs = None if whole else batches.new_empty((tiles,), dtype=torch.int32)
+    for stage in (kernels.WHOLE,) if whole else (kernels.PARTIAL, kernels.LAST):
+        launch(
+            kernels.move_center_kernel,
+            (tiles,),
+            sums,
+            counts,
+            center,
+            batches,
+            copy,
+            wrongs,
+            chunks,
+            counts.shape[0],
+            _bits(momentum),
+            tiles,
+            columns,
+            stage,
+            rows,
+            width,
+            LARGEST_CHUNKS,
+            warps=8 if whole else 4,
+        )
+    return copy
+
+
+def update_center_(
+    center: Tensor,
+    num_batches_tracked: Tensor,
+    input: Tensor,
+    target: Tensor,
+    momentum: float,
+    num_classes: int,
+    ignore_index: int,
+) -> Tensor:
+    """Move `center` [M] towards the mean of the rows of `input` [B, M] that count; returns a copy of it."""
+    _check_targets(target, ignore_index, num_classes)
+    with _on(input):
+        sums, counts, _ = _column_sums(input, target, None, ignore_index, num_classes, True, False)
+        assert sums is not None
+        return _move_center(sums, counts, center, num_batches_tracked, momentum)
+
+
+def loss(
+    input: Tensor,
+    target: Tensor,
+    center: Tensor | None,
+    running_center: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float,
+    log_activation: Tensor,
+    activation: Tensor,
+    reference: Tensor,
+    norms: Tensor,
+    weight: Tensor | None,
+    temperature: float,
+    l2_normalize: bool,
+    softmax: bool,
+    centroid_to_sample: bool,
+    batch_ratio: bool,
+    reduction: int,
+    eps: float,
+    ignore_index: int,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss [] or [B], the rows' statistics [B, 9] float64, the moved centre [M] or [0], d loss / d input or [0]."""
+    rows, columns = input.shape
+    classes = log_activation.shape[0]
+    _check_targets(target, ignore_index, classes)
+    normalized = with_grad and REDUCTIONS[reduction] == "mean"
+    with _on(input):
+        moved = log_activation.new_empty((0,))
+        weight_sums = None
+        if running_center is not None or normalized:
+            moving = running_center is not None
+            sums, counts, weight_sums = _column_sums(input, target, weight, ignore_index, classes, moving, normalized)
+            if running_center is not None:
+                assert num_batches_tracked is not None
+                assert sums is not None
+                moved = center = _move_center(sums, counts, running_center, num_batches_tracked, momentum)
+        grad = log_activation.new_empty((rows, columns)) if with_grad else None
+        stats, row_sums = _launch_rows(
+            input,
+            target,
+            center,
+            log_activation,
+            activation,
+            reference,
+            norms,
+            temperature,
+            l2_normalize,
+            softmax,
+            centroid_to_sample,
+            ignore_index,
+            weight,
+            weight_sums,
+            eps,
+            grad,
+        )
+        result = log_activation.new_empty((rows,) if REDUCTIONS[reduction] == "none" else ())
+        _finish(
+            target,
+            norms,
+            weight,
+            row_sums,
+            stats,
+            result,
+            eps,
+            ignore_index,
+            classes,
+            centroid_to_sample,
+            batch_ratio,
+            reduction,
+            with_grad,
+        )
+    return result, stats, moved, log_activation.new_empty((0,)) if grad is None else grad
+
+
+def scale_(grad: Tensor, upstream: Tensor) -> None:
+    """`grad` [B, M] times `upstream` [], in place."""
+    size = grad.numel()
+    if size == 0:
+        return
+    with _on(grad):
+        launch(kernels.scale_kernel, (-(-size // 1024),), grad, upstream, size, 1024)
+
+
+def input_grad(
+    input: Tensor,
+    target: Tensor,
+    center: Tensor | None,
+    log_activation: Tensor,
+    activation: Tensor,
+    reference: Tensor,
+    norms: Tensor,
+    rows: Tensor,
+    upstream: Tensor | None,
+    centroid_to_sample: bool,
+    ignore_index: int,
+) -> Tensor:
+    """d loss / d input [B, M], in the dtype of `input`; `upstream` is None, a scalar or [B]."""
+    count, columns = input.shape
+    grad = torch.empty((count, columns), dtype=input.dtype, device=input.device)
+    classes = log_activation.shape[0]
+    _check_targets(target, ignore_index, classes)
+    if count == 0:
+        return grad
+    tile = row_tile(columns, input.dtype, True, centroid_to_sample)
+    strides = _strides(input)
+    with _on(input):
+        launch(
+            kernels.input_grad_kernel,
+            (-(-count // tile.rows),),
+            input,
+            target,
+            center,
+            log_activation,
+            activation,
+            reference,
+            norms,
+            rows,
+            upstream,
+            grad,
+            strides.units,
+            strides.column,
+            target.stride(0),
+            upstream.stride(0) if upstream is not None and upstream.dim() == 1 else 0,
+            ignore_index,
+            classes,
+            count,
+            columns,
+            strides.align,
+            strides.contiguous,
+            input.dtype in _HALF,
+            centroid_to_sample,
+            tile.rows,
+            tile.columns,
+            tile.stretches,
+            tile.keep,
+            warps=tile.warps,
+        )
+    return grad
+
+
+def centroid_grad(
+    input: Tensor,
+    target: Tensor,
+    center: Tensor | None,
+    centroid_logits: Tensor,
+    log_activation: Tensor,
+    activation: Tensor,
+    reference: Tensor,
+    norms: Tensor,
+    rows: Tensor,
+    upstream: Tensor | None,
+    centroid_to_sample: bool,
+    ignore_index: int,
+) -> Tensor:
+    """d loss / d centroid_logits [C, M]."""
+    classes, columns = centroid_logits.shape
+    _check_targets(target, ignore_index, classes)
+    dtype = centroid_logits.dtype
+    grad = torch.empty((classes, columns), dtype=dtype, device=centroid_logits.device)
+    # Rows by class in the order of the batch, ignored ones last. No count is read on the host.
+    of_class = torch.where(target == ignore_index, classes, target)
+    of_class, order = torch.sort(of_class, stable=True)
+    begin = torch.searchsorted(of_class, torch.arange(classes + 1, device=target.device))
+    sums = norms.new_empty((2, classes, columns))
+    factor_sums = norms.new_empty((2, classes))
+    totals = norms.new_empty((columns,))
+    strides, of_centroids = _strides(input), _strides(centroid_logits)
+    width = _power_of_two(columns, 256)
+    with _on(input):
+        launch(
+            kernels.class_sums_kernel,
+            (classes, -(-columns // width)),
+            input,
+            center,
+            rows,
+            upstream,
+            order,
+            begin,
+            sums[0],
+            sums[1],
+            factor_sums,
+            strides.units,
+            strides.column,
+            upstream.stride(0) if upstream is not None and upstream.dim() == 1 else 0,
+            classes,
+            columns,
+            strides.align,
+            strides.contiguous,
+            _TL[dtype],
+            input.dtype in _HALF,
+            centroid_to_sample,
+            4,
+            width,
+        )
+        launch(kernels.fold_kernel, (-(-columns // 64),), sums[1], totals, classes, columns, 32, 64)
+        launch(
+            kernels.centroid_grad_kernel,
+            (classes,),
+            centroid_logits,
+            norms,
+            sums[0],
+            sums[1],
+            factor_sums,
+            totals,
+            grad,
+            of_centroids.units,
+            of_centroids.column,
+            classes,
+            columns,
+            of_centroids.align,
+            of_centroids.contiguous,
+            centroid_to_sample,
+            _power_of_two(columns, 2048),
+            1024,
+        )
+    return grad
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Operators for the dispatcher
+# ----------------------------------------------------------------------------------------------------------------------
+
+# As in csrc/ops.cpp.
+SCHEMAS = (
+    "centroid_stats(Tensor centroid_logits, bool softmax, bool centroid_to_sample)"
+    " -> (Tensor log_activation, Tensor activation, Tensor reference, Tensor norms)",
+    "terms(Tensor input, Tensor target, Tensor? center, Tensor log_activation, Tensor activation,"
+    " Tensor reference, Tensor norms, float temperature, bool l2_normalize, bool softmax,"
+    " bool centroid_to_sample, int ignore_index) -> (Tensor terms, Tensor rows)",
+    "loss(Tensor input, Tensor target, Tensor? center, Tensor(a!)? running_center,"
+    " Tensor(b!)? num_batches_tracked, float momentum, Tensor log_activation, Tensor activation,"
+    " Tensor reference, Tensor norms, Tensor? weight, float temperature, bool l2_normalize, bool softmax,"
+    " bool centroid_to_sample, bool batch_ratio, int reduction, float eps, int ignore_index,"
+    " bool with_grad)"
+    " -> (Tensor loss, Tensor rows, Tensor moved_center, Tensor grad)",
+    "scale_(Tensor(a!) grad, Tensor upstream) -> ()",
+    "input_grad(Tensor input, Tensor target, Tensor? center, Tensor log_activation, Tensor activation,"
+    " Tensor reference, Tensor norms, Tensor rows, Tensor? upstream,"
+    " bool centroid_to_sample, int ignore_index) -> Tensor",
+    "centroid_grad(Tensor input, Tensor target, Tensor? center, Tensor centroid_logits, Tensor log_activation,"
+    " Tensor activation, Tensor reference, Tensor norms, Tensor rows, Tensor? upstream,"
+    " bool centroid_to_sample, int ignore_index) -> Tensor",
+    "update_center_(Tensor(a!) center, Tensor(b!) num_batches_tracked, Tensor input, Tensor target,"
+    " float momentum, int num_classes, int ignore_index) -> Tensor",
+)
+
+_library = Library(NAMESPACE, "DEF")
+for _schema in SCHEMAS:
+    _library.define(_schema)
+for _name in _ops.NAMES:
+    _library.impl(_name, globals()[_name], "CompositeExplicitAutograd")
+_ops.register_fakes(NAMESPACE)
+_fallthrough = _ops.skip_autograd(NAMESPACE)
+
+
+def _eager_or_traced(name: str) -> Callable[..., Any]:
+    """The function itself, but while torch.compile or torch.export traces: then an operator that they do not open."""
+    eager = globals()[name]
+    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def run(*args: Any) -> Any:
+        return operator(*args) if torch.compiler.is_compiling() else eager(*args)
+
+    return run
+
+
+OPERATORS = _ops.Operators(*map(_eager_or_traced, _ops.NAMES))
