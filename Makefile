@@ -1,11 +1,12 @@
-# Every target sets up what it needs: a virtual environment in .venv with the versions of requirements-dev.txt, and
-# the package built into it.
+# Every target but gpu-report sets up what it needs: a virtual environment in .venv with the versions of
+# requirements-dev.txt, and the package built into it. gpu-report takes the torch that PYTHON has.
 PYTHON ?= python3
 VENV ?= .venv
 DATA ?= digits
+OUT ?= benchmarks/results/gpu
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench wheel clean
+.PHONY: demo test lint bench gpu-report wheel clean
 
 demo: $(VENV)/.built  ## train with cross-entropy and with NCMI, print a table, draw the curves (DATA=fashion-mnist)
 	$(BIN)/python benchmarks/demo.py --data $(DATA) $(ARGS)
@@ -21,6 +22,9 @@ lint: $(VENV)/.dependencies  ## formatting, lint, types
 bench: $(VENV)/.built  ## the loss's speed, saved by pytest-benchmark (compare: make bench ARGS=--benchmark-compare)
 	$(BIN)/python -m pytest tests/test_benchmarks.py --benchmark-only --benchmark-autosave $(ARGS)
 
+gpu-report:  ## on a machine with a CUDA GPU and torch: build, test, sanitise and measure in nine minutes, into OUT
+	$(PYTHON) benchmarks/gpu_report.py --out "$(OUT)" $(ARGS)
+
 wheel: $(VENV)/.dependencies  ## an abi3 wheel in dist/, tried in a second virtual environment
 	rm -rf build dist
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
@@ -31,7 +35,7 @@ wheel: $(VENV)/.dependencies  ## an abi3 wheel in dist/, tried in a second virtu
 	cd dist && ../$(VENV)-wheel/bin/python ../tests/smoke.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-wheel build dist *.egg-info ncmi_kernels/_C*.so
+	rm -rf $(VENV) $(VENV)-wheel build dist *.egg-info ncmi_kernels/_C*.so ncmi_kernels/_cuda*.so
 
 $(VENV)/.dependencies: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)

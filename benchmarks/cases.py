@@ -55,8 +55,13 @@ def batch(shape: Shape, seed: int = 0) -> tuple[Tensor, Tensor]:
     return z, torch.randint(min(shape.C, shape.M), (shape.B,), generator=generator)
 
 
-def _ncmi(shape: Shape, *, learn_centroids: bool = False, **options: Any) -> NCMILoss:
-    return NCMILoss(shape.C, shape.M, learn_centroids=learn_centroids, dtype=DTYPE, **options)
+def _ncmi(shape: Shape, *, learn_centroids: bool = False, learnt: bool = False, **options: Any) -> NCMILoss:
+    """`learnt`: centroids that learning has moved. Those of the start, one-hot, the kernels need not read."""
+    criterion = NCMILoss(shape.C, shape.M, learn_centroids=learn_centroids, dtype=DTYPE, **options)
+    if learnt:
+        noise = torch.randn(shape.C, shape.M, dtype=DTYPE, generator=torch.Generator().manual_seed(1))
+        criterion.centroid_logits.data.add_(0.05 * noise)
+    return criterion
 
 
 class Collapsed(nn.Module):
@@ -189,10 +194,11 @@ class Implementation:
 CROSS_ENTROPY = Implementation("cross_entropy", lambda shape: nn.CrossEntropyLoss())
 NCMI_BATCH = Implementation("ncmi batch", _ncmi)
 NCMI_SAMPLE = Implementation("ncmi sample", lambda shape: _ncmi(shape, ratio="sample"))
-NCMI_CENTROIDS = Implementation("ncmi batch + centroids", lambda shape: _ncmi(shape, learn_centroids=True))
+NCMI_LEARNT = Implementation("ncmi batch, learnt", lambda shape: _ncmi(shape, learnt=True))
+NCMI_CENTROIDS = Implementation("ncmi batch + centroids", lambda shape: _ncmi(shape, learn_centroids=True, learnt=True))
 EAGER = Implementation("collapsed eager", lambda shape: _ncmi(shape, backend="reference"), share=0.15)
 COMPILED = Implementation("collapsed compiled", Collapsed, obstacle=_no_compiler, share=0.15)
 LITERAL = Implementation("literal", Literal, obstacle=_no_memory, share=0.15, heavy=True)
 
-KERNELS = (NCMI_BATCH, NCMI_SAMPLE, NCMI_CENTROIDS)
+KERNELS = (NCMI_BATCH, NCMI_SAMPLE, NCMI_LEARNT, NCMI_CENTROIDS)
 IMPLEMENTATIONS = (CROSS_ENTROPY, *KERNELS, EAGER, COMPILED, LITERAL)

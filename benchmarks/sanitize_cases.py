@@ -1,0 +1,102 @@
+"""Every operator of a backend on small problems, to be run under compute-sanitizer.
+
+    compute-sanitizer --tool memcheck --error-exitcode 9 python benchmarks/sanitize_cases.py [--backend cuda]
+
+Odd sizes, rows short and long, both separations and ratios, float32 and bfloat16. Fails where an operator was not
+called or a result is not finite.
+"""
+
+import argparse
+import itertools
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ncmi_kernels import NCMILoss, _ops, ncmi_terms
+
+# B, C, M: less than a warp, more than one, rows of several kilobytes and rows longer than shared memory.
+SHAPES = ((5, 3, 7), (33, 4, 130), (7, 5, 2051), (2, 3, 70001))
+
+
+def counting(operators: _ops.Operators, calls: Counter[str]) -> _ops.Operators:
+    """The same operators; each call is counted."""
+
+    def counted(name: str, operator: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            calls[name] += 1
+            return operator(*arguments)
+
+        return call
+
+    return _ops.Operators(*(counted(name, getattr(operators, name)) for name in _ops.NAMES))
+
+
+def run_case(
+    shape: tuple[int, int, int], dtype: torch.dtype, separation: str, ratio: str, backend: str, device: str
+) -> list[Tensor]:
+    """All operators at one shape: losses and gradients."""
+    rows, classes, columns = shape
+    z = torch.randn(rows, columns, device=device).to(dtype).requires_grad_()
+    y = torch.randint(classes, (rows,), device=device)
+    y[0] = -100
+    settings: dict[str, Any] = {"separation": separation, "ratio": ratio, "backend": backend, "device": device}
+    results = []
+    for learn in (True, False):
+        criterion = NCMILoss(classes, columns, learn_centroids=learn, **settings)
+        loss = criterion(z, y)
+        wanted = [z, criterion.centroid_logits] if learn else [z]
+        # An upstream gradient other than 1, which scales what the forward pass has made.
+        results += [loss, *torch.autograd.grad(loss, wanted, torch.full_like(loss, 0.5))]
+    concentration, separated = ncmi_terms(
+        z, y.clamp(min=0), criterion.centroid_logits, center=criterion.center, separation=separation,
+        l2_normalize=True, backend=backend,
+    )  # fmt: skip
+    results += [concentration, separated, *torch.autograd.grad((concentration + separated).sum(), z)]
+    update = (criterion.num_batches_tracked, 0.9)
+    results.append(_ops.update_center_(criterion.center, update, z.detach(), y, classes, -100, backend))
+    return results
+
+
+def run_all(backend: str, device: str, shapes: Sequence[tuple[int, int, int]] = SHAPES) -> Counter[str]:
+    """Every case; how often each operator was called.
+
+    Raises:
+        RuntimeError: a result is not finite.
+    """
+    calls: Counter[str] = Counter()
+    original = _ops.operators
+    operators = counting(original(backend), calls)
+    _ops.operators = lambda backend: operators
+    try:
+        settings = itertools.product(
+            shapes, (torch.float32, torch.bfloat16), ("sample_to_centroid", "centroid_to_sample"), ("batch", "sample")
+        )
+        for case in settings:
+            results = run_case(*case, backend, device)
+            if not all(bool(result.isfinite().all()) for result in results):
+                raise RuntimeError(f"{case}: a result is not finite")
+    finally:
+        _ops.operators = original
+    return calls
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", default="cuda")
+    parser.add_argument("--device", default="cuda")
+    options = parser.parse_args(arguments)
+    calls = run_all(options.backend, options.device)
+    missing = [name for name in _ops.NAMES if not calls[name]]
+    print(", ".join(f"{name}: {calls[name]}" for name in _ops.NAMES))
+    if missing:
+        print(f"not called: {', '.join(missing)}", file=sys.stderr)
+    return 1 if missing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
