@@ -263,6 +263,33 @@ def loss(
     return _Loss.apply(input, centroid_logits, (target, center, weight, options, backend, stats, update, one_pass))
 
 
+def centroid_gradient(
+    input: Tensor,
+    target: Tensor,
+    centroid_logits: Tensor,
+    center: Tensor | None,
+    weight: Tensor | None,
+    options: Options,
+    backend: str,
+    stats: CentroidStats | None,
+) -> Tensor:
+    """The gradient of the loss of [B, M] features by `centroid_logits` [C, M], without a graph."""
+    run = operators(backend)
+    stats = stats or centroid_stats(centroid_logits, options, backend)
+    rows = run.loss(input, target, center, None, None, 0.0, *stats, weight, *options.for_loss, False)[1]
+    return run.centroid_grad(
+        input,
+        target,
+        center,
+        centroid_logits,
+        *stats,
+        rows,
+        None,
+        options.centroid_to_sample,
+        options.ignore_index,
+    )
+
+
 def terms(
     input: Tensor,
     target: Tensor,

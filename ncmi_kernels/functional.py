@@ -194,6 +194,29 @@ def loss(
     return result.reshape(target.shape) if options.reduction == "none" else result
 
 
+def centroid_gradient(
+    input: Tensor,
+    target: Tensor,
+    centroid_logits: Tensor,
+    center: Tensor | None,
+    weight: Tensor | None,
+    options: Options,
+    backend: str,
+    stats: _ops.CentroidStats | None = None,
+) -> Tensor:
+    """The gradient of :func:`loss` by `centroid_logits` [C, M], in its dtype, without a graph."""
+    logits = centroid_logits.detach()
+    if backend == "reference":
+        with torch.enable_grad():
+            leaf = logits.requires_grad_()
+            value = loss(input.detach(), target, leaf, center, weight, options, backend)
+            return torch.autograd.grad(value, leaf)[0]
+    rows, classes = flatten(input.detach(), target)
+    rows, wide, center, weight = to_arithmetic_dtype(rows, logits, center, weight)
+    grad = _ops.centroid_gradient(rows, classes, wide, center, weight, options, backend, stats)
+    return grad.to(logits.dtype)
+
+
 def flatten(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Bring [M], [B, M] or [B, M, d1, ...] and its target to [N, M] and [N]."""
     if input.dim() == 2:

@@ -150,6 +150,33 @@ class NCMILoss(nn.Module):
         stats = None if logits.requires_grad else self._fixed_stats(input, logits, backend)
         return functional.loss(input, target, logits, center, self.weight, self.options, backend, stats, update)
 
+    @torch.no_grad()
+    def centroid_gradient(self, features: Tensor, target: Tensor) -> Tensor:
+        """The gradient of the loss by `centroid_logits` at the present centre, which does not move.
+
+        What `backward` would add to `centroid_logits.grad`, without a graph and whether or not the parameter requires
+        a gradient.
+
+        Args:
+            features: as `input` of `forward`.
+            target: as in `forward`.
+
+        Returns:
+            [C, M], in the dtype of `centroid_logits`.
+
+        Raises:
+            ValueError: `reduction` is "none", which gives more than one loss.
+            TypeError, ValueError, IndexError, RuntimeError: as :func:`ncmi_loss`.
+        """
+        logits = self.centroid_logits
+        if self.options.reduction == "none":
+            raise ValueError("reduction: got 'none', expected 'mean' or 'sum' where the centroids take a step")
+        functional.check_batch(features, target, logits)
+        backend = _backends.resolve(self.backend, features)
+        center = None if self.center_momentum is None else self.center
+        stats = None if logits.requires_grad else self._fixed_stats(features, logits, backend)
+        return functional.centroid_gradient(features, target, logits, center, self.weight, self.options, backend, stats)
+
     def centroids(self) -> Tensor:
         """The centroids [C, M] as distributions: each row sums to one. Differentiable."""
         return reference.log_activation(self.centroid_logits, self.options.activation).exp()
