@@ -50,6 +50,16 @@ STABLE_TORCH_LIBRARY(ncmi_kernels, m) {
       " Tensor activation, Tensor reference, Tensor norms, Tensor rows, Tensor? upstream,"
       " bool centroid_to_sample, int ignore_index) -> Tensor");
 
+  // A step of torch.optim.SGD on centroid_logits, by the gradient that centroid_grad would give and that is formed a row
+  // at a time; momentum_buffer goes with a momentum. Returns the outputs of centroid_stats for the new centroids. The
+  // statistics given are left alone.
+  m.def(
+      "centroid_step_(Tensor input, Tensor target, Tensor? center, Tensor(a!) centroid_logits,"
+      " Tensor(b!)? momentum_buffer, Tensor log_activation, Tensor activation, Tensor reference, Tensor norms,"
+      " Tensor rows, bool softmax, bool centroid_to_sample, int ignore_index, float lr, float momentum,"
+      " float weight_decay, bool nesterov)"
+      " -> (Tensor log_activation, Tensor activation, Tensor reference, Tensor norms)");
+
   // The running centre: set to the mean of the rows at the first batch, then momentum * center +
   // (1 - momentum) * mean. Returns a copy of the new centre, for the graph to keep.
   m.def(

@@ -6,11 +6,13 @@ Start with :class:`NCMILoss`, a drop-in criterion, or :func:`ncmi_loss`, the fun
 from ncmi_kernels._backends import BackendWarning, available_backends
 from ncmi_kernels.functional import DegenerateMinimumWarning, log_nsf, ncmi_loss, ncmi_terms, nsf
 from ncmi_kernels.modules import NCMILoss
+from ncmi_kernels.optim import CentroidSGD
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendWarning",
+    "CentroidSGD",
     "DegenerateMinimumWarning",
     "NCMILoss",
     "available_backends",

@@ -26,6 +26,7 @@ class Operators:
     scale_: Callable[..., Any]
     input_grad: Callable[..., Any]
     centroid_grad: Callable[..., Any]
+    centroid_step_: Callable[..., Any]
 
 
 NAMES = tuple(field.name for field in fields(Operators))
@@ -290,6 +291,45 @@ def centroid_gradient(
     )
 
 
+def centroid_step_(
+    input: Tensor,
+    target: Tensor,
+    centroid_logits: Tensor,
+    center: Tensor | None,
+    weight: Tensor | None,
+    options: Options,
+    backend: str,
+    stats: CentroidStats,
+    momentum_buffer: Tensor | None,
+    sgd: tuple[float, float, float, bool],
+) -> CentroidStats:
+    """Move `centroid_logits` [C, M] against :func:`centroid_gradient`, in place; the statistics of the new ones.
+
+    `sgd` is learning rate, momentum, weight decay and whether the momentum is Nesterov's; `momentum_buffer` goes with a
+    momentum.
+    """
+    run = operators(backend)
+    rows = run.loss(input, target, center, None, None, 0.0, *stats, weight, *options.for_loss, False)[1]
+    new_stats = run.centroid_step_(
+        input,
+        target,
+        center,
+        centroid_logits,
+        momentum_buffer,
+        *stats,
+        rows,
+        options.softmax,
+        options.centroid_to_sample,
+        options.ignore_index,
+        *sgd,
+    )
+    # The operators pass the dispatcher's layers that would do it.
+    torch.autograd.graph.increment_version(centroid_logits)
+    if momentum_buffer is not None:
+        torch.autograd.graph.increment_version(momentum_buffer)
+    return CentroidStats(*new_stats)
+
+
 def terms(
     input: Tensor,
     target: Tensor,
@@ -306,7 +346,7 @@ def register_fakes(namespace: str) -> None:
     """Shapes and dtypes of each operator's outputs, for torch.compile and torch.export."""
 
     @torch.library.register_fake(f"{namespace}::centroid_stats")
-    def _(centroid_logits: Tensor, softmax: bool, centroid_to_sample: bool) -> tuple[Tensor, ...]:
+    def centroid_stats(centroid_logits: Tensor, softmax: bool, centroid_to_sample: bool) -> tuple[Tensor, ...]:
         classes, columns = centroid_logits.shape
         return (
             centroid_logits.new_empty((classes, columns)),
@@ -314,6 +354,28 @@ def register_fakes(namespace: str) -> None:
             centroid_logits.new_empty((2, columns)),
             centroid_logits.new_empty((classes + 1, CLASS_STATS), dtype=torch.float64),
         )
+
+    @torch.library.register_fake(f"{namespace}::centroid_step_")
+    def _(
+        input: Tensor,
+        target: Tensor,
+        center: Tensor | None,
+        centroid_logits: Tensor,
+        momentum_buffer: Tensor | None,
+        log_activation: Tensor,
+        activation: Tensor,
+        reference: Tensor,
+        norms: Tensor,
+        rows: Tensor,
+        softmax: bool,
+        centroid_to_sample: bool,
+        ignore_index: int,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        nesterov: bool,
+    ) -> tuple[Tensor, ...]:
+        return centroid_stats(centroid_logits, softmax, centroid_to_sample)
 
     @torch.library.register_fake(f"{namespace}::terms")
     def _(

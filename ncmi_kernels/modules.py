@@ -356,8 +356,21 @@ class NCMILoss(nn.Module):
         ):
             return None
         stats = _ops.centroid_stats(logits, options, backend)
-        self._stats_cache = (logits, options, backend, logits._version, logits.detach(), stats)
+        self._keep_stats(backend, stats)
         return stats
+
+    def _keep_stats(self, backend: str, stats: _ops.CentroidStats) -> None:
+        """Keep the statistics of the centroids as they are now."""
+        logits = self.centroid_logits
+        self._stats_cache = (logits, self.options, backend, logits._version, logits.detach(), stats)
+
+    def _stats_for_step(self, features: Tensor) -> tuple[_ops.CentroidStats | None, str]:
+        """The backend of a step of the centroids, with the statistics of these if it can take the step in one pass."""
+        if self.options.reduction == "none":
+            raise ValueError("reduction: got 'none', expected 'mean' or 'sum' where the centroids take a step")
+        backend = _backends.resolve(self.backend, features)
+        logits = self.centroid_logits
+        return self._fixed_stats(features, logits, backend) if logits.is_contiguous() else None, backend
 
     def train(self, mode: bool = True) -> "NCMILoss":
         """As `nn.Module.train`; also forgets what was computed of fixed centroids."""

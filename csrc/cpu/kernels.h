@@ -75,6 +75,7 @@ struct CentroidStatsArgs {
 
 // The sums over the rows of a class that have no columns, and what its sums by column hold.
 struct ClassSums {
+  int64_t slot;            // the row of CentroidGradArgs::own that holds the sums by column
   double own_factor;
   double separation_grad;  // beta
   double excess_base;      // sum over near rows of own_factor / 2 S
@@ -94,13 +95,25 @@ struct CentroidGradArgs {
   const int64_t* order;              // rows by class, ignored rows left out
   const int64_t* class_begin;        // [C + 1] into order
   const ClassSums* class_sums;       // [C]
-  T* grad;                           // [C, M]
-  T* own_separation;                 // [C, M] workspace; centroid_to_sample only
+  T* own;                            // [S, M] workspace, a row for each class that has rows
+  T* own_separation;                 // [S, M] likewise; centroid_to_sample only
+  bool own_is_grad;                  // S = C: a row for every class, that of the gradient itself
   double* totals;                    // [M] workspace
   double separation_grad_sum;        // sum_i d loss / d G_i
 };
 
-// `scratch` is [columns] elements, for terms and input_grad [4, columns].
+// A step of torch.optim.SGD.
+template <class T>
+struct StepArgs {
+  T* logits;           // [C, M] contiguous
+  T* momentum_buffer;  // [C, M] contiguous, or null without momentum
+  double lr;
+  double momentum;
+  double weight_decay;
+  bool nesterov;
+};
+
+// `scratch` is [columns] elements, for terms and input_grad [4, columns], for centroid_step [2, columns].
 template <class T>
 struct Kernels {
   void (*terms)(const TermsArgs<T>&, int64_t row_begin, int64_t row_end, T* scratch);
@@ -109,7 +122,9 @@ struct Kernels {
   void (*centroid_columns)(const CentroidStatsArgs<T>&, int64_t column_begin, int64_t column_end);
   void (*class_sums)(const CentroidGradArgs<T>&, ClassSums*);
   void (*centroid_sums)(const CentroidGradArgs<T>&, int64_t column_begin, int64_t column_end);
-  void (*centroid_grad)(const CentroidGradArgs<T>&, int64_t class_begin, int64_t class_end, T* scratch);
+  void (*centroid_grad)(const CentroidGradArgs<T>&, int64_t class_begin, int64_t class_end, T* grad, T* scratch);
+  void (*centroid_step)(const CentroidGradArgs<T>&, const StepArgs<T>&, const CentroidStatsArgs<T>&, int64_t chunk_begin,
+                        int64_t chunk_end, T* scratch);
   void (*column_sums)(const Matrix&, const Targets&, int64_t rows, int64_t column_begin, int64_t column_end,
                       double* sums);
 };

@@ -747,47 +747,56 @@ int64_t find_lone(const T* x, int64_t n) {
 }
 
 template <bool centroid_to_sample, class T>
-void centroid_rows_range(const CentroidStatsArgs<T>& args, int64_t chunk, T* x) {
+void stats_of_class(const CentroidStatsArgs<T>& args, int64_t c, T* x, double* sums) {
   const int64_t n = args.columns;
-  double* sums = args.chunk_sums + chunk * chunk_sums(centroid_to_sample) * n;
-  memset(sums, 0, chunk_sums(centroid_to_sample) * n * sizeof(double));
-  const int64_t first = chunk * args.classes_per_chunk, last = min(args.classes, first + args.classes_per_chunk);
-  for (int64_t c = first; c < last; ++c) {
-    T* value = centroid_to_sample ? args.activation + c * n : nullptr;
-    T* log = args.log_activation + c * n;
-    const Size<T> size = load<true>(args.logits, c, 0, n, static_cast<const T*>(nullptr), x);
-    Kind kind = first_kind(args.softmax, double(size.largest), sizeof(T));
-    T shift = kind == Kind::kSoftmax ? scaled_max(x, n, T(1)) : T(0);
-    const auto activate_as = [&]<Kind as>() { return activate_row<as, centroid_to_sample>(x, n, shift, value, log); };
-    double norm = with_kind<T>(kind, activate_as);
-    if (kind == Kind::kNsf && !(norm > double(smallest_plain_sum<T>()))) {
-      kind = Kind::kNsfShifted;
-      shift = scaled_max(x, n, T(1));
-      norm = with_kind<T>(kind, activate_as);
+  T* value = centroid_to_sample ? args.activation + c * n : nullptr;
+  T* log = args.log_activation + c * n;
+  const Size<T> size = load<true>(args.logits, c, 0, n, static_cast<const T*>(nullptr), x);
+  Kind kind = first_kind(args.softmax, double(size.largest), sizeof(T));
+  T shift = kind == Kind::kSoftmax ? scaled_max(x, n, T(1)) : T(0);
+  const auto activate_as = [&]<Kind as>() { return activate_row<as, centroid_to_sample>(x, n, shift, value, log); };
+  double norm = with_kind<T>(kind, activate_as);
+  if (kind == Kind::kNsf && !(norm > double(smallest_plain_sum<T>()))) {
+    kind = Kind::kNsfShifted;
+    shift = scaled_max(x, n, T(1));
+    norm = with_kind<T>(kind, activate_as);
+  }
+  const double log_norm = ::log(norm + double(poison(x, n, size.squares)));
+  const int64_t lone = find_lone(x, n), other = lone == 0 ? 1 : 0;
+  args.of[c] = {log_norm, double(shift), double(kind), double(lone), 0, 0, 0, 0};
+  if (lone >= 0) {
+    args.of[c].lone_log = log[lone];
+    args.of[c].other_log = log[other];
+    if (value) {
+      args.of[c].lone_activation = value[lone];
+      args.of[c].other_activation = value[other];
     }
-    const double log_norm = ::log(norm + double(poison(x, n, size.squares)));
-    const int64_t lone = find_lone(x, n), other = lone == 0 ? 1 : 0;
-    args.of[c] = {log_norm, double(shift), double(kind), double(lone), 0, 0, 0, 0};
-    if (lone >= 0) {
-      args.of[c].lone_log = log[lone];
-      args.of[c].other_log = log[other];
-      if (value) {
-        args.of[c].lone_activation = value[lone];
-        args.of[c].other_activation = value[other];
-      }
+  }
+  add_class<centroid_to_sample>(static_cast<const T*>(log), static_cast<const T*>(value), n, log_norm, sums);
+}
+
+// Calls f<centroid_to_sample>(c, sums) for the classes of some chunks, with the sums of their chunk.
+template <class T, class F>
+NCMI_INLINE void for_classes(const CentroidStatsArgs<T>& args, int64_t chunk_begin, int64_t chunk_end, const F& f) {
+  for (int64_t chunk = chunk_begin; chunk < chunk_end; ++chunk) {
+    const int64_t size = chunk_sums(args.centroid_to_sample) * args.columns;
+    double* sums = args.chunk_sums + chunk * size;
+    memset(sums, 0, size * sizeof(double));
+    const int64_t first = chunk * args.classes_per_chunk, last = min(args.classes, first + args.classes_per_chunk);
+    for (int64_t c = first; c < last; ++c) {
+      if (args.centroid_to_sample)
+        f.template operator()<true>(c, sums);
+      else
+        f.template operator()<false>(c, sums);
     }
-    add_class<centroid_to_sample>(static_cast<const T*>(log), static_cast<const T*>(value), n, log_norm, sums);
   }
 }
 
 template <class T>
 void centroid_rows(const CentroidStatsArgs<T>& args, int64_t chunk_begin, int64_t chunk_end, T* scratch) {
-  for (int64_t chunk = chunk_begin; chunk < chunk_end; ++chunk) {
-    if (args.centroid_to_sample)
-      centroid_rows_range<true>(args, chunk, scratch);
-    else
-      centroid_rows_range<false>(args, chunk, scratch);
-  }
+  for_classes(args, chunk_begin, chunk_end, [&]<bool centroid_to_sample>(int64_t c, double* sums) {
+    stats_of_class<centroid_to_sample>(args, c, scratch, sums);
+  });
 }
 
 // reference [2, M]: row 0 what log a is compared with, row 1 the mean q over classes (centroid_to_sample).
@@ -937,8 +946,8 @@ void centroid_sums_range(const CentroidGradArgs<T>& args, int64_t column_begin, 
     for (int64_t c = 0; c < q.classes; ++c) {
       const int64_t first = args.class_begin[c], last = args.class_begin[c + 1];
       if (first == last) continue;
-      T* grad = args.grad + c * q.columns + begin;
       const ClassSums& of_class = args.class_sums[c];
+      T* own = args.own + of_class.slot * q.columns + begin;
       memset(sums.own_excess, 0, n * sizeof(T));
       if (!of_class.all_near) {
         memset(sums.own, 0, n * sizeof(double));
@@ -955,15 +964,15 @@ void centroid_sums_range(const CentroidGradArgs<T>& args, int64_t column_begin, 
         if (++unflushed == kRowsPerFlush) flush();
       }
       if (of_class.all_near) {  // left to centroid_grad: the excess is all that it needs
-        memcpy(grad, sums.own_excess, n * sizeof(T));
+        memcpy(own, sums.own_excess, n * sizeof(T));
         continue;
       }
       load(args.logits, c, begin, n, static_cast<const T*>(nullptr), sums.x);
       with_kind<T>(Kind(int(q.of[c].kind)),
                    FinishClass<centroid_to_sample, T>{
                        sums, n, T(q.of[c].shift), exp(-q.of[c].log_norm), of_class.excess_base, of_class.own_factor,
-                       of_class.separation_grad, grad,
-                       centroid_to_sample ? args.own_separation + c * q.columns + begin : nullptr});
+                       of_class.separation_grad, own,
+                       centroid_to_sample ? args.own_separation + of_class.slot * q.columns + begin : nullptr});
     }
     flush();
     for (int64_t k = 0; k < n; ++k) args.totals[begin + k] = sums.total[k] + total_base;
@@ -982,9 +991,11 @@ void centroid_sums(const CentroidGradArgs<T>& args, int64_t column_begin, int64_
 // What the classes' sums hold, decided before they are formed so that every owner of columns agrees.
 template <class T>
 void class_sums(const CentroidGradArgs<T>& args, ClassSums* result) {
+  int64_t used = 0;
   for (int64_t c = 0; c < args.centroids.classes; ++c) {
     const bool has_rows = args.class_begin[c] != args.class_begin[c + 1];
-    ClassSums of_class{0, 0, 0, has_rows, !args.centroids.centroid_to_sample};
+    ClassSums of_class{args.own_is_grad ? c : used, 0, 0, 0, has_rows, !args.centroids.centroid_to_sample};
+    used += has_rows;
     for (int64_t j = args.class_begin[c]; j < args.class_begin[c + 1]; ++j) {
       const int64_t i = args.order[j];
       const bool near = is_near(Kind(int(args.rows[i].kind)));
@@ -1009,14 +1020,15 @@ struct GradFromSample {
   T shift;
   double inverse_norm, inverse_classes, separation_grad_sum;
   const ClassSums& of_class;
+  const T* own;  // of the class; not read where it has no rows; may be grad
   const double* __restrict totals;
-  T* __restrict grad;
+  T* grad;
 
-  template <Kind kind, Own own>
+  template <Kind kind, Own sums>
   void loop() const {
     // own + all = (excess_base + own_excess) - own_factor q + (1/C) (total - beta q), or with own finished without it.
-    const double own_factor = own == Own::kExcess ? of_class.own_factor : 0;
-    const double base = own == Own::kExcess ? of_class.excess_base : 0;
+    const double own_factor = sums == Own::kExcess ? of_class.own_factor : 0;
+    const double base = sums == Own::kExcess ? of_class.excess_base : 0;
     const double q_factor = (own_factor + inverse_classes * separation_grad_sum) * inverse_norm;
     for_logits<kind>(x, n, [&]<Kind as>(int64_t begin, int64_t m) __attribute__((always_inline)) {
       const T s = argument_scale<as, T>(1.0);
@@ -1024,7 +1036,7 @@ struct GradFromSample {
       for (int64_t k = begin; k < begin + m; ++k) {
         const Activation<T> a = activate<as>(x[k] * s, shift);
         const double all = (base + inverse_classes * totals[k]) - q_factor * double(a.value);
-        grad[k] = -a.slope * T(own == Own::kNothing ? all : all + double(grad[k]));
+        grad[k] = -a.slope * T(sums == Own::kNothing ? all : all + double(own[k]));
       }
     });
   }
@@ -1047,8 +1059,9 @@ struct GradFromCentroid {
   double inverse_norm, inverse_classes, separation_grad_sum;
   const double* __restrict totals;
   bool has_rows;
-  T* __restrict grad;
+  const T* own;  // of the class; not read where it has no rows, nor is own_separation; may be grad
   const T* __restrict own_separation;
+  T* grad;
 
   template <Kind kind>
   void operator()() const {
@@ -1072,31 +1085,74 @@ struct GradFromCentroid {
         const Activation<T> a = activate<as>(x[k] * argument, shift);
         const double s = separation_grad_sum * double(a.log) - totals[k] + (has_rows ? double(own_separation[k]) : 0);
         const double q = double(a.value) * inverse_norm;
-        grad[k] = T(double(a.slope) * (inverse_classes * q * (s - mean) - (has_rows ? double(grad[k]) : 0)));
+        grad[k] = T(double(a.slope) * (inverse_classes * q * (s - mean) - (has_rows ? double(own[k]) : 0)));
       }
     });
   }
 };
 
+// The gradient of a class by its logits, which are left in x.
 template <class T>
-void centroid_grad(const CentroidGradArgs<T>& args, int64_t class_begin, int64_t class_end, T* x) {
+void grad_of_class(const CentroidGradArgs<T>& args, int64_t c, T* x, T* grad) {
   const Centroids<T>& q = args.centroids;
   const int64_t n = q.columns;
-  const double inverse_classes = 1.0 / double(q.classes);
-  for (int64_t c = class_begin; c < class_end; ++c) {
-    const ClassSums& of_class = args.class_sums[c];
-    const Kind kind = Kind(int(q.of[c].kind));
-    const double inverse_norm = exp(-q.of[c].log_norm);
-    T* grad = args.grad + c * n;
-    load(args.logits, c, 0, n, static_cast<const T*>(nullptr), x);
-    if (q.centroid_to_sample)
-      with_kind<T>(kind, GradFromCentroid<T>{x, n, T(q.of[c].shift), inverse_norm, inverse_classes,
-                                             args.separation_grad_sum, args.totals, of_class.has_rows, grad,
-                                             args.own_separation + c * n});
-    else
-      with_kind<T>(kind, GradFromSample<T>{x, n, T(q.of[c].shift), inverse_norm, inverse_classes,
-                                           args.separation_grad_sum, of_class, args.totals, grad});
+  const ClassSums& of_class = args.class_sums[c];
+  const Kind kind = Kind(int(q.of[c].kind));
+  const T shift = T(q.of[c].shift);
+  const double inverse_norm = exp(-q.of[c].log_norm), inverse_classes = 1.0 / double(q.classes);
+  const T* own = of_class.has_rows ? args.own + of_class.slot * n : nullptr;
+  load(args.logits, c, 0, n, static_cast<const T*>(nullptr), x);
+  if (q.centroid_to_sample)
+    with_kind<T>(kind, GradFromCentroid<T>{x, n, shift, inverse_norm, inverse_classes, args.separation_grad_sum,
+                                           args.totals, of_class.has_rows, own,
+                                           of_class.has_rows ? args.own_separation + of_class.slot * n : nullptr, grad});
+  else
+    with_kind<T>(kind, GradFromSample<T>{x, n, shift, inverse_norm, inverse_classes, args.separation_grad_sum, of_class,
+                                         own, args.totals, grad});
+}
+
+template <class T>
+void centroid_grad(const CentroidGradArgs<T>& args, int64_t class_begin, int64_t class_end, T* grad, T* x) {
+  for (int64_t c = class_begin; c < class_end; ++c) grad_of_class(args, c, x, grad + c * args.centroids.columns);
+}
+
+// -------------------------------------------------------------------------------------------------------------
+// A step of the centroids: while a class is in cache its gradient, the update, and the statistics of what it became.
+// -------------------------------------------------------------------------------------------------------------
+
+template <bool with_momentum, bool nesterov, class T>
+void step_of_class(const StepArgs<T>& args, const T* __restrict x, const T* __restrict grad, int64_t n,
+                   T* __restrict logits, T* __restrict buffer) {
+  const T lr = T(args.lr), momentum = T(args.momentum), weight_decay = T(args.weight_decay);
+  NCMI_SIMD()
+  for (int64_t k = 0; k < n; ++k) {
+    T step = grad[k] + weight_decay * x[k];
+    if constexpr (with_momentum) {
+      const T average = momentum * buffer[k] + step;
+      buffer[k] = average;
+      step = nesterov ? step + momentum * average : average;
+    }
+    logits[k] = x[k] - lr * step;
   }
+}
+
+template <class T>
+void centroid_step(const CentroidGradArgs<T>& grad_args, const StepArgs<T>& step_args,
+                   const CentroidStatsArgs<T>& stats_args, int64_t chunk_begin, int64_t chunk_end, T* scratch) {
+  const int64_t n = stats_args.columns;
+  T *x = scratch, *grad = scratch + n;
+  for_classes(stats_args, chunk_begin, chunk_end, [&]<bool centroid_to_sample>(int64_t c, double* sums) {
+    grad_of_class(grad_args, c, x, grad);
+    T* logits = step_args.logits + c * n;
+    T* buffer = step_args.momentum_buffer ? step_args.momentum_buffer + c * n : nullptr;
+    if (!buffer)
+      step_of_class<false, false>(step_args, x, grad, n, logits, buffer);
+    else if (step_args.nesterov)
+      step_of_class<true, true>(step_args, x, grad, n, logits, buffer);
+    else
+      step_of_class<true, false>(step_args, x, grad, n, logits, buffer);
+    stats_of_class<centroid_to_sample>(stats_args, c, x, sums);
+  });
 }
 
 // -------------------------------------------------------------------------------------------------------------
@@ -1150,7 +1206,7 @@ void column_sums(const Matrix& m, const Targets& target, int64_t rows, int64_t c
 template <class T>
 constexpr Kernels<T> table() {
   return {terms<T>, input_grad, centroid_rows<T>, centroid_columns<T>, class_sums<T>, centroid_sums<T>, centroid_grad<T>,
-          column_sums<T>};
+          centroid_step<T>, column_sums<T>};
 }
 
 }  // namespace

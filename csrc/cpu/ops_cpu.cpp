@@ -119,53 +119,61 @@ Centroids<T> centroids(const Tensor& log_activation, const Tensor& activation, c
           *reinterpret_cast<const AllStats*>(of + classes * kClassStats)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_stats(const Tensor& logits, bool softmax,
-                                                          bool centroid_to_sample) {
-  const Matrix xi = matrix(logits, "centroid_logits");
-  const int64_t classes = logits.size(0), columns = logits.size(1);
-  STD_TORCH_CHECK(classes > 0 && columns > 0, "ncmi_kernels: centroid_logits must not be empty");
-  return with_arithmetic_type(logits.scalar_type(), "centroid_logits", [&]<class T>() {
-    const ScalarType dtype = logits.scalar_type();
-    Tensor log_activation = empty({classes, columns}, dtype);
-    Tensor activation = empty({centroid_to_sample ? classes : 0, columns}, dtype);
-    Tensor reference = empty({2, columns}, dtype);
-    Tensor norms = empty({classes + 1, kClassStats}, ScalarType::Double);
-    // At most 64 chunks, so that their sums stay small beside [C, M], and none too small to be worth a thread.
-    const int64_t classes_per_chunk = std::max<int64_t>(32, (classes + 63) / 64);
-    const int64_t chunks = (classes + classes_per_chunk - 1) / classes_per_chunk;
-    std::vector<double> workspace(2 * columns);
-    const std::unique_ptr<double[]> sums(new double[chunks * chunk_sums(centroid_to_sample) * columns]);
-    ClassStats* of = output<ClassStats>(norms);
-    const CentroidStatsArgs<T> args{xi,
-                                    classes,
-                                    columns,
-                                    softmax,
-                                    centroid_to_sample,
-                                    output<T>(log_activation),
-                                    centroid_to_sample ? output<T>(activation) : nullptr,
-                                    of,
-                                    output<T>(reference),
-                                    classes_per_chunk,
-                                    sums.get(),
-                                    workspace.data(),
-                                    workspace.data() + columns};
-    const Kernels<T>& kernel = kernels_for<T>();
-    parallel_rows(chunks, classes_per_chunk * columns, [&](int64_t begin, int64_t end) {
-      std::vector<T> scratch(columns);
-      kernel.centroid_rows(args, begin, end, scratch.data());
-    });
-    parallel_columns(columns, chunks, [&](int64_t begin, int64_t end) { kernel.centroid_columns(args, begin, end); });
+using Stats = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-    // `reference` was rounded to T. What that lost enters the mean under p; taken under the mean centroid instead
-    // it goes into a constant. The two differ where p is far from the centroids, and there the terms are large.
-    const T* compared = output<T>(reference);
+// The outputs of centroid_stats for logits [C, M], with the workspace of the kernels that fill them in.
+template <class T>
+class StatsOf {
+ public:
+  StatsOf(const Matrix& logits, int64_t classes, int64_t columns, bool softmax, bool centroid_to_sample)
+      : log_activation_(empty({classes, columns}, kScalarType<T>)),
+        activation_(empty({centroid_to_sample ? classes : 0, columns}, kScalarType<T>)),
+        reference_(empty({2, columns}, kScalarType<T>)),
+        norms_(empty({classes + 1, kClassStats}, ScalarType::Double)),
+        workspace_(2 * columns),
+        // At most 64 chunks, so that their sums stay small beside [C, M], and none too small to be worth a thread.
+        classes_per_chunk_(std::max<int64_t>(32, (classes + 63) / 64)),
+        chunks_((classes + classes_per_chunk_ - 1) / classes_per_chunk_),
+        sums_(new double[chunks_ * chunk_sums(centroid_to_sample) * columns]),
+        args_{logits,
+              classes,
+              columns,
+              softmax,
+              centroid_to_sample,
+              output<T>(log_activation_),
+              centroid_to_sample ? output<T>(activation_) : nullptr,
+              output<ClassStats>(norms_),
+              output<T>(reference_),
+              classes_per_chunk_,
+              sums_.get(),
+              workspace_.data(),
+              workspace_.data() + columns} {}
+
+  // `rows` fills in what belongs to the classes of some chunks: f(args, chunk_begin, chunk_end).
+  template <class F>
+  Stats compute(const F& rows) {
+    parallel_rows(chunks_, classes_per_chunk_ * args_.columns,
+                  [&](int64_t begin, int64_t end) { rows(args_, begin, end); });
+    parallel_columns(args_.columns, chunks_, [&](int64_t begin, int64_t end) {
+      kernels_for<T>().centroid_columns(args_, begin, end);
+    });
+    finish();
+    return {log_activation_, activation_, reference_, norms_};
+  }
+
+ private:
+  // `reference` was rounded to T. What that lost enters the mean under p; taken under the mean centroid instead
+  // it goes into a constant. The two differ where p is far from the centroids, and there the terms are large.
+  void finish() {
+    const int64_t columns = args_.columns;
+    const T* compared = args_.reference;
     const T* q_mean = compared + columns;
     double weight_sum = 0, lost = 0, constant = 0;
-    if (centroid_to_sample) {
+    if (args_.centroid_to_sample) {
       for (int64_t k = 0; k < columns; ++k) {
         weight_sum += double(q_mean[k]);
-        lost += double(q_mean[k]) * args.residual[k];
-        constant += args.weighted_log_norm[k];
+        lost += double(q_mean[k]) * args_.residual[k];
+        constant += args_.weighted_log_norm[k];
       }
     } else {
       const double largest = double(*std::max_element(compared, compared + columns));
@@ -173,15 +181,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_stats(const Tensor& logits, 
       for (int64_t k = 0; k < columns; ++k) {
         const double w = std::exp(double(compared[k]) - largest);
         total += w;
-        lost += w * args.residual[k];
+        lost += w * args_.residual[k];
       }
       weight_sum = 1;
       lost /= total;
-      constant = std::accumulate(of, of + classes, 0.0, [](double sum, const ClassStats& c) { return sum + c.log_norm; }) /
-                 double(classes);
+      constant = std::accumulate(args_.of, args_.of + args_.classes, 0.0,
+                                 [](double sum, const ClassStats& c) { return sum + c.log_norm; }) /
+                 double(args_.classes);
     }
-    *reinterpret_cast<AllStats*>(of + classes) = {weight_sum, constant - lost, {}};
-    return std::make_tuple(log_activation, activation, reference, norms);
+    *reinterpret_cast<AllStats*>(args_.of + args_.classes) = {weight_sum, constant - lost, {}};
+  }
+
+  Tensor log_activation_, activation_, reference_, norms_;
+  std::vector<double> workspace_;
+  const int64_t classes_per_chunk_, chunks_;
+  const std::unique_ptr<double[]> sums_;
+  const CentroidStatsArgs<T> args_;
+};
+
+Stats centroid_stats(const Tensor& logits, bool softmax, bool centroid_to_sample) {
+  const Matrix xi = matrix(logits, "centroid_logits");
+  const int64_t classes = logits.size(0), columns = logits.size(1);
+  STD_TORCH_CHECK(classes > 0 && columns > 0, "ncmi_kernels: centroid_logits must not be empty");
+  return with_arithmetic_type(logits.scalar_type(), "centroid_logits", [&]<class T>() {
+    StatsOf<T> stats(xi, classes, columns, softmax, centroid_to_sample);
+    return stats.compute([&](const CentroidStatsArgs<T>& args, int64_t begin, int64_t end) {
+      std::vector<T> scratch(columns);
+      kernels_for<T>().centroid_rows(args, begin, end, scratch.data());
+    });
   });
 }
 
@@ -417,64 +444,112 @@ Tensor input_grad(const Tensor& input, const Tensor& target, const std::optional
   return grad;
 }
 
+// What a batch says of the centroids: its rows by class, and their sums by column.
+template <class T>
+class BatchSums {
+ public:
+  // `own_grad`: the gradient [C, M], where the sums of the classes are to be kept in it; else they get their own memory.
+  BatchSums(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center, const Tensor& logits,
+            const Centroids<T>& q, const Tensor& row_stats, const std::optional<Tensor>& upstream, int64_t ignore_index,
+            T* own_grad)
+      : class_begin_(q.classes + 1, 0), order_(input.size(0)), totals_(q.columns), class_sums_(q.classes) {
+    const Matrix z = matrix(input, "input"), xi = matrix(logits, "centroid_logits");
+    const int64_t rows = input.size(0);
+    const Targets y = targets(target, rows, ignore_index, q.classes);
+    check_shape(input, "input", {rows, q.columns});
+    check_shape(logits, "centroid_logits", {q.classes, q.columns});
+    const RowStats* stats = row_stats_of(row_stats, rows);
+    factors_ = with_upstream(stats, upstream, rows);
+
+    // Rows by class, in the order of the batch.
+    for (int64_t i = 0; i < rows; ++i)
+      if (y[i] != ignore_index) ++class_begin_[y[i] + 1];
+    std::partial_sum(class_begin_.begin(), class_begin_.end(), class_begin_.begin());
+    std::vector<int64_t> next(class_begin_.begin(), class_begin_.end() - 1);
+    for (int64_t i = 0; i < rows; ++i)
+      if (y[i] != ignore_index) order_[next[y[i]]++] = i;
+    double separation_grad_sum = 0;
+    double *own_factor = factors_.data(), *separation_grad = own_factor + rows;
+    for (int64_t i = 0; i < rows; ++i) {
+      if (y[i] == ignore_index) continue;
+      separation_grad_sum += separation_grad[i];
+      // The own class enters the mean over classes of KL(p || q_v) too, and is taken out again here.
+      if (!q.centroid_to_sample) own_factor[i] -= separation_grad[i] / double(q.classes);
+    }
+
+    const int64_t present = own_grad ? q.classes : std::min(rows, q.classes);
+    if (!own_grad) own_.reset(new T[present * q.columns]);
+    if (q.centroid_to_sample) own_separation_.reset(new T[present * q.columns]);
+    args_ = {z,
+             data<T>(center, "center", {q.columns}),
+             q,
+             xi,
+             stats,
+             own_factor,
+             separation_grad,
+             order_.data(),
+             class_begin_.data(),
+             class_sums_.data(),
+             own_grad ? own_grad : own_.get(),
+             own_separation_.get(),
+             own_grad != nullptr,
+             totals_.data(),
+             separation_grad_sum};
+    kernels_for<T>().class_sums(args_, class_sums_.data());
+    parallel_columns(q.columns, rows,
+                     [&](int64_t begin, int64_t end) { kernels_for<T>().centroid_sums(args_, begin, end); });
+  }
+  BatchSums(const BatchSums&) = delete;  // args_ points into it
+
+  const CentroidGradArgs<T>& args() const { return args_; }
+
+ private:
+  std::vector<double> factors_;
+  std::vector<int64_t> class_begin_, order_;
+  std::vector<double> totals_;
+  std::vector<ClassSums> class_sums_;
+  std::unique_ptr<T[]> own_, own_separation_;
+  CentroidGradArgs<T> args_;
+};
+
 Tensor centroid_grad(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
                      const Tensor& centroid_logits, const Tensor& log_activation, const Tensor& activation,
                      const Tensor& reference, const Tensor& norms, const Tensor& row_stats,
                      const std::optional<Tensor>& upstream, bool centroid_to_sample, int64_t ignore_index) {
-  const Matrix z = matrix(input, "input"), xi = matrix(centroid_logits, "centroid_logits");
-  const int64_t rows = input.size(0);
   Tensor grad = empty({centroid_logits.size(0), centroid_logits.size(1)}, centroid_logits.scalar_type());
   with_arithmetic_type(centroid_logits.scalar_type(), "centroid_logits", [&]<class T>() {
     const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample);
-    const Targets y = targets(target, rows, ignore_index, q.classes);
-    check_shape(input, "input", {rows, q.columns});
-    check_shape(centroid_logits, "centroid_logits", {q.classes, q.columns});
-    const RowStats* stats = row_stats_of(row_stats, rows);
-    const std::vector<double> c = with_upstream(stats, upstream, rows);
-
-    // Rows by class, in the order of the batch.
-    std::vector<int64_t> class_begin(q.classes + 1, 0), order(rows);
-    for (int64_t i = 0; i < rows; ++i)
-      if (y[i] != ignore_index) ++class_begin[y[i] + 1];
-    std::partial_sum(class_begin.begin(), class_begin.end(), class_begin.begin());
-    std::vector<int64_t> next(class_begin.begin(), class_begin.end() - 1);
-    for (int64_t i = 0; i < rows; ++i)
-      if (y[i] != ignore_index) order[next[y[i]]++] = i;
-    double separation_grad_sum = 0;
-    std::vector<double> own_factor(c.begin(), c.begin() + rows);
-    for (int64_t i = 0; i < rows; ++i) {
-      if (y[i] == ignore_index) continue;
-      separation_grad_sum += c[rows + i];
-      // The own class enters the mean over classes of KL(p || q_v) too, and is taken out again here.
-      if (!centroid_to_sample) own_factor[i] -= c[rows + i] / double(q.classes);
-    }
-
-    std::unique_ptr<T[]> own_separation(centroid_to_sample ? new T[q.classes * q.columns] : nullptr);
-    std::vector<double> totals(q.columns);
-    std::vector<ClassSums> class_sums(q.classes);
-    const CentroidGradArgs<T> args{z,
-                                   data<T>(center, "center", {q.columns}),
-                                   q,
-                                   xi,
-                                   stats,
-                                   own_factor.data(),
-                                   c.data() + rows,
-                                   order.data(),
-                                   class_begin.data(),
-                                   class_sums.data(),
-                                   output<T>(grad),
-                                   own_separation.get(),
-                                   totals.data(),
-                                   separation_grad_sum};
-    const Kernels<T>& kernel = kernels_for<T>();
-    kernel.class_sums(args, class_sums.data());
-    parallel_columns(q.columns, rows, [&](int64_t begin, int64_t end) { kernel.centroid_sums(args, begin, end); });
+    const BatchSums<T> sums(input, target, center, centroid_logits, q, row_stats, upstream, ignore_index,
+                            output<T>(grad));
     parallel_rows(q.classes, q.columns, [&](int64_t begin, int64_t end) {
       std::vector<T> scratch(q.columns);
-      kernel.centroid_grad(args, begin, end, scratch.data());
+      kernels_for<T>().centroid_grad(sums.args(), begin, end, output<T>(grad), scratch.data());
     });
   });
   return grad;
+}
+
+Stats centroid_step_(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
+                     const Tensor& centroid_logits, const std::optional<Tensor>& momentum_buffer,
+                     const Tensor& log_activation, const Tensor& activation, const Tensor& reference,
+                     const Tensor& norms, const Tensor& row_stats, bool softmax, bool centroid_to_sample,
+                     int64_t ignore_index, double lr, double momentum, double weight_decay, bool nesterov) {
+  return with_arithmetic_type(centroid_logits.scalar_type(), "centroid_logits", [&]<class T>() {
+    const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample);
+    const int64_t columns = q.columns;
+    const StepArgs<T> step{const_cast<T*>(data<T>(centroid_logits, "centroid_logits", {q.classes, columns})),
+                           const_cast<T*>(data<T>(momentum_buffer, "momentum_buffer", {q.classes, columns})),
+                           lr,
+                           momentum,
+                           weight_decay,
+                           nesterov};
+    const BatchSums<T> sums(input, target, center, centroid_logits, q, row_stats, std::nullopt, ignore_index, nullptr);
+    StatsOf<T> stats(matrix(centroid_logits, "centroid_logits"), q.classes, columns, softmax, centroid_to_sample);
+    return stats.compute([&](const CentroidStatsArgs<T>& args, int64_t begin, int64_t end) {
+      std::unique_ptr<T[]> scratch(new T[2 * columns]);
+      kernels_for<T>().centroid_step(sums.args(), step, args, begin, end, scratch.get());
+    });
+  });
 }
 
 std::string cpu_capability() { return kernels().name; }
@@ -489,6 +564,7 @@ STABLE_TORCH_LIBRARY_IMPL(ncmi_kernels, CPU, m) {
   m.impl("scale_", TORCH_BOX(&ncmi::cpu::scale_));
   m.impl("input_grad", TORCH_BOX(&ncmi::cpu::input_grad));
   m.impl("centroid_grad", TORCH_BOX(&ncmi::cpu::centroid_grad));
+  m.impl("centroid_step_", TORCH_BOX(&ncmi::cpu::centroid_step_));
   m.impl("update_center_", TORCH_BOX(&ncmi::cpu::update_center_));
 }
 

@@ -1,0 +1,153 @@
+"""The optimiser of the centroids: the other half of alternating training."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ncmi_kernels import _ops, functional
+from ncmi_kernels.modules import NCMILoss
+
+
+class CentroidSGD(torch.optim.Optimizer):
+    r"""SGD on the centroids of an :class:`NCMILoss`, which forms their gradient itself.
+
+    Training alternates (arXiv 2601.02543): a step of the network with the centroids fixed, then a step of the
+    centroids with the network fixed. This is the second one; it takes the features of the batch, and no graph:
+
+        >>> import torch
+        >>> from ncmi_kernels import CentroidSGD, NCMILoss
+        >>> network, criterion = torch.nn.Linear(20, 64), NCMILoss(num_classes=10, feature_dim=64)
+        >>> optimizer = torch.optim.SGD(network.parameters(), lr=1.0, momentum=0.9)
+        >>> centroid_optimizer = CentroidSGD(criterion, lr=0.1, momentum=0.9)
+        >>> input, target = torch.randn(32, 20), torch.randint(10, (32,))
+        >>> features = network(input)
+        >>> criterion(features, target).backward()
+        >>> optimizer.step()
+        >>> centroid_optimizer.step(features, target)
+
+    The update is that of :class:`torch.optim.SGD` on the gradient of the loss by `centroid_logits`. Where the compiled
+    kernels run it is one pass over [C, M]: each class's gradient is formed, applied and dropped while it is in cache,
+    and the statistics that the next forward pass needs of the new centroids come out of the same pass. The centre
+    that the criterion has at the moment is used and does not move.
+
+    The constructor sets `criterion.centroid_logits.requires_grad` to False, so that `backward` forms no gradient that
+    nobody takes. Learning-rate schedulers, `state_dict` and step hooks work as with any optimiser. No
+    `torch.amp.GradScaler` is needed: nothing here is scaled. To train the centroids jointly with the network
+    instead, give `criterion.parameters()` to the network's optimiser and leave this one out.
+
+    Args:
+        criterion: whose centroids; an NCMILoss whose `reduction` is not "none".
+        lr: >= 0.
+        momentum: >= 0.
+        weight_decay: >= 0, an L2 penalty on the centroid logits.
+        nesterov: Nesterov momentum; needs `momentum` > 0.
+        start_step: calls of `step` that come before this one are counted and do nothing, so that the features form
+            around the initial centroids first.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+    """
+
+    def __init__(
+        self,
+        criterion: NCMILoss,
+        lr: float,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        start_step: int = 0,
+    ) -> None:
+        if not isinstance(criterion, NCMILoss):
+            raise TypeError(f"criterion: got {type(criterion).__name__}, expected an NCMILoss")
+        for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise TypeError(f"{name}: got {value!r}, expected a number >= 0")
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name}: got {value!r}, expected a finite number >= 0")
+        if nesterov and momentum == 0:
+            raise ValueError("momentum: got 0 with nesterov=True, expected a number > 0")
+        if not isinstance(start_step, int) or isinstance(start_step, bool):
+            raise TypeError(f"start_step: got {start_step!r}, expected an integer >= 0")
+        if start_step < 0:
+            raise ValueError(f"start_step: got {start_step!r}, expected an integer >= 0")
+        self.criterion = criterion
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "start_step": start_step,
+        }
+        super().__init__([criterion.centroid_logits.requires_grad_(False)], defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take the group of the centroids; there can be no other one."""
+        if self.param_groups:
+            raise ValueError("param_group: got a second group, expected only that of the criterion's centroids")
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "criterion": self.criterion}
+
+    @torch.no_grad()
+    def step(self, features: Tensor, target: Tensor) -> None:  # type: ignore[override]
+        """Move the centroids against the gradient of the loss of a batch.
+
+        Args:
+            features: [B, M], [M] or [B, M, d1, ...], as given to the criterion; their graph is not used.
+            target: [B], [] or [B, d1, ...], class indices.
+
+        Raises:
+            RuntimeError: `criterion.centroid_logits` was replaced by another parameter.
+            TypeError, ValueError, IndexError, RuntimeError: as :func:`ncmi_loss`; the centroids have not moved then.
+        """
+        (group,) = self.param_groups
+        (logits,) = group["params"]
+        if logits is not self.criterion.centroid_logits:
+            raise RuntimeError("criterion: its centroid_logits is another parameter now, expected a new CentroidSGD")
+        state = self.state[logits]
+        count = state.get("step", 0)
+        functional.check_batch(features, target, logits)
+        if count >= group["start_step"]:
+            buffer = state.get("momentum_buffer")
+            if buffer is None and group["momentum"] != 0:
+                buffer = torch.zeros_like(logits)
+            self._move(logits, features, target, group, buffer)
+            if buffer is not None:
+                state["momentum_buffer"] = buffer
+        state["step"] = count + 1
+
+    def _move(
+        self, logits: Tensor, features: Tensor, target: Tensor, group: dict[str, Any], buffer: Tensor | None
+    ) -> None:
+        criterion = self.criterion
+        lr, momentum, weight_decay = float(group["lr"]), group["momentum"], group["weight_decay"]
+        stats, backend = criterion._stats_for_step(features)
+        if stats is not None and (buffer is None or buffer.is_contiguous()):
+            rows, classes = functional.flatten(features, target)
+            center = None if criterion.center_momentum is None else criterion.center
+            rows, _, center, weight = functional.to_arithmetic_dtype(rows, logits, center, criterion.weight)
+            new_stats = _ops.centroid_step_(
+                rows,
+                classes,
+                logits,
+                center,
+                weight,
+                criterion.options,
+                backend,
+                stats,
+                buffer if momentum else None,
+                (lr, momentum, weight_decay, group["nesterov"]),
+            )
+            criterion._keep_stats(backend, new_stats)
+            return
+        step = criterion.centroid_gradient(features, target)
+        if weight_decay:
+            step = step.add(logits, alpha=weight_decay)
+        if momentum:
+            assert buffer is not None
+            buffer.mul_(momentum).add_(step)
+            step = step.add(buffer, alpha=momentum) if group["nesterov"] else buffer
+        logits.add_(step, alpha=-lr)
