@@ -23,7 +23,8 @@ STABLE_TORCH_LIBRARY(ncmi_kernels, m) {
       " bool centroid_to_sample, int ignore_index) -> (Tensor terms, Tensor rows)");
 
   // The same, reduced: the loss in the arithmetic type, a scalar or for reduction 0 (none; 1 mean, 2 sum) [B]; rows with
-  // d loss / d terms. Given a running centre in the place of center, it is moved first, as by update_center_, which
+  // d loss / d terms; means [2] float64, those over the rows of concentration and separation, weighted as the loss is
+  // (NaN where no row counts). Given a running centre in the place of center, it is moved first, as by update_center_, which
   // gives moved_center; [0] without one. `with_grad`, for the ratio by sample and a scalar loss: d loss / d input [B, M]
   // from the same pass, for an input in the arithmetic type; else grad is [0].
   m.def(
@@ -32,7 +33,7 @@ STABLE_TORCH_LIBRARY(ncmi_kernels, m) {
       " Tensor reference, Tensor norms, Tensor? weight, float temperature, bool l2_normalize, bool softmax,"
       " bool centroid_to_sample, bool batch_ratio, int reduction, float eps, int ignore_index,"
       " bool with_grad)"
-      " -> (Tensor loss, Tensor rows, Tensor moved_center, Tensor grad)");
+      " -> (Tensor loss, Tensor rows, Tensor moved_center, Tensor grad, Tensor means)");
 
   // grad [B, M] times upstream [], in place; nothing is touched where that is 1.
   m.def("scale_(Tensor(a!) grad, Tensor upstream) -> ()");

@@ -12,7 +12,7 @@ from conftest import KERNELS, device_of, relative
 from torch import Tensor
 
 import ncmi_kernels
-from ncmi_kernels import _ops, ncmi_loss, ncmi_terms, reference
+from ncmi_kernels import _ops, functional, ncmi_loss, ncmi_terms, reference
 from ncmi_kernels._options import Options
 
 SEPARATIONS = ("sample_to_centroid", "centroid_to_sample")
@@ -440,7 +440,7 @@ def test_the_forward_pass_makes_a_gradient_only_where_it_is_used(monkeypatch, ba
 
     def loss(*arguments):
         results = operator(*arguments)
-        made.append(results[-1].numel() > 0)
+        made.append(results[3].numel() > 0)
         return results
 
     monkeypatch.setattr(_ops.operators(backend), "loss", loss)
@@ -626,6 +626,69 @@ def test_nsf_is_a_distribution_and_its_logarithm_right_everywhere():
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Means of the terms, beside the loss
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", [*KERNELS, "reference"])
+@pytest.mark.parametrize("separation", SEPARATIONS)
+def test_means_of_the_terms(separation, backend, interpreted, monkeypatch):
+    """CMI and Gamma of the batch, the same for every ratio and reduction, in float64 and not differentiated."""
+    many = 8300  # in several programs, and then in one
+    if interpreted:
+        monkeypatch.setattr("ncmi_kernels._triton.ops.LARGEST_WHOLE", 512)
+        many = 530
+    for dtype, rows, weighted in ((torch.float64, 13, False), (torch.float32, 13, True), (torch.float32, many, True)):
+        z, target, xi, center, weight = make(rows, 5, 4, center=True, weight=weighted, ignore=True, dtype=dtype)
+        kept = target != -100
+        wide = z[kept].double(), target[kept], xi.double(), center.double()
+        exact = torch.stack(reference.terms(*wide, Options(separation=separation), literal=True))
+        factor = weight.double()[target[kept]] if weighted else torch.ones_like(exact[0])
+        expected = exact @ factor / factor.sum()
+        for ratio, reduction in (("batch", "mean"), ("sample", "mean"), ("sample", "sum"), ("sample", "none")):
+            options = Options(separation=separation, ratio=ratio, reduction=reduction)
+            means = []
+            for input in (z, z.clone().requires_grad_()) if options.scalar_by_sample else (z,):
+                functional.loss(input, target, xi, center, weight, options, backend, means=means)
+            assert len(means) == 1 + options.scalar_by_sample
+            for actual in means:
+                assert actual.dtype == torch.float64
+                assert not actual.requires_grad
+                assert actual.shape == (2,)
+                for a, e in zip(actual, expected, strict=True):
+                    assert relative(a, e) < (1e-12 if dtype == torch.float64 else 2e-6)
+
+
+@pytest.mark.parametrize("backend", [*KERNELS, "reference"])
+def test_means_of_no_terms(backend):
+    z, xi = torch.randn(5, 6), torch.randn(4, 6)
+    for rows, (ratio, reduction) in itertools.product(
+        (0, 5), (("batch", "mean"), ("sample", "mean"), ("sample", "sum"), ("sample", "none"))
+    ):
+        means = []
+        options = Options(ratio=ratio, reduction=reduction)
+        functional.loss(z[:rows], torch.full((rows,), -100), xi, None, None, options, backend, means=means)
+        assert bool(means[0].isnan().all())
+
+
+@pytest.mark.parametrize("backend", [*KERNELS, "reference"])
+def test_means_of_the_terms_in_a_compiled_step(backend):
+    z, target, xi, _, _ = make(7, 3, 12, dtype=torch.float32)
+    z.requires_grad_(), xi.requires_grad_()
+
+    def step(z, xi):
+        means = []
+        return functional.loss(z, target, xi, None, None, Options(), backend, means=means), means[0]
+
+    loss, means = step(z, xi)
+    compiled_loss, compiled_means = torch.compile(step, fullgraph=True, backend="aot_eager")(z, xi)
+    assert torch.equal(compiled_means, means)
+    assert not compiled_means.requires_grad
+    for a, e in zip(torch.autograd.grad(compiled_loss, (z, xi)), torch.autograd.grad(loss, (z, xi)), strict=True):
+        assert relative(a, e) < 1e-6
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The operators themselves
 # ------------------------------------------------------------------------------------------------------------
 
@@ -644,7 +707,7 @@ def operator_calls(dtype: torch.dtype, separation: str, ratio: str):
     moving, tracked = center.clone(), torch.tensor(1)
     options = (*stats, weight, *features, batch, 1, 1e-8, -100, not batch and z.dtype is xi.dtype)
     reduced = (z, target, center, None, None, 0.0, *options)
-    loss, rows, _, _ = ops.loss(*reduced)
+    loss, rows, _, _, _ = ops.loss(*reduced)
     upstream = torch.full_like(loss, 2.0)
     return [
         (ops.centroid_stats, (xi, False, c2s)),

@@ -247,21 +247,24 @@ std::vector<double> row_weights(const Targets& target, int64_t rows, const T* cl
   return weight;
 }
 
-// The rows' terms to the loss (one value, or [B] for kNone) and its derivatives by them.
+// The rows' terms to the loss (one value, or [B] for kNone), its derivatives by them, and their means [2].
 template <class T>
 void reduce(const double* concentration, const double* separation, const Targets& target,
             const std::vector<double>& weight, bool batch_ratio, int64_t reduction, double eps, T* loss,
-            RowStats* stats) {
+            RowStats* stats, double* means) {
   const int64_t rows = static_cast<int64_t>(weight.size());
   const auto counts = [&](int64_t i) { return target[i] != target.ignore_index; };
-  double a = 0, g = 0, total = 0;
+  double a = 0, g = 0, weight_sum = 0, total = 0;
   bool any = false;
   for (int64_t i = 0; i < rows; ++i) {
     if (!counts(i)) continue;
     a += weight[i] * concentration[i];
     g += weight[i] * separation[i];
+    weight_sum += weight[i];
     any = true;
   }
+  means[0] = a / weight_sum;
+  means[1] = g / weight_sum;
   const Ratio of_batch = ratio(a, g, eps);
   for (int64_t i = 0; i < rows; ++i) {
     double value = 0, by_concentration = 0, by_separation = 0;
@@ -322,7 +325,7 @@ Tensor update_center_(const Tensor& center, const Tensor& num_batches_tracked, c
   return copy;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> loss(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss(
     const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
     const std::optional<Tensor>& running_center, const std::optional<Tensor>& num_batches_tracked, double momentum,
     const Tensor& log_activation, const Tensor& activation, const Tensor& reference, const Tensor& norms,
@@ -344,9 +347,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss(
                                                   {temperature, l2_normalize, softmax}, row_weight.data(), eps,
                                                   with_grad ? output<T>(grad) : nullptr);
     Tensor result = reduction == kNone ? empty({rows}, kScalarType<T>) : empty({}, kScalarType<T>);
+    Tensor means = empty({2}, ScalarType::Double);
     reduce<T>(values.data(), values.data() + rows, y, row_weight, batch_ratio, reduction, eps, output<T>(result),
-              output<RowStats>(stats));
-    return std::make_tuple(result, stats, moved, grad);
+              output<RowStats>(stats), output<double>(means));
+    return std::make_tuple(result, stats, moved, grad, means);
   });
 }
 

@@ -97,6 +97,7 @@ struct ReduceArgs {
   double eps;
   T* loss;           // scalar
   T* row_loss;       // [B], or null: reduction none
+  double* means;     // [2] of A and G over the rows, weighted
   double* partials;  // [reduce_partials(rows), kReduceSums] workspace
 };
 constexpr int64_t kReduceSums = 4;

@@ -199,7 +199,7 @@ Tensor update_center_(const Tensor& center, const Tensor& num_batches_tracked, c
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> loss(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss(
     const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
     const std::optional<Tensor>& running_center, const std::optional<Tensor>& num_batches_tracked, double momentum,
     const Tensor& log_activation, const Tensor& activation, const Tensor& reference, const Tensor& norms,
@@ -232,15 +232,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss(
     Tensor grad = with_grad ? empty(device, {rows, q.columns}, kScalarType<T>) : empty(device, {0}, kScalarType<T>);
     Tensor stats = empty(device, {rows, kRowStats}, ScalarType::Double);
     Tensor result = reduction == kNone ? empty(device, {rows}, kScalarType<T>) : empty(device, {}, kScalarType<T>);
+    Tensor means = empty(device, {2}, ScalarType::Double);
     const Weights<T> weights{class_weight, weight_total};
     launch_terms<T>({z, rows, y, c, {1.0 / temperature, l2_normalize, softmax}, q, sums,
                      output<RowStats>(stats), weights, eps, with_grad ? output<T>(grad) : nullptr},
                     device.stream());
     launch_reduce<T>({rows, y, q, sums, output<RowStats>(stats), weights, batch_ratio,
                       reduction == kMean, eps, reduction == kNone ? nullptr : output<T>(result),
-                      reduction == kNone ? output<T>(result) : nullptr, partial_sums},
+                      reduction == kNone ? output<T>(result) : nullptr, output<double>(means), partial_sums},
                      device.stream());
-    return std::make_tuple(result, stats, moved, grad);
+    return std::make_tuple(result, stats, moved, grad, means);
   });
 }
 

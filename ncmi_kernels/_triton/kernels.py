@@ -896,23 +896,26 @@ def _terms_tile(
 
 @triton.jit
 def _batch_sums(concentration, separation, factor, live, eps, BATCH_RATIO: tl.constexpr):
-    """Of BLOCK rows: the sums of w, of w A or w A / (G + eps), and of w G."""
-    first = concentration if BATCH_RATIO else concentration * (1.0 / (separation + eps))
-    first = tl.sum(tl.where(live, factor * first, 0.0), axis=0)
+    """Of BLOCK rows: the sums of w, of w A, of w G, and for the ratio by sample of w A / (G + eps)."""
+    first = tl.sum(tl.where(live, factor * concentration, 0.0), axis=0)
     second = tl.sum(tl.where(live, factor * separation, 0.0), axis=0)
-    return tl.sum(factor, axis=0), first, second
+    third = first
+    if not BATCH_RATIO:
+        third = tl.sum(tl.where(live, factor * (concentration * (1.0 / (separation + eps))), 0.0), axis=0)
+    return tl.sum(factor, axis=0), first, second, third
 
 
 @triton.jit(do_not_specialize=["target_stride", "eps", "ignore_index", "classes", "B", "tiles"], debug=True)
 def finish_kernel(
-    target, norms, weight, sums, partials, rows, loss, target_stride, eps, ignore_index, classes, B, tiles,
+    target, norms, weight, sums, partials, rows, loss, means, target_stride, eps, ignore_index, classes, B, tiles,
     CENTROID_TO_SAMPLE: tl.constexpr, BATCH_RATIO: tl.constexpr, REDUCTION: tl.constexpr, FINISHED: tl.constexpr,
     STAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """From `sums` [4, B] of the rows to what REDUCTION asks for: the loss [] or [B], or for TERMS A and G [2, B].
 
-    Writes the columns of `rows` [B, 9] that terms_kernel left out: with FINISHED it left none.
-    Stage PARTIAL writes its sums over them to `partials` [3, tiles], LAST reads those; WHOLE does without.
+    And but for TERMS to `means` [2] of A and G. Writes the columns of `rows` [B, 9] that terms_kernel left out: with
+    FINISHED it left none.
+    Stage PARTIAL writes its sums over them to `partials` [4, tiles], LAST reads those; WHOLE does without.
     """
     eps = _double(eps)
     zero = tl.full([BLOCK], 0.0, tl.float64)
@@ -921,17 +924,19 @@ def finish_kernel(
         row, target, norms, weight, sums, target_stride, ignore_index, classes, B, CENTROID_TO_SAMPLE, FINISHED
     )
     if STAGE == PARTIAL:
-        weights, first, second = _batch_sums(concentration, separation, factor, live, eps, BATCH_RATIO)
+        weights, first, second, third = _batch_sums(concentration, separation, factor, live, eps, BATCH_RATIO)
         tile = partials + tl.program_id(0)
         tl.store(tile, weights)
         tl.store(tile + tiles, first)
         tl.store(tile + 2 * tiles, second)
+        tl.store(tile + 3 * tiles, third)
     else:
-        if REDUCTION == MEAN or REDUCTION == SUM:
+        if REDUCTION != TERMS:
             # Summed over a block at the end, in one order for any number of programs.
             weights = tl.sum(zero, axis=0)
             first = weights
             second = weights
+            third = weights
             for tile in range(0, tiles if STAGE == WHOLE else tl.cdiv(tiles, BLOCK)):
                 i = tile * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
                 if STAGE == WHOLE:
@@ -939,19 +944,25 @@ def finish_kernel(
                         i, target, norms, weight, sums, target_stride, ignore_index, classes, B, CENTROID_TO_SAMPLE,
                         FINISHED,
                     )  # fmt: skip
-                    d_weights, d_first, d_second = _batch_sums(a, g, w, counts, eps, BATCH_RATIO)
+                    d_weights, d_first, d_second, d_third = _batch_sums(a, g, w, counts, eps, BATCH_RATIO)
                 else:
                     d_weights = tl.sum(tl.load(partials + i, mask=i < tiles, other=0.0), axis=0)
                     d_first = tl.sum(tl.load(partials + tiles + i, mask=i < tiles, other=0.0), axis=0)
                     d_second = tl.sum(tl.load(partials + 2 * tiles + i, mask=i < tiles, other=0.0), axis=0)
+                    d_third = tl.sum(tl.load(partials + 3 * tiles + i, mask=i < tiles, other=0.0), axis=0)
                 weights += d_weights
                 first += d_first
                 second += d_second
+                third += d_third
+            # No row that counts: 0 / 0, as cross_entropy.
+            first = first / weights
+            second = second / weights
+            if tl.program_id(0) == 0:
+                tl.store(means, first)
+                tl.store(means + 1, second)
             if REDUCTION == MEAN:
-                # No row that counts: 0 / 0, as cross_entropy.
                 factor = factor / weights
-                first = first / weights
-                second = second / weights
+                third = third / weights
         if REDUCTION == TERMS:
             dtype = loss.dtype.element_ty
             tl.store(loss + row, concentration.to(dtype), mask=row < B)
@@ -967,7 +978,7 @@ def finish_kernel(
                 value = tl.where(live, factor * ratio, 0.0)
                 tl.store(loss + row, value.to(loss.dtype.element_ty), mask=row < B)
             elif tl.program_id(0) == 0:
-                value = ratio if BATCH_RATIO else first
+                value = ratio if BATCH_RATIO else third
                 tl.store(loss, value.to(loss.dtype.element_ty))
         if not FINISHED:
             of_row = rows + row * STATS

@@ -282,6 +282,7 @@ def _finish(
     sums: Tensor,
     stats: Tensor,
     result: Tensor,
+    means: Tensor | None,
     eps: float,
     ignore_index: int,
     classes: int,
@@ -292,8 +293,8 @@ def _finish(
 ) -> None:
     rows = target.shape[0]
     tiles = max(1, -(-rows // FINISH_BLOCK))
-    whole = rows <= LARGEST_WHOLE or REDUCTIONS_AND_TERMS[reduction] in ("none", "terms")
-    partials = None if whole else norms.new_empty((3, tiles))
+    whole = rows <= LARGEST_WHOLE or means is None
+    partials = None if whole else norms.new_empty((4, tiles))
     for stage in (kernels.WHOLE,) if whole else (kernels.PARTIAL, kernels.LAST):
         launch(
             kernels.finish_kernel,
@@ -305,6 +306,7 @@ def _finish(
             partials,
             stats,
             result,
+            means,
             target.stride(0),
             _bits(eps),
             ignore_index,
@@ -365,6 +367,7 @@ def terms(
             sums,
             stats,
             result,
+            None,
             0.0,
             ignore_index,
             classes,
@@ -491,8 +494,11 @@ def loss(
     eps: float,
     ignore_index: int,
     with_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss [] or [B], the rows' statistics [B, 9] float64, the moved centre [M] or [0], d loss / d input or [0]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss [] or [B], the rows' statistics [B, 9], the moved centre [M] or [0], d loss / d input or [0], means [2].
+
+    Statistics and means are float64.
+    """
     rows, columns = input.shape
     classes = log_activation.shape[0]
     _check_targets(target, ignore_index, classes)
@@ -527,6 +533,7 @@ def loss(
             grad,
         )
         result = log_activation.new_empty((rows,) if REDUCTIONS[reduction] == "none" else ())
+        means = norms.new_empty((2,))
         _finish(
             target,
             norms,
@@ -534,6 +541,7 @@ def loss(
             row_sums,
             stats,
             result,
+            means,
             eps,
             ignore_index,
             classes,
@@ -542,7 +550,7 @@ def loss(
             reduction,
             with_grad,
         )
-    return result, stats, moved, log_activation.new_empty((0,)) if grad is None else grad
+    return result, stats, moved, log_activation.new_empty((0,)) if grad is None else grad, means
 
 
 def scale_(grad: Tensor, upstream: Tensor) -> None:
@@ -705,7 +713,7 @@ SCHEMAS = (
     " Tensor reference, Tensor norms, Tensor? weight, float temperature, bool l2_normalize, bool softmax,"
     " bool centroid_to_sample, bool batch_ratio, int reduction, float eps, int ignore_index,"
     " bool with_grad)"
-    " -> (Tensor loss, Tensor rows, Tensor moved_center, Tensor grad)",
+    " -> (Tensor loss, Tensor rows, Tensor moved_center, Tensor grad, Tensor means)",
     "scale_(Tensor(a!) grad, Tensor upstream) -> ()",
     "input_grad(Tensor input, Tensor target, Tensor? center, Tensor log_activation, Tensor activation,"
     " Tensor reference, Tensor norms, Tensor rows, Tensor? upstream,"
