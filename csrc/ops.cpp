@@ -10,7 +10,8 @@
 STABLE_TORCH_LIBRARY(ncmi_kernels, m) {
   // What the rows need to know of the centroids, from their logits [C, M] in the arithmetic type:
   // log_activation [C, M]; activation [C, M], or [0, M] for sample_to_centroid; reference [2, M];
-  // norms [C + 1, 8] float64.
+  // norms [C + 1, 8] float64. The operators below also take a table (log_activation, activation, norms) of only some of
+  // the classes, of which the targets are then row numbers: reference and the last record of norms speak for all C.
   m.def(
       "centroid_stats(Tensor centroid_logits, bool softmax, bool centroid_to_sample)"
       " -> (Tensor log_activation, Tensor activation, Tensor reference, Tensor norms)");

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import relative
+from test_kernels import check_present_classes
 from torch.utils import cpp_extension
 
 import ncmi_kernels
@@ -273,6 +274,12 @@ def test_means_of_the_terms(runs, separation):
             for a, e in itertools.product(means, (expected,)):
                 assert a.dtype == torch.float64
                 assert bool(a.isnan().all()) if rows == 0 else relative(a, e) < 2e-6
+
+
+@pytest.mark.parametrize("separation", SEPARATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_table_of_the_classes_that_occur(emulated, runs, dtype, separation):
+    check_present_classes(emulated, dtype, separation)
 
 
 def test_terms(runs):

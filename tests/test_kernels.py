@@ -689,6 +689,74 @@ def test_means_of_the_terms_in_a_compiled_step(backend):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Tables of some of the classes
+# ------------------------------------------------------------------------------------------------------------
+
+
+def present_classes(stats: _ops.CentroidStats, target: Tensor):
+    """The table of only the classes that occur, and the targets as row numbers in it."""
+    present = target[target != -100].unique()
+    renumbered = torch.where(target == -100, target, torch.searchsorted(present, target.clamp(min=0)))
+    log_activation, activation, reference, norms = stats
+    records = torch.cat((present, torch.tensor([len(norms) - 1], device=target.device)))
+    table = (
+        log_activation[present],
+        activation[present] if len(activation) else activation,
+        reference,
+        norms[records].contiguous(),
+    )
+    return present, _ops.CentroidStats(*table), renumbered
+
+
+def case_of_few_classes(dtype, separation, run, **options):
+    """A batch with 5 of 40 classes: its problem, statistics, and arguments of the operator loss."""
+    z, target, xi, center, weight = make(11, 40, 37, center=True, weight=True, ignore=True, dtype=dtype, **options)
+    target[target >= 0] %= 5
+    xi[7] = 0  # one whose columns are all equal
+    c2s = separation == "centroid_to_sample"
+    stats = _ops.CentroidStats(*run.centroid_stats(xi, False, c2s))
+    return (z, 7 * target.clamp(min=0) + target.clamp(max=0), xi, center, weight), stats, c2s
+
+
+def loss_of(run, problem, stats, target, weight, c2s, batch_ratio=True):
+    z, _, _, center, _ = problem
+    with_grad = not batch_ratio
+    options = (0.7, True, False, c2s, batch_ratio, 1, 1e-8, -100, with_grad)
+    return run.loss(z, target, center, None, None, 0.0, *stats, weight, *options)
+
+
+def check_present_classes(run, dtype, separation):
+    problem, stats, c2s = case_of_few_classes(dtype, separation, run)
+    z, target, xi, center, weight = problem
+    present, table, renumbered = present_classes(stats, target)
+    assert 1 < len(present) < len(xi) / 4
+    rounding = 1e-12 if dtype == torch.float64 else 1e-6
+    for batch_ratio in (True, False):
+        loss, rows, _, grad, means = loss_of(run, problem, stats, target, weight, c2s, batch_ratio)
+        few = loss_of(run, problem, table, renumbered, weight[present], c2s, batch_ratio)
+        for a, e in zip(few, (loss, rows, torch.empty(0), grad, means), strict=True):
+            assert relative(a, e) < rounding
+        upstream = torch.full_like(loss, 2.0)
+        whole = run.input_grad(z, target, center, *stats, rows, upstream, c2s, -100)
+        assert whole.abs().max() > 0
+        assert relative(run.input_grad(z, renumbered, center, *table, few[1], upstream, c2s, -100), whole) < rounding
+        whole = run.centroid_grad(z, target, center, xi, *stats, rows, upstream, c2s, -100)
+        own = run.centroid_grad(z, renumbered, center, xi[present], *table, few[1], upstream, c2s, -100)
+        assert relative(own, whole[present]) < rounding
+    options = (0.7, True, False, c2s, -100)
+    few, whole = (run.terms(z, y, center, *s, *options)[0] for y, s in ((renumbered, table), (target, stats)))
+    assert relative(few, whole) < rounding
+
+
+@every_backend
+@pytest.mark.parametrize("separation", SEPARATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_table_of_the_classes_that_occur(dtype, separation, backend):
+    """1/C is that of all classes: the same numbers as from the whole table."""
+    check_present_classes(_ops.operators(backend), dtype, separation)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The operators themselves
 # ------------------------------------------------------------------------------------------------------------
 

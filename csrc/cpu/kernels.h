@@ -14,7 +14,7 @@ namespace ncmi::cpu {
 // What the rows need to know of the centroids. T is the type of the arithmetic, float or double.
 template <class T>
 struct Centroids {
-  int64_t classes;          // C
+  int64_t classes;          // C, of the table; of_all.classes is how many there are
   int64_t columns;          // M
   bool centroid_to_sample;  // the separation
   const T* log_activation;  // [C, M] log a(xi), shifted

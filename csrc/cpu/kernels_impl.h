@@ -557,7 +557,7 @@ NCMI_INLINE void grad_of_row(const Centroids<T>& q, const Row<T>& row, const Row
   ahead.add(out, sizeof(Out));
   const int64_t n = q.columns;
   const GradRow<centroid_to_sample, T> of_row{stats, centroid_to_sample ? exp(-q.of[y].log_norm) : 1.0,
-                                              1.0 / double(q.classes), concentration_grad, separation_grad};
+                                              1.0 / q.of_all.classes, concentration_grad, separation_grad};
   const T* __restrict x = row.x;
   const double dot = with_kind<T>(Kind(int(stats.kind)), [&]<Kind kind>() {
     return of_row.template whole_row<kind>(row, n, grad, ahead);
@@ -618,7 +618,7 @@ template <bool centroid_to_sample, class T>
 void terms_range(const TermsArgs<T>& args, int64_t row_begin, int64_t row_end, T* x) {
   const Centroids<T>& q = args.centroids;
   const int64_t n = q.columns;
-  const double inverse_temperature = 1.0 / args.features.temperature, inverse_classes = 1.0 / double(q.classes);
+  const double inverse_temperature = 1.0 / args.features.temperature, inverse_classes = 1.0 / q.of_all.classes;
   OwnRows<T> own_rows(q, x + 2 * n);
   for (int64_t i = row_begin; i < row_end; ++i) {
     const int64_t y = args.target[i];
@@ -1082,7 +1082,7 @@ template <class T>
 void centroid_grad(const CentroidGradArgs<T>& args, int64_t class_begin, int64_t class_end, T* x) {
   const Centroids<T>& q = args.centroids;
   const int64_t n = q.columns;
-  const double inverse_classes = 1.0 / double(q.classes);
+  const double inverse_classes = 1.0 / q.of_all.classes;
   for (int64_t c = class_begin; c < class_end; ++c) {
     const ClassSums& of_class = args.class_sums[c];
     const Kind kind = Kind(int(q.of[c].kind));

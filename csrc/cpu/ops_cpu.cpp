@@ -180,7 +180,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_stats(const Tensor& logits, 
       constant = std::accumulate(of, of + classes, 0.0, [](double sum, const ClassStats& c) { return sum + c.log_norm; }) /
                  double(classes);
     }
-    *reinterpret_cast<AllStats*>(of + classes) = {weight_sum, constant - lost, {}};
+    *reinterpret_cast<AllStats*>(of + classes) = {weight_sum, constant - lost, double(classes), {}};
     return std::make_tuple(log_activation, activation, reference, norms);
   });
 }
@@ -450,7 +450,7 @@ Tensor centroid_grad(const Tensor& input, const Tensor& target, const std::optio
       if (y[i] == ignore_index) continue;
       separation_grad_sum += c[rows + i];
       // The own class enters the mean over classes of KL(p || q_v) too, and is taken out again here.
-      if (!centroid_to_sample) own_factor[i] -= c[rows + i] / double(q.classes);
+      if (!centroid_to_sample) own_factor[i] -= c[rows + i] / q.of_all.classes;
     }
 
     std::unique_ptr<T[]> own_separation(centroid_to_sample ? new T[q.classes * q.columns] : nullptr);

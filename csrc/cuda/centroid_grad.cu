@@ -38,7 +38,7 @@ template <bool centroid_to_sample, class T>
 NCMI_DEVICE Factors factors_of(const CentroidGradArgs<T>& args, const RowStats& stats, int64_t i) {
   const double upstream = upstream_at(args.upstream, i);
   const double alpha = stats.by_concentration * upstream, beta = stats.by_separation * upstream;
-  return {centroid_to_sample ? alpha : alpha - beta / double(args.centroids.classes), beta};
+  return {centroid_to_sample ? alpha : alpha - beta / args.centroids.all().classes, beta};
 }
 
 template <int width>
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kThreads, 1) class_grad_kernel(const CentroidG
   const int64_t c = blockIdx.x;
   Group group = group_of_thread(shared_storage<GroupStorage>());
   const bool has_rows = args.class_begin[c] != args.class_begin[c + 1];
-  const double inverse_norm = ::exp(-q.log_norm(c)), inverse_classes = 1.0 / double(q.classes);
+  const double inverse_norm = ::exp(-q.log_norm(c)), inverse_classes = 1.0 / q.all().classes;
   const double separation_sum = args.totals[q.columns];
   const T shift = T(q.shift(c));
   T* grad = args.grad + c * q.columns;

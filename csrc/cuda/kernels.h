@@ -12,7 +12,7 @@ using Stream = void*;  // cudaStream_t
 
 template <class T>
 struct Centroids {
-  int64_t classes;          // C
+  int64_t classes;          // C, of the table; all().classes is how many there are
   int64_t columns;          // M
   bool centroid_to_sample;  // the separation
   const T* log_activation;  // [C, M] log a(xi), shifted

@@ -653,6 +653,7 @@ def centroid_grad(
             (classes, -(-columns // width)),
             input,
             center,
+            norms,
             rows,
             upstream,
             order,
