@@ -46,10 +46,17 @@ STABLE_TORCH_LIBRARY(ncmi_kernels, m) {
       " Tensor reference, Tensor norms, Tensor rows, Tensor? upstream,"
       " bool centroid_to_sample, int ignore_index) -> Tensor");
 
-  // The centroid sums: d loss / d centroid_logits [C, M].
+  // The centroid sums: d loss / d centroid_logits [C, M]. `totals`, as class_totals gives them, stand in for the sums over
+  // all rows: those over the rows of a class are of the rows that are passed, which may be none.
   m.def(
       "centroid_grad(Tensor input, Tensor target, Tensor? center, Tensor centroid_logits, Tensor log_activation,"
       " Tensor activation, Tensor reference, Tensor norms, Tensor rows, Tensor? upstream,"
+      " bool centroid_to_sample, int ignore_index, Tensor? totals=None) -> Tensor");
+
+  // What every class's gradient has of all rows, [M + 1] float64, beta_i = d loss / d G_i: sum_i beta_i p_i, for
+  // centroid_to_sample sum_i beta_i log a_i, and last sum_i beta_i.
+  m.def(
+      "class_totals(Tensor input, Tensor target, Tensor? center, Tensor rows, Tensor? upstream,"
       " bool centroid_to_sample, int ignore_index) -> Tensor");
 
   // The running centre: set to the mean of the rows at the first batch, then momentum * center +

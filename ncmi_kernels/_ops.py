@@ -26,6 +26,7 @@ class Operators:
     scale_: Callable[..., Any]
     input_grad: Callable[..., Any]
     centroid_grad: Callable[..., Any]
+    class_totals: Callable[..., Any]
 
 
 NAMES = tuple(field.name for field in fields(Operators))
@@ -391,8 +392,21 @@ def register_fakes(namespace: str) -> None:
         upstream: Tensor | None,
         centroid_to_sample: bool,
         ignore_index: int,
+        totals: Tensor | None = None,
     ) -> Tensor:
         return centroid_logits.new_empty(centroid_logits.shape)
+
+    @torch.library.register_fake(f"{namespace}::class_totals")
+    def _(
+        input: Tensor,
+        target: Tensor,
+        center: Tensor | None,
+        rows: Tensor,
+        upstream: Tensor | None,
+        centroid_to_sample: bool,
+        ignore_index: int,
+    ) -> Tensor:
+        return rows.new_empty((input.shape[1] + 1,))
 
     @torch.library.register_fake(f"{namespace}::update_center_")
     def _(

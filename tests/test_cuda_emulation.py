@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import relative
-from test_kernels import check_present_classes
+from test_kernels import check_present_classes, check_totals, check_totals_of_many
 from torch.utils import cpp_extension
 
 import ncmi_kernels
@@ -280,6 +280,8 @@ def test_means_of_the_terms(runs, separation):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_table_of_the_classes_that_occur(emulated, runs, dtype, separation):
     check_present_classes(emulated, dtype, separation)
+    check_totals(emulated, dtype, separation)
+    check_totals_of_many(emulated, separation)
 
 
 def test_terms(runs):

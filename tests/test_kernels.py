@@ -710,7 +710,7 @@ def present_classes(stats: _ops.CentroidStats, target: Tensor):
 
 def case_of_few_classes(dtype, separation, run, **options):
     """A batch with 5 of 40 classes: its problem, statistics, and arguments of the operator loss."""
-    z, target, xi, center, weight = make(11, 40, 37, center=True, weight=True, ignore=True, dtype=dtype, **options)
+    z, target, xi, center, weight = make(11, 32, 37, center=True, weight=True, ignore=True, dtype=dtype, **options)
     target[target >= 0] %= 5
     xi[7] = 0  # one whose columns are all equal
     c2s = separation == "centroid_to_sample"
@@ -756,6 +756,88 @@ def test_a_table_of_the_classes_that_occur(dtype, separation, backend):
     check_present_classes(_ops.operators(backend), dtype, separation)
 
 
+def check_totals(run, dtype, separation):
+    """Against sums in float64; and the centroid gradient is the part of each class plus that of all rows."""
+    for spread in (0.1, 2.0) if dtype == torch.float32 else (2.0,):
+        problem, stats, c2s = case_of_few_classes(dtype, separation, run, spread=spread)
+        z, target, xi, center, weight = problem
+        loss, rows, *_ = loss_of(run, problem, stats, target, weight, c2s)
+        upstream = torch.full_like(loss, -2.0)
+        totals = run.class_totals(z, target, center, rows, upstream, c2s, -100)
+        kept = target != -100
+        log_p = reference.log_probabilities(z[kept].double(), center.double(), 0.7, True, "nsf")
+        beta = -2.0 * rows[kept, -1]
+        expected = beta @ (log_p if c2s else log_p.exp())
+        sums, beta_sum = totals[:-1], totals[-1]
+        assert relative(beta_sum, beta.sum()) < 1e-12
+        if c2s:  # of log a, which is log p up to a number for each row
+            sums, expected = sums - sums.mean(), expected - expected.mean()
+        assert relative(sums, expected) < (1e-12 if dtype == torch.float64 else 1e-6)
+
+        def grad(count, y, logits, table, of_rows, *given, z=z, center=center, upstream=upstream, c2s=c2s):
+            batch = z[:count], y[:count], center, logits, *table, of_rows[:count]
+            return run.centroid_grad(*batch, upstream, c2s, -100, *given)
+
+        rounding = 1e-12 if dtype == torch.float64 else 1e-6
+        whole = grad(len(z), target, xi, stats, rows)
+        assert whole.abs().max() > 0
+        assert relative(grad(len(z), target, xi, stats, rows, totals), whole) < rounding
+        zeros = torch.zeros_like(totals)
+        of_all = grad(0, target, xi, stats, rows, totals)
+        own = grad(len(z), target, xi, stats, rows, zeros)
+        assert relative(of_all + own, whole) < rounding
+        present, table, renumbered = present_classes(stats, target)
+        absent = torch.ones(len(xi), dtype=torch.bool)
+        absent[present] = False
+        assert relative(of_all[absent], whole[absent]) < rounding
+        assert bool((own[absent] == 0).all())
+        few = loss_of(run, problem, table, renumbered, weight[present], c2s)[1]
+        assert relative(grad(len(z), renumbered, xi[present], table, few, zeros), own[present]) < rounding
+        assert relative(grad(0, renumbered, xi[present], table, few, totals), of_all[present]) < rounding
+    ignored = z * float("nan"), torch.full_like(target, -100), center, rows
+    for batch in (ignored, (z[:0], target[:0], center, rows[:0])):
+        nothing = run.class_totals(*batch, None, c2s, -100)
+        assert torch.equal(nothing, torch.zeros(z.shape[1] + 1, dtype=torch.float64))
+    assert bool((grad(0, target, xi, stats, rows) == 0).all())
+
+
+@every_backend
+@pytest.mark.parametrize("separation", SEPARATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_totals_of_the_centroid_gradient(dtype, separation, backend):
+    check_totals(_ops.operators(backend), dtype, separation)
+
+
+def check_totals_of_many(run, separation):
+    c2s = separation == "centroid_to_sample"
+    for rows, columns, dtype in ((300, 33, torch.float32), (5, 2100, torch.float32), (9, 40, torch.bfloat16)):
+        z, target, xi, _, _ = make(rows, 3, columns, ignore=True, dtype=torch.float32)
+        z = (z * torch.logspace(-3, 1, rows)[:, None]).to(dtype)
+        stats = run.centroid_stats(xi, False, c2s)
+        of_rows = run.terms(z, target, None, *stats, 1.0, False, False, c2s, -100)[1]
+        of_rows[:, -2:] = torch.rand(rows, 2, dtype=torch.float64)
+        upstream = torch.rand(2 * rows)[::2]
+        totals = run.class_totals(z, target, None, of_rows, upstream, c2s, -100)
+        kept = target != -100
+        log_p = reference.log_probabilities(z[kept].double(), None, 1.0, False, "nsf")
+        beta = (upstream.double() * of_rows[:, -1])[kept]
+        expected = beta @ (log_p if c2s else log_p.exp())
+        sums = totals[:-1]
+        if c2s:
+            sums, expected = sums - sums.mean(), expected - expected.mean()
+        assert relative(totals[-1], beta.sum()) < 1e-12
+        assert relative(sums, expected) < (2e-6 if dtype == torch.float32 else 1e-5)
+        again = run.class_totals(z, target, None, of_rows, upstream, c2s, -100)
+        assert torch.equal(totals, again)
+
+
+@every_backend
+@pytest.mark.parametrize("separation", SEPARATIONS)
+def test_totals_of_many_rows_and_columns(separation, backend):
+    """More of either than one owner has; half precision; an upstream gradient for each row."""
+    check_totals_of_many(_ops.operators(backend), separation)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The operators themselves
 # ------------------------------------------------------------------------------------------------------------
@@ -777,6 +859,7 @@ def operator_calls(dtype: torch.dtype, separation: str, ratio: str):
     reduced = (z, target, center, None, None, 0.0, *options)
     loss, rows, _, _, _ = ops.loss(*reduced)
     upstream = torch.full_like(loss, 2.0)
+    totals = torch.zeros(21, dtype=torch.float64)
     return [
         (ops.centroid_stats, (xi, False, c2s)),
         (ops.terms, (z, target, center, *stats, *features, -100)),
@@ -784,6 +867,8 @@ def operator_calls(dtype: torch.dtype, separation: str, ratio: str):
         (ops.loss, (z, target, None, moving, tracked, 0.9, *options)),
         (ops.input_grad, (z, target, center, *stats, rows, upstream, c2s, -100)),
         (ops.centroid_grad, (z, target, center, xi, *stats, rows, upstream, c2s, -100)),
+        (ops.centroid_grad, (z, target, center, xi, *stats, rows, upstream, c2s, -100, totals)),
+        (ops.class_totals, (z, target, center, rows, upstream, c2s, -100)),
         (ops.scale_, (torch.randn_like(xi), upstream)),
         (ops.update_center_, (center.clone(), torch.tensor(1), z, target, 0.9, 3, -100)),
     ]

@@ -100,6 +100,19 @@ struct CentroidGradArgs {
   double separation_grad_sum;        // sum_i d loss / d G_i
 };
 
+// The sums over all rows that the gradient of every centroid has.
+template <class T>
+struct TotalsArgs {
+  Matrix input;                   // [B, M]
+  Targets target;                 // [B]
+  const T* center;                // [M] or null
+  int64_t row_count;              // B
+  const RowStats* rows;           // [B]
+  const double* separation_grad;  // [B] beta = d loss / d G_i
+  bool centroid_to_sample;
+  double* totals;                 // [M]
+};
+
 // `scratch` is [columns] elements, for terms and input_grad [4, columns].
 template <class T>
 struct Kernels {
@@ -110,6 +123,7 @@ struct Kernels {
   void (*class_sums)(const CentroidGradArgs<T>&, ClassSums*);
   void (*centroid_sums)(const CentroidGradArgs<T>&, int64_t column_begin, int64_t column_end);
   void (*centroid_grad)(const CentroidGradArgs<T>&, int64_t class_begin, int64_t class_end, T* scratch);
+  void (*totals)(const TotalsArgs<T>&, int64_t column_begin, int64_t column_end);
   void (*column_sums)(const Matrix&, const Targets&, int64_t rows, int64_t column_begin, int64_t column_end,
                       double* sums);
 };

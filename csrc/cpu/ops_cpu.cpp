@@ -424,7 +424,8 @@ Tensor input_grad(const Tensor& input, const Tensor& target, const std::optional
 Tensor centroid_grad(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
                      const Tensor& centroid_logits, const Tensor& log_activation, const Tensor& activation,
                      const Tensor& reference, const Tensor& norms, const Tensor& row_stats,
-                     const std::optional<Tensor>& upstream, bool centroid_to_sample, int64_t ignore_index) {
+                     const std::optional<Tensor>& upstream, bool centroid_to_sample, int64_t ignore_index,
+                     const std::optional<Tensor>& given_totals) {
   const Matrix z = matrix(input, "input"), xi = matrix(centroid_logits, "centroid_logits");
   const int64_t rows = input.size(0);
   Tensor grad = empty({centroid_logits.size(0), centroid_logits.size(1)}, centroid_logits.scalar_type());
@@ -455,6 +456,7 @@ Tensor centroid_grad(const Tensor& input, const Tensor& target, const std::optio
 
     std::unique_ptr<T[]> own_separation(centroid_to_sample ? new T[q.classes * q.columns] : nullptr);
     std::vector<double> totals(q.columns);
+    const double* given = data<double>(given_totals, "totals", {q.columns + 1});
     std::vector<ClassSums> class_sums(q.classes);
     const CentroidGradArgs<T> args{z,
                                    data<T>(center, "center", {q.columns}),
@@ -469,16 +471,42 @@ Tensor centroid_grad(const Tensor& input, const Tensor& target, const std::optio
                                    output<T>(grad),
                                    own_separation.get(),
                                    totals.data(),
-                                   separation_grad_sum};
+                                   given ? given[q.columns] : separation_grad_sum};
     const Kernels<T>& kernel = kernels_for<T>();
     kernel.class_sums(args, class_sums.data());
     parallel_columns(q.columns, rows, [&](int64_t begin, int64_t end) { kernel.centroid_sums(args, begin, end); });
+    if (given) std::copy(given, given + q.columns, totals.begin());
     parallel_rows(q.classes, q.columns, [&](int64_t begin, int64_t end) {
       std::vector<T> scratch(q.columns);
       kernel.centroid_grad(args, begin, end, scratch.data());
     });
   });
   return grad;
+}
+
+Tensor class_totals(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
+                    const Tensor& row_stats, const std::optional<Tensor>& upstream, bool centroid_to_sample,
+                    int64_t ignore_index) {
+  const Matrix z = matrix(input, "input");
+  const int64_t rows = input.size(0), columns = input.size(1);
+  const Targets y = targets(target, rows, ignore_index, std::numeric_limits<int64_t>::max());
+  const RowStats* stats = row_stats_of(row_stats, rows);
+  const std::vector<double> c = with_upstream(stats, upstream, rows);
+  Tensor result = empty({columns + 1}, ScalarType::Double);
+  double* totals = output<double>(result);
+  totals[columns] = 0;
+  for (int64_t i = 0; i < rows; ++i)
+    if (y[i] != ignore_index) totals[columns] += c[rows + i];
+  const auto sum = [&]<class T>() {
+    const TotalsArgs<T> args{z, y, data<T>(center, "center", {columns}), rows, stats, c.data() + rows,
+                             centroid_to_sample, totals};
+    parallel_columns(columns, rows, [&](int64_t begin, int64_t end) { kernels_for<T>().totals(args, begin, end); });
+  };
+  if (z.dtype == Dtype::kFloat64)
+    sum.template operator()<double>();
+  else
+    sum.template operator()<float>();
+  return result;
 }
 
 std::string cpu_capability() { return kernels().name; }
@@ -493,6 +521,7 @@ STABLE_TORCH_LIBRARY_IMPL(ncmi_kernels, CPU, m) {
   m.impl("scale_", TORCH_BOX(&ncmi::cpu::scale_));
   m.impl("input_grad", TORCH_BOX(&ncmi::cpu::input_grad));
   m.impl("centroid_grad", TORCH_BOX(&ncmi::cpu::centroid_grad));
+  m.impl("class_totals", TORCH_BOX(&ncmi::cpu::class_totals));
   m.impl("update_center_", TORCH_BOX(&ncmi::cpu::update_center_));
 }
 

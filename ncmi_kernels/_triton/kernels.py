@@ -1300,21 +1300,22 @@ def centroid_constants_kernel(
 def class_sums_kernel(
     input, center, norms, rows, upstream, order, class_begin, own_sums, all_sums, factor_sums, unit_stride,
     column_stride, upstream_stride, classes, M: tl.constexpr, ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr,
-    DTYPE: tl.constexpr, FAST: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    DTYPE: tl.constexpr, FAST: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr, WITH_OWN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Sums over the rows of one class, in the order of the batch.
 
     To `own_sums` [C, M] those of own_factor p; to `all_sums` [C, M] those of beta p, for centroid_to_sample of beta log
     a; to `factor_sums` [2, C] those of own_factor and beta. own_factor is alpha, for sample_to_centroid alpha - beta /
-    C: the own class is one of those that G sums over.
+    C: the own class is one of those that G sums over. Without WITH_OWN a class is any set of rows, and only `all_sums`
+    and the sums of beta are written.
     """
     c = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = k < M
     begin = tl.load(class_begin + c)
     end = tl.load(class_begin + c + 1)
-    inverse_classes = _inverse_classes(norms, classes)
+    inverse_classes = _inverse_classes(norms, classes) if WITH_OWN else 0.0
     own = tl.full([ROWS, COLUMNS], 0.0, tl.float64)
     total = tl.full([ROWS, COLUMNS], 0.0, tl.float64)
     own_factors = tl.full([ROWS], 0.0, tl.float64)
@@ -1333,7 +1334,7 @@ def class_sums_kernel(
             factor = tl.load(upstream + row * upstream_stride, mask=live, other=0.0).to(tl.float64)
             own_factor *= factor
             beta *= factor
-        if not CENTROID_TO_SAMPLE:
+        if WITH_OWN and not CENTROID_TO_SAMPLE:
             own_factor -= beta * inverse_classes
         x = _load_features(
             input, center, row, live, k, inside, unit_stride, column_stride, DTYPE, ALIGN, CONTIGUOUS, False
@@ -1342,27 +1343,33 @@ def class_sums_kernel(
         kind = tl.min(tl.load(of_row + ROW_KIND, mask=live, other=SOFTMAX), axis=0)
         value, log, _, _ = _activate_as(f, shift[:, None], kind, FAST)
         value = value.to(tl.float64)
-        own += (own_factor * inverse_norm)[:, None] * value
+        if WITH_OWN:
+            own += (own_factor * inverse_norm)[:, None] * value
         if CENTROID_TO_SAMPLE:
             total += tl.where(live[:, None], beta[:, None] * log.to(tl.float64), 0.0)
         else:
             total += (beta * inverse_norm)[:, None] * value
         own_factors += own_factor
         betas += beta
-    tl.store(own_sums + c * M + k, tl.sum(own, axis=0), mask=inside)
+    if WITH_OWN:
+        tl.store(own_sums + c * M + k, tl.sum(own, axis=0), mask=inside)
     tl.store(all_sums + c * M + k, tl.sum(total, axis=0), mask=inside)
     if tl.program_id(1) == 0:
-        tl.store(factor_sums + c, tl.sum(own_factors, axis=0))
+        if WITH_OWN:
+            tl.store(factor_sums + c, tl.sum(own_factors, axis=0))
         tl.store(factor_sums + classes + c, tl.sum(betas, axis=0))
 
 
 @triton.jit(do_not_specialize=["unit_stride", "column_stride", "classes"])
 def centroid_grad_kernel(
     logits, norms, own_sums, all_sums, factor_sums, totals, grad, unit_stride, column_stride, classes, M: tl.constexpr,
-    ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr, COLUMNS: tl.constexpr,
-    CLASSES: tl.constexpr,
+    ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr, GIVEN: tl.constexpr,
+    COLUMNS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
-    """d loss / d xi [C, M], one class a program, from class_sums_kernel's sums and their `totals` [M] over classes."""
+    """d loss / d xi [C, M], one class a program, from class_sums_kernel's sums and their `totals` [M] over classes.
+
+    GIVEN: `totals` [M + 1] are not of these sums, and the last of them is the sum of beta.
+    """
     dtype: tl.constexpr = grad.dtype.element_ty
     c = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     live = c < classes
@@ -1372,11 +1379,14 @@ def centroid_grad_kernel(
     own_factor = tl.load(factor_sums + c)
     beta = tl.load(factor_sums + classes + c)
     inverse_classes = _inverse_classes(norms, classes)
-    parts = tl.full([CLASSES], 0.0, tl.float64)
-    for start in range(0, classes, CLASSES):
-        v = start + tl.arange(0, CLASSES)
-        parts += tl.load(factor_sums + classes + v, mask=v < classes, other=0.0)
-    beta_sum = tl.sum(parts, axis=0)
+    if GIVEN:
+        beta_sum = tl.load(totals + M)
+    else:
+        parts = tl.full([CLASSES], 0.0, tl.float64)
+        for start in range(0, classes, CLASSES):
+            v = start + tl.arange(0, CLASSES)
+            parts += tl.load(factor_sums + classes + v, mask=v < classes, other=0.0)
+        beta_sum = tl.sum(parts, axis=0)
     mean = tl.full([1], 0.0, tl.float64)
     # sample_to_centroid: slope (q (own_factor + beta_sum / C) - own - totals / C). centroid_to_sample:
     # slope ((1 / C) q (s - sum_k q s) - own + own_factor q), s = sum over the rows of other classes of
