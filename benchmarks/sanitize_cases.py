@@ -56,6 +56,14 @@ def run_case(
         l2_normalize=True, backend=backend,
     )  # fmt: skip
     results += [concentration, separated, *torch.autograd.grad((concentration + separated).sum(), z)]
+    run, options = _ops.operators(backend), criterion.options
+    logits, batch = criterion.centroid_logits, (z.detach(), y, criterion.center)
+    stats = _ops.centroid_stats(logits, options, backend)
+    of_rows = run.terms(*batch, *stats, *options.for_terms)[1]
+    of_rows[:, -2:] = 0.5  # the derivatives
+    totals = run.class_totals(*batch, of_rows, None, options.centroid_to_sample, -100)
+    gradient = run.centroid_grad(*batch, logits, *stats, of_rows, None, options.centroid_to_sample, -100, totals)
+    results += [totals, gradient]
     update = (criterion.num_batches_tracked, 0.9)
     results.append(_ops.update_center_(criterion.center, update, z.detach(), y, classes, -100, backend))
     return results

@@ -62,7 +62,8 @@ constexpr int64_t kClassStats = sizeof(ClassStats) / sizeof(double);
 struct AllStats {
   double weight_sum;         // sum_k q_mean_k as rounded (1 for sample_to_centroid)
   double weighted_log_norm;  // the mean log_norm, weighted as `reference` is, less what rounding that lost
-  double unused[6];
+  double classes;            // C, however many of the classes the table has a row of
+  double unused[5];
 };
 static_assert(sizeof(AllStats) == sizeof(ClassStats), "one tensor holds both");
 

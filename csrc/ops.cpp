@@ -10,7 +10,8 @@
 STABLE_TORCH_LIBRARY(ncmi_kernels, m) {
   // What the rows need to know of the centroids, from their logits [C, M] in the arithmetic type:
   // log_activation [C, M]; activation [C, M], or [0, M] for sample_to_centroid; reference [2, M];
-  // norms [C + 1, 8] float64.
+  // norms [C + 1, 8] float64. The operators below also take a table (log_activation, activation, norms) of only some of
+  // the classes, of which the targets are then row numbers: reference and the last record of norms speak for all C.
   m.def(
       "centroid_stats(Tensor centroid_logits, bool softmax, bool centroid_to_sample)"
       " -> (Tensor log_activation, Tensor activation, Tensor reference, Tensor norms)");
@@ -23,7 +24,8 @@ STABLE_TORCH_LIBRARY(ncmi_kernels, m) {
       " bool centroid_to_sample, int ignore_index) -> (Tensor terms, Tensor rows)");
 
   // The same, reduced: the loss in the arithmetic type, a scalar or for reduction 0 (none; 1 mean, 2 sum) [B]; rows with
-  // d loss / d terms. Given a running centre in the place of center, it is moved first, as by update_center_, which
+  // d loss / d terms; means [2] float64, those over the rows of concentration and separation, weighted as the loss is
+  // (NaN where no row counts). Given a running centre in the place of center, it is moved first, as by update_center_, which
   // gives moved_center; [0] without one. `with_grad`, for the ratio by sample and a scalar loss: d loss / d input [B, M]
   // from the same pass, for an input in the arithmetic type; else grad is [0].
   m.def(
@@ -32,7 +34,7 @@ STABLE_TORCH_LIBRARY(ncmi_kernels, m) {
       " Tensor reference, Tensor norms, Tensor? weight, float temperature, bool l2_normalize, bool softmax,"
       " bool centroid_to_sample, bool batch_ratio, int reduction, float eps, int ignore_index,"
       " bool with_grad)"
-      " -> (Tensor loss, Tensor rows, Tensor moved_center, Tensor grad)");
+      " -> (Tensor loss, Tensor rows, Tensor moved_center, Tensor grad, Tensor means)");
 
   // grad [B, M] times upstream [], in place; nothing is touched where that is 1.
   m.def("scale_(Tensor(a!) grad, Tensor upstream) -> ()");
@@ -44,10 +46,17 @@ STABLE_TORCH_LIBRARY(ncmi_kernels, m) {
       " Tensor reference, Tensor norms, Tensor rows, Tensor? upstream,"
       " bool centroid_to_sample, int ignore_index) -> Tensor");
 
-  // The centroid sums: d loss / d centroid_logits [C, M].
+  // The centroid sums: d loss / d centroid_logits [C, M]. `totals`, as class_totals gives them, stand in for the sums over
+  // all rows: those over the rows of a class are of the rows that are passed, which may be none.
   m.def(
       "centroid_grad(Tensor input, Tensor target, Tensor? center, Tensor centroid_logits, Tensor log_activation,"
       " Tensor activation, Tensor reference, Tensor norms, Tensor rows, Tensor? upstream,"
+      " bool centroid_to_sample, int ignore_index, Tensor? totals=None) -> Tensor");
+
+  // What every class's gradient has of all rows, [M + 1] float64, beta_i = d loss / d G_i: sum_i beta_i p_i, for
+  // centroid_to_sample sum_i beta_i log a_i, and last sum_i beta_i.
+  m.def(
+      "class_totals(Tensor input, Tensor target, Tensor? center, Tensor rows, Tensor? upstream,"
       " bool centroid_to_sample, int ignore_index) -> Tensor");
 
   // A step of torch.optim.SGD on centroid_logits, by the gradient that centroid_grad would give and that is formed a row

@@ -26,6 +26,7 @@ class Operators:
     scale_: Callable[..., Any]
     input_grad: Callable[..., Any]
     centroid_grad: Callable[..., Any]
+    class_totals: Callable[..., Any]
     centroid_step_: Callable[..., Any]
 
 
@@ -170,14 +171,22 @@ class _Loss(torch.autograd.Function):
         input: Tensor,
         centroid_logits: Tensor,
         others: tuple[
-            Tensor, Tensor | None, Tensor | None, Options, str, CentroidStats | None, CenterUpdate | None, bool
+            Tensor,
+            Tensor | None,
+            Tensor | None,
+            Options,
+            str,
+            CentroidStats | None,
+            CenterUpdate | None,
+            bool,
+            list[Tensor] | None,
         ],
     ) -> Tensor:
-        target, center, weight, options, backend, stats, update, one_pass = others
+        target, center, weight, options, backend, stats, update, one_pass, means = others
         if stats is None:
             stats = centroid_stats(centroid_logits, options, backend)
         moving = (center, None, None, 0.0) if update is None else (None, center, *update)
-        result, rows, moved, grad = operators(backend).loss(
+        result, rows, moved, grad, means_of_terms = operators(backend).loss(
             input,
             target,
             *moving,
@@ -188,6 +197,8 @@ class _Loss(torch.autograd.Function):
         )
         if update is not None:
             center = moved
+        if means is not None:
+            means.append(means_of_terms)
         ctx.save_for_backward(input, target, centroid_logits)
         ctx.kept = center, weight, stats, rows, options, backend
         ctx.made = [grad] if one_pass else None
@@ -250,8 +261,13 @@ def loss(
     backend: str,
     stats: CentroidStats | None,
     update: CenterUpdate | None,
+    *,
+    means: list[Tensor] | None = None,
 ) -> Tensor:
-    """The loss of [B, M] features. `stats` belong to `centroid_logits`, or are computed; `update` moves `center`."""
+    """The loss of [B, M] features. `stats` belong to `centroid_logits`, or are computed; `update` moves `center`.
+
+    To `means` is appended what :func:`reference.loss` appends.
+    """
     # By sample the gradient of a row is known once the row is: made in this pass, it needs no second one. Half
     # precisions wait for the upstream gradient, which may be what keeps them from underflow.
     one_pass = (
@@ -261,7 +277,11 @@ def loss(
         and input.dtype is centroid_logits.dtype
         and not torch.compiler.is_compiling()
     )
-    return _Loss.apply(input, centroid_logits, (target, center, weight, options, backend, stats, update, one_pass))
+    others = target, center, weight, options, backend, stats, update, one_pass, means
+    result = _Loss.apply(input, centroid_logits, others)
+    if means is not None and torch.compiler.is_compiling():
+        means.append(means.pop().detach())  # what leaves a traced Function requires a gradient
+    return result
 
 
 def centroid_gradient(
@@ -424,6 +444,7 @@ def register_fakes(namespace: str) -> None:
             norms.new_empty((rows, ROW_STATS)),
             log_activation.new_empty((0 if running_center is None else input.shape[1],)),
             log_activation.new_empty(input.shape if with_grad else (0,)),
+            norms.new_empty((2,)),
         )
 
     @torch.library.register_fake(f"{namespace}::scale_")
@@ -460,8 +481,21 @@ def register_fakes(namespace: str) -> None:
         upstream: Tensor | None,
         centroid_to_sample: bool,
         ignore_index: int,
+        totals: Tensor | None = None,
     ) -> Tensor:
         return centroid_logits.new_empty(centroid_logits.shape)
+
+    @torch.library.register_fake(f"{namespace}::class_totals")
+    def _(
+        input: Tensor,
+        target: Tensor,
+        center: Tensor | None,
+        rows: Tensor,
+        upstream: Tensor | None,
+        centroid_to_sample: bool,
+        ignore_index: int,
+    ) -> Tensor:
+        return rows.new_empty((input.shape[1] + 1,))
 
     @torch.library.register_fake(f"{namespace}::update_center_")
     def _(

@@ -130,6 +130,7 @@ def loss(
     options: Options,
     *,
     literal: bool = False,
+    means: list[Tensor] | None = None,
 ) -> Tensor:
     """The loss from [B, M] features: a scalar, or [B] for reduction "none".
 
@@ -137,6 +138,9 @@ def loss(
 
         ratio "sample": l_i = A_i / (G_i + eps), and mean = sum_i w_i l_i / W
         ratio "batch":  (sum_i w_i A_i / W) / (sum_i w_i G_i / W + eps)
+
+    To `means` is appended [2] float64, for any ratio and reduction: sum_i w_i A_i / W and sum_i w_i G_i / W, CMI and
+    Gamma of the batch, detached; NaN where no sample counts.
     """
     kept = target != options.ignore_index
     classes = target.masked_fill(~kept, 0)
@@ -147,6 +151,9 @@ def loss(
     w = kept.to(concentration.dtype)
     if weight is not None:
         w = w * weight.to(concentration.dtype)[classes]
+    if means is not None:
+        terms_of_rows = torch.stack((concentration, separation)).detach().double()
+        means.append((terms_of_rows @ w.double()) / w.double().sum())
     if options.batch_ratio:
         return ((w * concentration).sum() / w.sum()) / ((w * separation).sum() / w.sum() + options.eps)
     each = w * (concentration / (separation + options.eps))

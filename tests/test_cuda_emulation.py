@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import relative
+from test_kernels import check_present_classes, check_totals, check_totals_of_many
 from torch.utils import cpp_extension
 
 import ncmi_kernels
-from ncmi_kernels import _ops, ncmi_loss, ncmi_terms, reference
+from ncmi_kernels import _ops, functional, ncmi_loss, ncmi_terms, reference
 from ncmi_kernels._options import Options
 
 ROOT = Path(__file__).parent.parent
@@ -257,6 +258,32 @@ def test_reductions_and_upstream_gradients(runs, separation):
         assert relative(a, e) < 5e-6
 
 
+@pytest.mark.parametrize("separation", SEPARATIONS)
+def test_means_of_the_terms(runs, separation):
+    for rows in (13, 8200, 0):  # more than one block sums; NaN
+        z, target, xi, center, weight = make(rows, 5, 4, center=True, weight=True, ignore=True)
+        kept = target != -100
+        wide = z[kept].double(), target[kept], xi.double(), center.double()
+        exact = torch.stack(reference.terms(*wide, Options(separation=separation), literal=True))
+        factor = weight.double()[target[kept]]
+        expected = exact @ factor / factor.sum()
+        for ratio, reduction in (("batch", "mean"), ("sample", "mean"), ("sample", "sum"), ("sample", "none")):
+            options, means = Options(separation=separation, ratio=ratio, reduction=reduction), []
+            for input in (z, z.clone().requires_grad_()) if options.scalar_by_sample else (z,):
+                functional.loss(input, target, xi, center, weight, options, "cpu", means=means)
+            for a, e in itertools.product(means, (expected,)):
+                assert a.dtype == torch.float64
+                assert bool(a.isnan().all()) if rows == 0 else relative(a, e) < 2e-6
+
+
+@pytest.mark.parametrize("separation", SEPARATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_table_of_the_classes_that_occur(emulated, runs, dtype, separation):
+    check_present_classes(emulated, dtype, separation)
+    check_totals(emulated, dtype, separation)
+    check_totals_of_many(emulated, separation)
+
+
 def test_terms(runs):
     for columns, separation in itertools.product((36, 37), SEPARATIONS):
         z, target, xi, center, _ = make(7, 4, columns, center=True)
@@ -399,7 +426,7 @@ def test_launches_of_a_step(emulated, launches, shape):
     center, batches = torch.zeros(columns), torch.tensor(0)
     for batch_ratio in (True, False):
         before = launches()
-        _, row_stats, moved, grad = emulated.loss(
+        _, row_stats, moved, grad, _ = emulated.loss(
             z, target, None, center, batches, 0.9, *stats, None, 1.0, True, False, False, batch_ratio, 1, 1e-8, -100,
             not batch_ratio,
         )  # fmt: skip

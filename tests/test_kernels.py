@@ -12,7 +12,7 @@ from conftest import KERNELS, device_of, relative
 from torch import Tensor
 
 import ncmi_kernels
-from ncmi_kernels import _ops, ncmi_loss, ncmi_terms, reference
+from ncmi_kernels import _ops, functional, ncmi_loss, ncmi_terms, reference
 from ncmi_kernels._options import Options
 
 SEPARATIONS = ("sample_to_centroid", "centroid_to_sample")
@@ -440,7 +440,7 @@ def test_the_forward_pass_makes_a_gradient_only_where_it_is_used(monkeypatch, ba
 
     def loss(*arguments):
         results = operator(*arguments)
-        made.append(results[-1].numel() > 0)
+        made.append(results[3].numel() > 0)
         return results
 
     monkeypatch.setattr(_ops.operators(backend), "loss", loss)
@@ -626,6 +626,219 @@ def test_nsf_is_a_distribution_and_its_logarithm_right_everywhere():
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Means of the terms, beside the loss
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", [*KERNELS, "reference"])
+@pytest.mark.parametrize("separation", SEPARATIONS)
+def test_means_of_the_terms(separation, backend, interpreted, monkeypatch):
+    """CMI and Gamma of the batch, the same for every ratio and reduction, in float64 and not differentiated."""
+    many = 8300  # in several programs, and then in one
+    if interpreted:
+        monkeypatch.setattr("ncmi_kernels._triton.ops.LARGEST_WHOLE", 512)
+        many = 530
+    for dtype, rows, weighted in ((torch.float64, 13, False), (torch.float32, 13, True), (torch.float32, many, True)):
+        z, target, xi, center, weight = make(rows, 5, 4, center=True, weight=weighted, ignore=True, dtype=dtype)
+        kept = target != -100
+        wide = z[kept].double(), target[kept], xi.double(), center.double()
+        exact = torch.stack(reference.terms(*wide, Options(separation=separation), literal=True))
+        factor = weight.double()[target[kept]] if weighted else torch.ones_like(exact[0])
+        expected = exact @ factor / factor.sum()
+        for ratio, reduction in (("batch", "mean"), ("sample", "mean"), ("sample", "sum"), ("sample", "none")):
+            options = Options(separation=separation, ratio=ratio, reduction=reduction)
+            means = []
+            for input in (z, z.clone().requires_grad_()) if options.scalar_by_sample else (z,):
+                functional.loss(input, target, xi, center, weight, options, backend, means=means)
+            assert len(means) == 1 + options.scalar_by_sample
+            for actual in means:
+                assert actual.dtype == torch.float64
+                assert not actual.requires_grad
+                assert actual.shape == (2,)
+                for a, e in zip(actual, expected, strict=True):
+                    assert relative(a, e) < (1e-12 if dtype == torch.float64 else 2e-6)
+
+
+@pytest.mark.parametrize("backend", [*KERNELS, "reference"])
+def test_means_of_no_terms(backend):
+    z, xi = torch.randn(5, 6), torch.randn(4, 6)
+    for rows, (ratio, reduction) in itertools.product(
+        (0, 5), (("batch", "mean"), ("sample", "mean"), ("sample", "sum"), ("sample", "none"))
+    ):
+        means = []
+        options = Options(ratio=ratio, reduction=reduction)
+        functional.loss(z[:rows], torch.full((rows,), -100), xi, None, None, options, backend, means=means)
+        assert bool(means[0].isnan().all())
+
+
+@pytest.mark.parametrize("backend", [*KERNELS, "reference"])
+def test_means_of_the_terms_in_a_compiled_step(backend):
+    z, target, xi, _, _ = make(7, 3, 12, dtype=torch.float32)
+    z.requires_grad_(), xi.requires_grad_()
+
+    def step(z, xi):
+        means = []
+        return functional.loss(z, target, xi, None, None, Options(), backend, means=means), means[0]
+
+    loss, means = step(z, xi)
+    compiled_loss, compiled_means = torch.compile(step, fullgraph=True, backend="aot_eager")(z, xi)
+    assert torch.equal(compiled_means, means)
+    assert not compiled_means.requires_grad
+    for a, e in zip(torch.autograd.grad(compiled_loss, (z, xi)), torch.autograd.grad(loss, (z, xi)), strict=True):
+        assert relative(a, e) < 1e-6
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tables of some of the classes
+# ------------------------------------------------------------------------------------------------------------
+
+
+def present_classes(stats: _ops.CentroidStats, target: Tensor):
+    """The table of only the classes that occur, and the targets as row numbers in it."""
+    present = target[target != -100].unique()
+    renumbered = torch.where(target == -100, target, torch.searchsorted(present, target.clamp(min=0)))
+    log_activation, activation, reference, norms = stats
+    records = torch.cat((present, torch.tensor([len(norms) - 1], device=target.device)))
+    table = (
+        log_activation[present],
+        activation[present] if len(activation) else activation,
+        reference,
+        norms[records].contiguous(),
+    )
+    return present, _ops.CentroidStats(*table), renumbered
+
+
+def case_of_few_classes(dtype, separation, run, **options):
+    """A batch with 5 of 40 classes: its problem, statistics, and arguments of the operator loss."""
+    z, target, xi, center, weight = make(11, 32, 37, center=True, weight=True, ignore=True, dtype=dtype, **options)
+    target[target >= 0] %= 5
+    xi[7] = 0  # one whose columns are all equal
+    c2s = separation == "centroid_to_sample"
+    stats = _ops.CentroidStats(*run.centroid_stats(xi, False, c2s))
+    return (z, 7 * target.clamp(min=0) + target.clamp(max=0), xi, center, weight), stats, c2s
+
+
+def loss_of(run, problem, stats, target, weight, c2s, batch_ratio=True):
+    z, _, _, center, _ = problem
+    with_grad = not batch_ratio
+    options = (0.7, True, False, c2s, batch_ratio, 1, 1e-8, -100, with_grad)
+    return run.loss(z, target, center, None, None, 0.0, *stats, weight, *options)
+
+
+def check_present_classes(run, dtype, separation):
+    problem, stats, c2s = case_of_few_classes(dtype, separation, run)
+    z, target, xi, center, weight = problem
+    present, table, renumbered = present_classes(stats, target)
+    assert 1 < len(present) < len(xi) / 4
+    rounding = 1e-12 if dtype == torch.float64 else 1e-6
+    for batch_ratio in (True, False):
+        loss, rows, _, grad, means = loss_of(run, problem, stats, target, weight, c2s, batch_ratio)
+        few = loss_of(run, problem, table, renumbered, weight[present], c2s, batch_ratio)
+        for a, e in zip(few, (loss, rows, torch.empty(0), grad, means), strict=True):
+            assert relative(a, e) < rounding
+        upstream = torch.full_like(loss, 2.0)
+        whole = run.input_grad(z, target, center, *stats, rows, upstream, c2s, -100)
+        assert whole.abs().max() > 0
+        assert relative(run.input_grad(z, renumbered, center, *table, few[1], upstream, c2s, -100), whole) < rounding
+        whole = run.centroid_grad(z, target, center, xi, *stats, rows, upstream, c2s, -100)
+        own = run.centroid_grad(z, renumbered, center, xi[present], *table, few[1], upstream, c2s, -100)
+        assert relative(own, whole[present]) < rounding
+    options = (0.7, True, False, c2s, -100)
+    few, whole = (run.terms(z, y, center, *s, *options)[0] for y, s in ((renumbered, table), (target, stats)))
+    assert relative(few, whole) < rounding
+
+
+@every_backend
+@pytest.mark.parametrize("separation", SEPARATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_table_of_the_classes_that_occur(dtype, separation, backend):
+    """1/C is that of all classes: the same numbers as from the whole table."""
+    check_present_classes(_ops.operators(backend), dtype, separation)
+
+
+def check_totals(run, dtype, separation):
+    """Against sums in float64; and the centroid gradient is the part of each class plus that of all rows."""
+    for spread in (0.1, 2.0) if dtype == torch.float32 else (2.0,):
+        problem, stats, c2s = case_of_few_classes(dtype, separation, run, spread=spread)
+        z, target, xi, center, weight = problem
+        loss, rows, *_ = loss_of(run, problem, stats, target, weight, c2s)
+        upstream = torch.full_like(loss, -2.0)
+        totals = run.class_totals(z, target, center, rows, upstream, c2s, -100)
+        kept = target != -100
+        log_p = reference.log_probabilities(z[kept].double(), center.double(), 0.7, True, "nsf")
+        beta = -2.0 * rows[kept, -1]
+        expected = beta @ (log_p if c2s else log_p.exp())
+        sums, beta_sum = totals[:-1], totals[-1]
+        assert relative(beta_sum, beta.sum()) < 1e-12
+        if c2s:  # of log a, which is log p up to a number for each row
+            sums, expected = sums - sums.mean(), expected - expected.mean()
+        assert relative(sums, expected) < (1e-12 if dtype == torch.float64 else 1e-6)
+
+        def grad(count, y, logits, table, of_rows, *given, z=z, center=center, upstream=upstream, c2s=c2s):
+            batch = z[:count], y[:count], center, logits, *table, of_rows[:count]
+            return run.centroid_grad(*batch, upstream, c2s, -100, *given)
+
+        rounding = 1e-12 if dtype == torch.float64 else 1e-6
+        whole = grad(len(z), target, xi, stats, rows)
+        assert whole.abs().max() > 0
+        assert relative(grad(len(z), target, xi, stats, rows, totals), whole) < rounding
+        zeros = torch.zeros_like(totals)
+        of_all = grad(0, target, xi, stats, rows, totals)
+        own = grad(len(z), target, xi, stats, rows, zeros)
+        assert relative(of_all + own, whole) < rounding
+        present, table, renumbered = present_classes(stats, target)
+        absent = torch.ones(len(xi), dtype=torch.bool)
+        absent[present] = False
+        assert relative(of_all[absent], whole[absent]) < rounding
+        assert bool((own[absent] == 0).all())
+        few = loss_of(run, problem, table, renumbered, weight[present], c2s)[1]
+        assert relative(grad(len(z), renumbered, xi[present], table, few, zeros), own[present]) < rounding
+        assert relative(grad(0, renumbered, xi[present], table, few, totals), of_all[present]) < rounding
+    ignored = z * float("nan"), torch.full_like(target, -100), center, rows
+    for batch in (ignored, (z[:0], target[:0], center, rows[:0])):
+        nothing = run.class_totals(*batch, None, c2s, -100)
+        assert torch.equal(nothing, torch.zeros(z.shape[1] + 1, dtype=torch.float64))
+    assert bool((grad(0, target, xi, stats, rows) == 0).all())
+
+
+@every_backend
+@pytest.mark.parametrize("separation", SEPARATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_totals_of_the_centroid_gradient(dtype, separation, backend):
+    check_totals(_ops.operators(backend), dtype, separation)
+
+
+def check_totals_of_many(run, separation):
+    c2s = separation == "centroid_to_sample"
+    for rows, columns, dtype in ((300, 33, torch.float32), (5, 2100, torch.float32), (9, 40, torch.bfloat16)):
+        z, target, xi, _, _ = make(rows, 3, columns, ignore=True, dtype=torch.float32)
+        z = (z * torch.logspace(-3, 1, rows)[:, None]).to(dtype)
+        stats = run.centroid_stats(xi, False, c2s)
+        of_rows = run.terms(z, target, None, *stats, 1.0, False, False, c2s, -100)[1]
+        of_rows[:, -2:] = torch.rand(rows, 2, dtype=torch.float64)
+        upstream = torch.rand(2 * rows)[::2]
+        totals = run.class_totals(z, target, None, of_rows, upstream, c2s, -100)
+        kept = target != -100
+        log_p = reference.log_probabilities(z[kept].double(), None, 1.0, False, "nsf")
+        beta = (upstream.double() * of_rows[:, -1])[kept]
+        expected = beta @ (log_p if c2s else log_p.exp())
+        sums = totals[:-1]
+        if c2s:
+            sums, expected = sums - sums.mean(), expected - expected.mean()
+        assert relative(totals[-1], beta.sum()) < 1e-12
+        assert relative(sums, expected) < (2e-6 if dtype == torch.float32 else 1e-5)
+        again = run.class_totals(z, target, None, of_rows, upstream, c2s, -100)
+        assert torch.equal(totals, again)
+
+
+@every_backend
+@pytest.mark.parametrize("separation", SEPARATIONS)
+def test_totals_of_many_rows_and_columns(separation, backend):
+    """More of either than one owner has; half precision; an upstream gradient for each row."""
+    check_totals_of_many(_ops.operators(backend), separation)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The operators themselves
 # ------------------------------------------------------------------------------------------------------------
 
@@ -644,8 +857,9 @@ def operator_calls(dtype: torch.dtype, separation: str, ratio: str):
     moving, tracked = center.clone(), torch.tensor(1)
     options = (*stats, weight, *features, batch, 1, 1e-8, -100, not batch and z.dtype is xi.dtype)
     reduced = (z, target, center, None, None, 0.0, *options)
-    loss, rows, _, _ = ops.loss(*reduced)
+    loss, rows, _, _, _ = ops.loss(*reduced)
     upstream = torch.full_like(loss, 2.0)
+    totals = torch.zeros(21, dtype=torch.float64)
     return [
         (ops.centroid_stats, (xi, False, c2s)),
         (ops.terms, (z, target, center, *stats, *features, -100)),
@@ -653,6 +867,8 @@ def operator_calls(dtype: torch.dtype, separation: str, ratio: str):
         (ops.loss, (z, target, None, moving, tracked, 0.9, *options)),
         (ops.input_grad, (z, target, center, *stats, rows, upstream, c2s, -100)),
         (ops.centroid_grad, (z, target, center, xi, *stats, rows, upstream, c2s, -100)),
+        (ops.centroid_grad, (z, target, center, xi, *stats, rows, upstream, c2s, -100, totals)),
+        (ops.class_totals, (z, target, center, rows, upstream, c2s, -100)),
         (ops.scale_, (torch.randn_like(xi), upstream)),
         (ops.update_center_, (center.clone(), torch.tensor(1), z, target, 0.9, 3, -100)),
     ]

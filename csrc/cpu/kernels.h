@@ -14,7 +14,7 @@ namespace ncmi::cpu {
 // What the rows need to know of the centroids. T is the type of the arithmetic, float or double.
 template <class T>
 struct Centroids {
-  int64_t classes;          // C
+  int64_t classes;          // C, of the table; of_all.classes is how many there are
   int64_t columns;          // M
   bool centroid_to_sample;  // the separation
   const T* log_activation;  // [C, M] log a(xi), shifted
@@ -102,6 +102,19 @@ struct CentroidGradArgs {
   double separation_grad_sum;        // sum_i d loss / d G_i
 };
 
+// The sums over all rows that the gradient of every centroid has.
+template <class T>
+struct TotalsArgs {
+  Matrix input;                   // [B, M]
+  Targets target;                 // [B]
+  const T* center;                // [M] or null
+  int64_t row_count;              // B
+  const RowStats* rows;           // [B]
+  const double* separation_grad;  // [B] beta = d loss / d G_i
+  bool centroid_to_sample;
+  double* totals;                 // [M]
+};
+
 // A step of torch.optim.SGD.
 template <class T>
 struct StepArgs {
@@ -125,6 +138,7 @@ struct Kernels {
   void (*centroid_grad)(const CentroidGradArgs<T>&, int64_t class_begin, int64_t class_end, T* grad, T* scratch);
   void (*centroid_step)(const CentroidGradArgs<T>&, const StepArgs<T>&, const CentroidStatsArgs<T>&, int64_t chunk_begin,
                         int64_t chunk_end, T* scratch);
+  void (*totals)(const TotalsArgs<T>&, int64_t column_begin, int64_t column_end);
   void (*column_sums)(const Matrix&, const Targets&, int64_t rows, int64_t column_begin, int64_t column_end,
                       double* sums);
 };

@@ -557,7 +557,7 @@ NCMI_INLINE void grad_of_row(const Centroids<T>& q, const Row<T>& row, const Row
   ahead.add(out, sizeof(Out));
   const int64_t n = q.columns;
   const GradRow<centroid_to_sample, T> of_row{stats, centroid_to_sample ? exp(-q.of[y].log_norm) : 1.0,
-                                              1.0 / double(q.classes), concentration_grad, separation_grad};
+                                              1.0 / q.of_all.classes, concentration_grad, separation_grad};
   const T* __restrict x = row.x;
   const double dot = with_kind<T>(Kind(int(stats.kind)), [&]<Kind kind>() {
     return of_row.template whole_row<kind>(row, n, grad, ahead);
@@ -618,7 +618,7 @@ template <bool centroid_to_sample, class T>
 void terms_range(const TermsArgs<T>& args, int64_t row_begin, int64_t row_end, T* x) {
   const Centroids<T>& q = args.centroids;
   const int64_t n = q.columns;
-  const double inverse_temperature = 1.0 / args.features.temperature, inverse_classes = 1.0 / double(q.classes);
+  const double inverse_temperature = 1.0 / args.features.temperature, inverse_classes = 1.0 / q.of_all.classes;
   OwnRows<T> own_rows(q, x + 2 * n);
   for (int64_t i = row_begin; i < row_end; ++i) {
     const int64_t y = args.target[i];
@@ -853,8 +853,8 @@ struct ColumnSums {
 };
 
 // Adds a row's stretch: own += own_factor p, total += beta p; for centroid_to_sample own_log and total take
-// beta log a instead.
-template <bool centroid_to_sample, class T>
+// beta log a instead. Without `with_own` only total.
+template <bool centroid_to_sample, bool with_own, class T>
 struct AddRow {
   ColumnSums<T>& sums;
   int64_t n;
@@ -872,7 +872,7 @@ struct AddRow {
       NCMI_SIMD()
       for (int64_t k = 0; k < n; ++k) {
         const T excess = near<kind>(x[k] * s).excess;
-        own[k] += own_share * excess;
+        if constexpr (with_own) own[k] += own_share * excess;
         total[k] += total_share * excess;
       }
     } else {
@@ -883,9 +883,9 @@ struct AddRow {
       NCMI_SIMD()
       for (int64_t k = 0; k < n; ++k) {
         const Activation<T> a = activate<kind>(x[k] * s, shift);
-        own[k] += own_share * double(a.value);
+        if constexpr (with_own) own[k] += own_share * double(a.value);
         if constexpr (centroid_to_sample) {
-          own_log[k] += separation_grad * double(a.log);
+          if constexpr (with_own) own_log[k] += separation_grad * double(a.log);
           total[k] += separation_grad * double(a.log);
         } else {
           total[k] += total_share * double(a.value);
@@ -926,22 +926,24 @@ struct FinishClass {
   }
 };
 
+constexpr int64_t kRowsPerFlush = 64;  // rows whose excess is added in T before it goes to a double
+
+template <class T>
+void flush_totals(ColumnSums<T>& sums, int64_t n) {
+  for (int64_t k = 0; k < n; ++k) {
+    sums.total[k] += double(sums.total_excess[k]);
+    sums.total_excess[k] = 0;
+  }
+}
+
 template <bool centroid_to_sample, class T>
 void centroid_sums_range(const CentroidGradArgs<T>& args, int64_t column_begin, int64_t column_end,
                          ColumnSums<T>& sums) {
-  constexpr int64_t kRowsPerFlush = 64;  // rows whose excess is added in T before it goes to a double
   const Centroids<T>& q = args.centroids;
   for (int64_t begin = column_begin; begin < column_end; begin += kColumnBlock) {
     const int64_t n = min(kColumnBlock, column_end - begin);
     double total_base = 0;  // sum over near rows of beta / 2 S, for the 1 in 1 + t
     int64_t unflushed = 0;
-    const auto flush = [&] {
-      for (int64_t k = 0; k < n; ++k) {
-        sums.total[k] += double(sums.total_excess[k]);
-        sums.total_excess[k] = 0;
-      }
-      unflushed = 0;
-    };
     for (int64_t k = 0; k < n; ++k) sums.total[k] = sums.total_excess[k] = 0;
     for (int64_t c = 0; c < q.classes; ++c) {
       const int64_t first = args.class_begin[c], last = args.class_begin[c + 1];
@@ -958,10 +960,13 @@ void centroid_sums_range(const CentroidGradArgs<T>& args, int64_t column_begin, 
         const RowStats& row = args.rows[i];
         load(args.input, i, begin, n, args.center, sums.x);
         with_kind<T>(Kind(int(row.kind)),
-                     AddRow<centroid_to_sample, T>{sums, n, row, args.own_factor[i], args.separation_grad[i]});
+                     AddRow<centroid_to_sample, true, T>{sums, n, row, args.own_factor[i], args.separation_grad[i]});
         if (is_near(Kind(int(row.kind))) && !centroid_to_sample)
           total_base += 0.5 * args.separation_grad[i] * row.inverse_norm;
-        if (++unflushed == kRowsPerFlush) flush();
+        if (++unflushed == kRowsPerFlush) {
+          flush_totals(sums, n);
+          unflushed = 0;
+        }
       }
       if (of_class.all_near) {  // left to centroid_grad: the excess is all that it needs
         memcpy(own, sums.own_excess, n * sizeof(T));
@@ -974,9 +979,40 @@ void centroid_sums_range(const CentroidGradArgs<T>& args, int64_t column_begin, 
                        of_class.separation_grad, own,
                        centroid_to_sample ? args.own_separation + of_class.slot * q.columns + begin : nullptr});
     }
-    flush();
+    flush_totals(sums, n);
     for (int64_t k = 0; k < n; ++k) args.totals[begin + k] = sums.total[k] + total_base;
   }
+}
+
+// The totals alone, rows in the order of the batch.
+template <bool centroid_to_sample, class T>
+void totals_range(const TotalsArgs<T>& args, int64_t column_begin, int64_t column_end) {
+  ColumnSums<T> sums;
+  for (int64_t begin = column_begin; begin < column_end; begin += kColumnBlock) {
+    const int64_t n = min(kColumnBlock, column_end - begin);
+    double total_base = 0;
+    for (int64_t k = 0; k < n; ++k) sums.total[k] = sums.total_excess[k] = 0;
+    for (int64_t i = 0; i < args.row_count; ++i) {
+      if (i % kRowsPerFlush == 0) flush_totals(sums, n);
+      if (args.target[i] == args.target.ignore_index) continue;
+      const RowStats& row = args.rows[i];
+      load(args.input, i, begin, n, args.center, sums.x);
+      with_kind<T>(Kind(int(row.kind)),
+                   AddRow<centroid_to_sample, false, T>{sums, n, row, 0, args.separation_grad[i]});
+      if (is_near(Kind(int(row.kind))) && !centroid_to_sample)
+        total_base += 0.5 * args.separation_grad[i] * row.inverse_norm;
+    }
+    flush_totals(sums, n);
+    for (int64_t k = 0; k < n; ++k) args.totals[begin + k] = sums.total[k] + total_base;
+  }
+}
+
+template <class T>
+void totals(const TotalsArgs<T>& args, int64_t column_begin, int64_t column_end) {
+  if (args.centroid_to_sample)
+    totals_range<true>(args, column_begin, column_end);
+  else
+    totals_range<false>(args, column_begin, column_end);
 }
 
 template <class T>
@@ -1099,7 +1135,7 @@ void grad_of_class(const CentroidGradArgs<T>& args, int64_t c, T* x, T* grad) {
   const ClassSums& of_class = args.class_sums[c];
   const Kind kind = Kind(int(q.of[c].kind));
   const T shift = T(q.of[c].shift);
-  const double inverse_norm = exp(-q.of[c].log_norm), inverse_classes = 1.0 / double(q.classes);
+  const double inverse_norm = exp(-q.of[c].log_norm), inverse_classes = 1.0 / q.of_all.classes;
   const T* own = of_class.has_rows ? args.own + of_class.slot * n : nullptr;
   load(args.logits, c, 0, n, static_cast<const T*>(nullptr), x);
   if (q.centroid_to_sample)
@@ -1206,7 +1242,7 @@ void column_sums(const Matrix& m, const Targets& target, int64_t rows, int64_t c
 template <class T>
 constexpr Kernels<T> table() {
   return {terms<T>, input_grad, centroid_rows<T>, centroid_columns<T>, class_sums<T>, centroid_sums<T>, centroid_grad<T>,
-          centroid_step<T>, column_sums<T>};
+          centroid_step<T>, totals<T>, column_sums<T>};
 }
 
 }  // namespace

@@ -189,7 +189,7 @@ class StatsOf {
                                  [](double sum, const ClassStats& c) { return sum + c.log_norm; }) /
                  double(args_.classes);
     }
-    *reinterpret_cast<AllStats*>(args_.of + args_.classes) = {weight_sum, constant - lost, {}};
+    *reinterpret_cast<AllStats*>(args_.of + args_.classes) = {weight_sum, constant - lost, double(args_.classes), {}};
   }
 
   Tensor log_activation_, activation_, reference_, norms_;
@@ -274,21 +274,24 @@ std::vector<double> row_weights(const Targets& target, int64_t rows, const T* cl
   return weight;
 }
 
-// The rows' terms to the loss (one value, or [B] for kNone) and its derivatives by them.
+// The rows' terms to the loss (one value, or [B] for kNone), its derivatives by them, and their means [2].
 template <class T>
 void reduce(const double* concentration, const double* separation, const Targets& target,
             const std::vector<double>& weight, bool batch_ratio, int64_t reduction, double eps, T* loss,
-            RowStats* stats) {
+            RowStats* stats, double* means) {
   const int64_t rows = static_cast<int64_t>(weight.size());
   const auto counts = [&](int64_t i) { return target[i] != target.ignore_index; };
-  double a = 0, g = 0, total = 0;
+  double a = 0, g = 0, weight_sum = 0, total = 0;
   bool any = false;
   for (int64_t i = 0; i < rows; ++i) {
     if (!counts(i)) continue;
     a += weight[i] * concentration[i];
     g += weight[i] * separation[i];
+    weight_sum += weight[i];
     any = true;
   }
+  means[0] = a / weight_sum;
+  means[1] = g / weight_sum;
   const Ratio of_batch = ratio(a, g, eps);
   for (int64_t i = 0; i < rows; ++i) {
     double value = 0, by_concentration = 0, by_separation = 0;
@@ -349,7 +352,7 @@ Tensor update_center_(const Tensor& center, const Tensor& num_batches_tracked, c
   return copy;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> loss(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss(
     const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
     const std::optional<Tensor>& running_center, const std::optional<Tensor>& num_batches_tracked, double momentum,
     const Tensor& log_activation, const Tensor& activation, const Tensor& reference, const Tensor& norms,
@@ -371,9 +374,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss(
                                                   {temperature, l2_normalize, softmax}, row_weight.data(), eps,
                                                   with_grad ? output<T>(grad) : nullptr);
     Tensor result = reduction == kNone ? empty({rows}, kScalarType<T>) : empty({}, kScalarType<T>);
+    Tensor means = empty({2}, ScalarType::Double);
     reduce<T>(values.data(), values.data() + rows, y, row_weight, batch_ratio, reduction, eps, output<T>(result),
-              output<RowStats>(stats));
-    return std::make_tuple(result, stats, moved, grad);
+              output<RowStats>(stats), output<double>(means));
+    return std::make_tuple(result, stats, moved, grad, means);
   });
 }
 
@@ -451,7 +455,7 @@ class BatchSums {
   // `own_grad`: the gradient [C, M], where the sums of the classes are to be kept in it; else they get their own memory.
   BatchSums(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center, const Tensor& logits,
             const Centroids<T>& q, const Tensor& row_stats, const std::optional<Tensor>& upstream, int64_t ignore_index,
-            T* own_grad)
+            const std::optional<Tensor>& given_totals, T* own_grad)
       : class_begin_(q.classes + 1, 0), order_(input.size(0)), totals_(q.columns), class_sums_(q.classes) {
     const Matrix z = matrix(input, "input"), xi = matrix(logits, "centroid_logits");
     const int64_t rows = input.size(0);
@@ -474,9 +478,10 @@ class BatchSums {
       if (y[i] == ignore_index) continue;
       separation_grad_sum += separation_grad[i];
       // The own class enters the mean over classes of KL(p || q_v) too, and is taken out again here.
-      if (!q.centroid_to_sample) own_factor[i] -= separation_grad[i] / double(q.classes);
+      if (!q.centroid_to_sample) own_factor[i] -= separation_grad[i] / q.of_all.classes;
     }
 
+    const double* given = data<double>(given_totals, "totals", {q.columns + 1});
     const int64_t present = own_grad ? q.classes : std::min(rows, q.classes);
     if (!own_grad) own_.reset(new T[present * q.columns]);
     if (q.centroid_to_sample) own_separation_.reset(new T[present * q.columns]);
@@ -494,10 +499,11 @@ class BatchSums {
              own_separation_.get(),
              own_grad != nullptr,
              totals_.data(),
-             separation_grad_sum};
+             given ? given[q.columns] : separation_grad_sum};
     kernels_for<T>().class_sums(args_, class_sums_.data());
     parallel_columns(q.columns, rows,
                      [&](int64_t begin, int64_t end) { kernels_for<T>().centroid_sums(args_, begin, end); });
+    if (given) std::copy(given, given + q.columns, totals_.begin());
   }
   BatchSums(const BatchSums&) = delete;  // args_ points into it
 
@@ -515,12 +521,13 @@ class BatchSums {
 Tensor centroid_grad(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
                      const Tensor& centroid_logits, const Tensor& log_activation, const Tensor& activation,
                      const Tensor& reference, const Tensor& norms, const Tensor& row_stats,
-                     const std::optional<Tensor>& upstream, bool centroid_to_sample, int64_t ignore_index) {
+                     const std::optional<Tensor>& upstream, bool centroid_to_sample, int64_t ignore_index,
+                     const std::optional<Tensor>& totals) {
   Tensor grad = empty({centroid_logits.size(0), centroid_logits.size(1)}, centroid_logits.scalar_type());
   with_arithmetic_type(centroid_logits.scalar_type(), "centroid_logits", [&]<class T>() {
     const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample);
     const BatchSums<T> sums(input, target, center, centroid_logits, q, row_stats, upstream, ignore_index,
-                            output<T>(grad));
+                            totals, output<T>(grad));
     parallel_rows(q.classes, q.columns, [&](int64_t begin, int64_t end) {
       std::vector<T> scratch(q.columns);
       kernels_for<T>().centroid_grad(sums.args(), begin, end, output<T>(grad), scratch.data());
@@ -543,13 +550,39 @@ Stats centroid_step_(const Tensor& input, const Tensor& target, const std::optio
                            momentum,
                            weight_decay,
                            nesterov};
-    const BatchSums<T> sums(input, target, center, centroid_logits, q, row_stats, std::nullopt, ignore_index, nullptr);
+    const BatchSums<T> sums(input, target, center, centroid_logits, q, row_stats, std::nullopt, ignore_index,
+                            std::nullopt, nullptr);
     StatsOf<T> stats(matrix(centroid_logits, "centroid_logits"), q.classes, columns, softmax, centroid_to_sample);
     return stats.compute([&](const CentroidStatsArgs<T>& args, int64_t begin, int64_t end) {
       std::unique_ptr<T[]> scratch(new T[2 * columns]);
       kernels_for<T>().centroid_step(sums.args(), step, args, begin, end, scratch.get());
     });
   });
+}
+
+Tensor class_totals(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
+                    const Tensor& row_stats, const std::optional<Tensor>& upstream, bool centroid_to_sample,
+                    int64_t ignore_index) {
+  const Matrix z = matrix(input, "input");
+  const int64_t rows = input.size(0), columns = input.size(1);
+  const Targets y = targets(target, rows, ignore_index, std::numeric_limits<int64_t>::max());
+  const RowStats* stats = row_stats_of(row_stats, rows);
+  const std::vector<double> c = with_upstream(stats, upstream, rows);
+  Tensor result = empty({columns + 1}, ScalarType::Double);
+  double* totals = output<double>(result);
+  totals[columns] = 0;
+  for (int64_t i = 0; i < rows; ++i)
+    if (y[i] != ignore_index) totals[columns] += c[rows + i];
+  const auto sum = [&]<class T>() {
+    const TotalsArgs<T> args{z, y, data<T>(center, "center", {columns}), rows, stats, c.data() + rows,
+                             centroid_to_sample, totals};
+    parallel_columns(columns, rows, [&](int64_t begin, int64_t end) { kernels_for<T>().totals(args, begin, end); });
+  };
+  if (z.dtype == Dtype::kFloat64)
+    sum.template operator()<double>();
+  else
+    sum.template operator()<float>();
+  return result;
 }
 
 std::string cpu_capability() { return kernels().name; }
@@ -565,6 +598,7 @@ STABLE_TORCH_LIBRARY_IMPL(ncmi_kernels, CPU, m) {
   m.impl("input_grad", TORCH_BOX(&ncmi::cpu::input_grad));
   m.impl("centroid_grad", TORCH_BOX(&ncmi::cpu::centroid_grad));
   m.impl("centroid_step_", TORCH_BOX(&ncmi::cpu::centroid_step_));
+  m.impl("class_totals", TORCH_BOX(&ncmi::cpu::class_totals));
   m.impl("update_center_", TORCH_BOX(&ncmi::cpu::update_center_));
 }
 

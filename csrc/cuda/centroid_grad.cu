@@ -38,7 +38,28 @@ template <bool centroid_to_sample, class T>
 NCMI_DEVICE Factors factors_of(const CentroidGradArgs<T>& args, const RowStats& stats, int64_t i) {
   const double upstream = upstream_at(args.upstream, i);
   const double alpha = stats.by_concentration * upstream, beta = stats.by_separation * upstream;
-  return {centroid_to_sample ? alpha : alpha - beta / double(args.centroids.classes), beta};
+  return {centroid_to_sample ? alpha : alpha - beta / args.centroids.all().classes, beta};
+}
+
+// f(v, a, log a) for each of a thread's columns of a row, a in double.
+template <bool fast, class T, int width, class F>
+NCMI_DEVICE void each_activation(const RowStats& stats, const T (&x)[width], const F& f) {
+  const double scale = stats.scale;
+  const T shift = T(stats.shift);
+  with_kind<T>(Kind(int(stats.kind)), [&](auto tag) NCMI_INLINED {
+    constexpr Kind kind = decltype(tag)::value;
+    const T s = argument_scale<kind, T>(scale);
+#pragma unroll
+    for (int v = 0; v < width; ++v) {
+      if constexpr (is_near(kind)) {
+        const NearActivation a = near<kind>(x[v] * s);
+        f(v, 0.5 + 0.5 * double(a.excess), T(a.log));
+      } else {
+        const Activation<T> a = activate<kind, fast>(x[v] * s, shift);
+        f(v, double(a.value), a.log);
+      }
+    }
+  });
 }
 
 template <int width>
@@ -85,32 +106,15 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) class_grad_sums_kernel(const
       load_input<In, true>(args.input, i, k, x);
 #pragma unroll
       for (int v = 0; v < width; ++v) x[v] -= center[v];
-      const double scale = stats.scale, own_share = factors.own * stats.inverse_norm;
+      const double own_share = factors.own * stats.inverse_norm;
       const double total_share = centroid_to_sample ? factors.separation : factors.separation * stats.inverse_norm;
-      const T shift = T(stats.shift);
-      with_kind<T>(Kind(int(stats.kind)), [&](auto tag) NCMI_INLINED {
-        constexpr Kind kind = decltype(tag)::value;
-        const T s = argument_scale<kind, T>(scale);
-#pragma unroll
-        for (int v = 0; v < width; ++v) {
-          double value;
-          T log;
-          if constexpr (is_near(kind)) {
-            const NearActivation a = near<kind>(x[v] * s);
-            value = 0.5 + 0.5 * double(a.excess);
-            log = a.log;
-          } else {
-            const Activation<T> a = activate<kind, fast>(x[v] * s, shift);
-            value = double(a.value);
-            log = a.log;
-          }
-          own[v] += own_share * value;
-          if constexpr (centroid_to_sample) {
-            own_log[v] += total_share * double(log);
-            total[v] += total_share * double(log);
-          } else {
-            total[v] += total_share * value;
-          }
+      each_activation<fast>(stats, x, [&](int v, double value, T log) NCMI_INLINED {
+        own[v] += own_share * value;
+        if constexpr (centroid_to_sample) {
+          own_log[v] += total_share * double(log);
+          total[v] += total_share * double(log);
+        } else {
+          total[v] += total_share * value;
         }
       });
     }
@@ -184,6 +188,67 @@ __global__ void __launch_bounds__(kThreads, 1) totals_kernel(const CentroidGradA
   args.totals[k] = sum;
 }
 
+// The totals alone: a block for each chunk of rows and each tile of columns.
+template <class In, class T, bool centroid_to_sample>
+__global__ void __launch_bounds__(kWarps* kWarp, 1) row_totals_kernel(const TotalsArgs<T> args, int64_t tiles) {
+  constexpr int width = kWidth<In>;
+  struct Storage {
+    double sums[kWarps][width * kWarp];
+    double separation[kWarps];
+  };
+  Storage& storage = shared_storage<Storage>();
+  const int lane = threadIdx.x, warp = threadIdx.y, thread = warp * kWarp + lane;
+  const int64_t chunk = blockIdx.x / tiles, tile = blockIdx.x % tiles;
+  const int64_t begin = chunk * args.rows / args.chunks, end = (chunk + 1) * args.rows / args.chunks;
+  const int64_t first = tile * kWarp * width;
+  const int k = int(first) + lane * width;
+  T center[width] = {};
+  if (args.center && k < args.columns) load_values<width, false>(args.center + k, center);
+  double total[width] = {}, separation = 0;
+  for (int64_t i = begin + warp; i < end; i += kWarps) {
+    if (args.target[i] == args.target.ignore_index) continue;
+    const RowStats& stats = args.stats[i];
+    const double beta = stats.by_separation * upstream_at(args.upstream, i);
+    separation += beta;
+    if (k >= args.columns) continue;
+    T x[width];
+    load_input<In, true>(args.input, i, k, x);
+#pragma unroll
+    for (int v = 0; v < width; ++v) x[v] -= center[v];
+    const double share = centroid_to_sample ? beta : beta * stats.inverse_norm;
+    each_activation<sizeof(In) == 2>(stats, x, [&](int v, double value, T log) NCMI_INLINED {
+      total[v] += share * (centroid_to_sample ? double(log) : value);
+    });
+  }
+  // Lanes apart, so that they write to different banks.
+#pragma unroll
+  for (int v = 0; v < width; ++v) storage.sums[warp][v * kWarp + lane] = total[v];
+  if (lane == 0) storage.separation[warp] = separation;
+  __syncthreads();
+  double* partials = args.partials + chunk * (args.columns + 1);
+  const int64_t column = first + (thread % kWarp) * width + thread / kWarp;
+  if (thread < width * kWarp && column < args.columns) {
+    double sum = 0;
+    for (int w = 0; w < kWarps; ++w) sum += storage.sums[w][thread];
+    partials[column] = sum;
+  }
+  if (tile == 0 && thread == 0) {
+    double sum = 0;
+    for (int w = 0; w < kWarps; ++w) sum += storage.separation[w];
+    partials[args.columns] = sum;
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1) fold_totals_kernel(const TotalsArgs<T> args) {
+  const int64_t k = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (k > args.columns) return;
+  double sum = 0;
+#pragma unroll 4
+  for (int64_t chunk = 0; chunk < args.chunks; ++chunk) sum += args.partials[chunk * (args.columns + 1) + k];
+  args.totals[k] = sum;
+}
+
 // By class.
 //   sample_to_centroid: slope (-own - (1/C) sum_i beta_i (p_ik - q_ck)), own = sum over the rows of the class of
 //   own_factor_i (p_ik - q_ck);
@@ -195,7 +260,7 @@ __global__ void __launch_bounds__(kThreads, 1) class_grad_kernel(const CentroidG
   const int64_t c = blockIdx.x;
   Group group = group_of_thread(shared_storage<GroupStorage>());
   const bool has_rows = args.class_begin[c] != args.class_begin[c + 1];
-  const double inverse_norm = ::exp(-q.log_norm(c)), inverse_classes = 1.0 / double(q.classes);
+  const double inverse_norm = ::exp(-q.log_norm(c)), inverse_classes = 1.0 / q.all().classes;
   const double separation_sum = args.totals[q.columns];
   const T shift = T(q.shift(c));
   T* grad = args.grad + c * q.columns;
@@ -252,13 +317,33 @@ void launch_centroid_grad(const CentroidGradArgs<T>& args, Stream stream) {
     else
       launch(class_grad_sums_kernel<In, T, false>, tiles * args.chunks, dim3(kWarp, kWarps), stream, args, tiles);
   });
-  launch(totals_kernel<T>, ceil_div(q.columns, kThreads) + 1, dim3(kThreads), stream, args);
+  if (!args.totals_given)
+    launch(totals_kernel<T>, ceil_div(q.columns, kThreads) + 1, dim3(kThreads), stream, args);
   if (q.centroid_to_sample)
     launch(class_grad_kernel<T, true>, q.classes, dim3(kThreads), stream, args);
   else
     launch(class_grad_kernel<T, false>, q.classes, dim3(kThreads), stream, args);
 }
 
+int64_t total_chunks(int64_t rows, int64_t columns) {
+  return max(1, min(ceil_div(rows, kThreads), 1024 / max(1, ceil_div(columns, 128))));
+}
+
+template <class T>
+void launch_class_totals(const TotalsArgs<T>& args, Stream stream) {
+  with_row_kernel<T>(args.input, args.columns, aligned(args.center), [&](auto in, auto) {
+    using In = typename decltype(in)::type;
+    const int64_t tiles = ceil_div(args.columns, kWarp * kWidth<In>);
+    if (args.centroid_to_sample)
+      launch(row_totals_kernel<In, T, true>, tiles * args.chunks, dim3(kWarp, kWarps), stream, args, tiles);
+    else
+      launch(row_totals_kernel<In, T, false>, tiles * args.chunks, dim3(kWarp, kWarps), stream, args, tiles);
+  });
+  launch(fold_totals_kernel<T>, ceil_div(args.columns + 1, kThreads), dim3(kThreads), stream, args);
+}
+
+template void launch_class_totals(const TotalsArgs<float>&, Stream);
+template void launch_class_totals(const TotalsArgs<double>&, Stream);
 template void launch_centroid_grad(const CentroidGradArgs<float>&, Stream);
 template void launch_centroid_grad(const CentroidGradArgs<double>&, Stream);
 

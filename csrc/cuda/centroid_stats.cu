@@ -149,6 +149,7 @@ NCMI_DEVICE void finish_constants(const CentroidStatsArgs<T>& args, Group& group
     *reinterpret_cast<AllStats*>(args.of + args.classes) = {
         args.centroid_to_sample ? sums[0] : 1.0,
         args.centroid_to_sample ? sums[2] - sums[1] : sums[2] / double(args.classes) - sums[1] / sums[0],
+        double(args.classes),
         {}};
   }
 }

@@ -12,7 +12,7 @@ using Stream = void*;  // cudaStream_t
 
 template <class T>
 struct Centroids {
-  int64_t classes;          // C
+  int64_t classes;          // C, of the table; all().classes is how many there are
   int64_t columns;          // M
   bool centroid_to_sample;  // the separation
   const T* log_activation;  // [C, M] log a(xi), shifted
@@ -97,6 +97,7 @@ struct ReduceArgs {
   double eps;
   T* loss;           // scalar
   T* row_loss;       // [B], or null: reduction none
+  double* means;     // [2] of A and G over the rows, weighted
   double* partials;  // [reduce_partials(rows), kReduceSums] workspace
 };
 constexpr int64_t kReduceSums = 4;
@@ -155,12 +156,29 @@ struct CentroidGradArgs {
   int64_t* class_begin;        // [C + 1] workspace, into order
   int64_t chunks;              // grad_chunks(classes, columns, dtype)
   double* partial_totals;      // [chunks, M] workspace
-  double* totals;              // [M + 1] workspace, the last one sum_i beta_i
+  double* totals;              // [M + 1], the last one sum_i beta_i: workspace, or
+  bool totals_given;           // read only
   double* class_separation;    // [C] workspace: sums of beta over the rows of a class
   T* own_separation;           // [C, M] workspace; centroid_to_sample only
   T* grad;                     // [C, M]
 };
 int64_t grad_chunks(int64_t classes, int64_t columns);
+
+// The sums over all rows that the gradient of every centroid has.
+template <class T>
+struct TotalsArgs {
+  Matrix input;  // [B, M]
+  int64_t rows, columns;
+  Targets target;   // [B]
+  const T* center;  // [M] or null
+  const RowStats* stats;  // [B]
+  Upstream upstream;
+  bool centroid_to_sample;
+  int64_t chunks;    // total_chunks(rows, columns)
+  double* partials;  // [chunks, M + 1] workspace
+  double* totals;    // [M + 1], the last one sum_i beta_i
+};
+int64_t total_chunks(int64_t rows, int64_t columns);
 
 template <class T>
 void launch_terms(const TermsArgs<T>&, Stream);
@@ -179,6 +197,8 @@ void launch_centroid_stats(const CentroidStatsArgs<T>&, Stream);
 void launch_sort_keys(const Targets&, int64_t rows, int64_t classes, int32_t* keys, Stream);
 template <class T>
 void launch_centroid_grad(const CentroidGradArgs<T>&, Stream);
+template <class T>
+void launch_class_totals(const TotalsArgs<T>&, Stream);
 template <class T>
 void launch_scale(T* grad, int64_t elements, const T* factor, Stream);
 

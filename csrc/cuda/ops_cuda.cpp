@@ -199,7 +199,7 @@ Tensor update_center_(const Tensor& center, const Tensor& num_batches_tracked, c
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> loss(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss(
     const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
     const std::optional<Tensor>& running_center, const std::optional<Tensor>& num_batches_tracked, double momentum,
     const Tensor& log_activation, const Tensor& activation, const Tensor& reference, const Tensor& norms,
@@ -232,15 +232,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss(
     Tensor grad = with_grad ? empty(device, {rows, q.columns}, kScalarType<T>) : empty(device, {0}, kScalarType<T>);
     Tensor stats = empty(device, {rows, kRowStats}, ScalarType::Double);
     Tensor result = reduction == kNone ? empty(device, {rows}, kScalarType<T>) : empty(device, {}, kScalarType<T>);
+    Tensor means = empty(device, {2}, ScalarType::Double);
     const Weights<T> weights{class_weight, weight_total};
     launch_terms<T>({z, rows, y, c, {1.0 / temperature, l2_normalize, softmax}, q, sums,
                      output<RowStats>(stats), weights, eps, with_grad ? output<T>(grad) : nullptr},
                     device.stream());
     launch_reduce<T>({rows, y, q, sums, output<RowStats>(stats), weights, batch_ratio,
                       reduction == kMean, eps, reduction == kNone ? nullptr : output<T>(result),
-                      reduction == kNone ? output<T>(result) : nullptr, partial_sums},
+                      reduction == kNone ? output<T>(result) : nullptr, output<double>(means), partial_sums},
                      device.stream());
-    return std::make_tuple(result, stats, moved, grad);
+    return std::make_tuple(result, stats, moved, grad, means);
   });
 }
 
@@ -288,7 +289,8 @@ std::tuple<Tensor, Tensor> stable_sort(const Tensor& keys) {
 Tensor centroid_grad(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
                      const Tensor& centroid_logits, const Tensor& log_activation, const Tensor& activation,
                      const Tensor& reference, const Tensor& norms, const Tensor& row_stats,
-                     const std::optional<Tensor>& upstream, bool centroid_to_sample, int64_t ignore_index) {
+                     const std::optional<Tensor>& upstream, bool centroid_to_sample, int64_t ignore_index,
+                     const std::optional<Tensor>& totals) {
   const Device device(input);
   const Matrix xi = matrix(centroid_logits, "centroid_logits");
   check_device(centroid_logits, "centroid_logits", input);
@@ -302,17 +304,40 @@ Tensor centroid_grad(const Tensor& input, const Tensor& target, const std::optio
     Tensor keys = empty(device, {rows}, ScalarType::Int);
     launch_sort_keys(y, rows, q.classes, output<int32_t>(keys), device.stream());
     auto [sorted, order] = stable_sort(keys);
+    const double* given = data_on<double>(totals, "totals", {q.columns + 1}, input);
     const int64_t own_separation = centroid_to_sample ? q.classes * q.columns : 0;
     Workspace workspace(device, (q.classes + 1) + chunks * q.columns + (q.columns + 1) + q.classes + own_separation);
     Tensor grad = empty(device, {q.classes, q.columns}, kScalarType<T>);
     launch_centroid_grad<T>({z, rows, y, data_on<T>(center, "center", {q.columns}, input), q, xi,
                              stats_on(row_stats, input), upstream_of(upstream, input), output<int32_t>(sorted),
                              output<int64_t>(order), workspace.take<int64_t>(q.classes + 1), chunks,
-                             workspace.take(chunks * q.columns), workspace.take(q.columns + 1),
+                             workspace.take(chunks * q.columns), given ? const_cast<double*>(given) : workspace.take(q.columns + 1), given != nullptr,
                              workspace.take(q.classes), workspace.take<T>(own_separation), output<T>(grad)},
                             device.stream());
     return grad;
   });
+}
+
+Tensor class_totals(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
+                    const Tensor& row_stats, const std::optional<Tensor>& upstream, bool centroid_to_sample,
+                    int64_t ignore_index) {
+  const Device device(input);
+  STD_TORCH_CHECK(input.dim() == 2, "ncmi_kernels: input must have 2 dimensions");
+  const int64_t rows = input.size(0), columns = input.size(1), chunks = total_chunks(rows, columns);
+  Workspace workspace(device, chunks * (columns + 1));
+  Tensor totals = empty(device, {columns + 1}, ScalarType::Double);
+  const auto launch_as = [&]<class T>() {
+    launch_class_totals<T>({rows_of<T>(input, columns), rows, columns, targets(target, input, ignore_index),
+                            data_on<T>(center, "center", {columns}, input), stats_on(row_stats, input),
+                            upstream_of(upstream, input), centroid_to_sample, chunks,
+                            workspace.take(chunks * (columns + 1)), output<double>(totals)},
+                           device.stream());
+  };
+  if (input.scalar_type() == ScalarType::Double)
+    launch_as.template operator()<double>();
+  else
+    launch_as.template operator()<float>();
+  return totals;
 }
 
 }  // namespace
@@ -325,5 +350,6 @@ STABLE_TORCH_LIBRARY_IMPL(ncmi_kernels, CUDA, m) {
   m.impl("scale_", TORCH_BOX(&ncmi::cuda::scale_));
   m.impl("input_grad", TORCH_BOX(&ncmi::cuda::input_grad));
   m.impl("centroid_grad", TORCH_BOX(&ncmi::cuda::centroid_grad));
+  m.impl("class_totals", TORCH_BOX(&ncmi::cuda::class_totals));
   m.impl("update_center_", TORCH_BOX(&ncmi::cuda::update_center_));
 }

@@ -8,7 +8,7 @@ namespace {
 constexpr int kThreads = 1024;
 constexpr int64_t kRowsOfOneStep = 8192;  // up to here every block forms the sums over all rows for itself
 
-// One row's part in the sums over all: [rows that count, weight, A or ratio, G].
+// One row's part in the sums over all: [weight, A, G, and for the ratio by sample that].
 template <class T>
 NCMI_DEVICE void add_row(const ReduceArgs<T>& args, int64_t i, double (&sums)[kReduceSums]) {
   const int64_t target = args.target[i];
@@ -16,10 +16,10 @@ NCMI_DEVICE void add_row(const ReduceArgs<T>& args, int64_t i, double (&sums)[kR
   const int64_t y = class_of(target, args.centroids.classes);
   const RowTerms t = terms_of(args.centroids, y, args.sums[i]);
   const double w = weight_of(args.weights, y);
-  sums[0] += 1;
-  sums[1] += w;
-  sums[2] += w * (args.batch_ratio ? t.concentration : ratio(t.concentration, t.separation, args.eps).value);
-  sums[3] += w * t.separation;
+  sums[0] += w;
+  sums[1] += w * t.concentration;
+  sums[2] += w * t.separation;
+  if (!args.batch_ratio) sums[3] += w * ratio(t.concentration, t.separation, args.eps).value;
 }
 
 NCMI_DEVICE void sum_of_block(Group& group, double (&sums)[kReduceSums]) {
@@ -52,13 +52,14 @@ __global__ void __launch_bounds__(kThreads, 1) reduce_kernel(const ReduceArgs<T>
     for (int64_t i = threadIdx.x; i < args.rows; i += blockDim.x) add_row(args, i, sums);
   }
   sum_of_block(group, sums);
-  double weight_sum = args.mean ? sums[1] : 1.0;
+  double weight_sum = args.mean ? sums[0] : 1.0;
   if (args.weights.total) weight_sum = *args.weights.total;
-  const Ratio of_batch = ratio(sums[2] / weight_sum, sums[3] / weight_sum, args.eps);
-  if (args.loss && blockIdx.x == 0 && group.first()) {
-    const double total = args.batch_ratio ? of_batch.value : sums[2] / weight_sum;
+  const Ratio of_batch = ratio(sums[1] / weight_sum, sums[2] / weight_sum, args.eps);
+  if (blockIdx.x == 0 && group.first()) {
     // No sample that counts: 0 / 0, as cross_entropy.
-    *args.loss = T(args.mean && sums[0] == 0 ? double(NAN) : total);
+    if (args.loss) *args.loss = T(args.batch_ratio ? of_batch.value : sums[3] / weight_sum);
+    args.means[0] = sums[1] / sums[0];
+    args.means[1] = sums[2] / sums[0];
   }
 
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < args.rows;

@@ -324,7 +324,7 @@ template <class T>
 NCMI_DEVICE RowTerms terms_of(const Centroids<T>& q, int64_t y, const RowSums& sums) {
   const double log_norm = ::log(sums.norm), inverse_norm = 1.0 / sums.norm;
   const double own_mean = sums.own * inverse_norm, all_mean = sums.all * inverse_norm;
-  const double own_gap = log_norm - q.log_norm(y), inverse_classes = 1.0 / double(q.classes);
+  const double own_gap = log_norm - q.log_norm(y), inverse_classes = 1.0 / q.all().classes;
   const double concentration = own_mean - own_gap;
   const double separation =
       q.centroid_to_sample ? (q.all().weight_sum * log_norm - q.all().weighted_log_norm) - sums.all +
@@ -354,7 +354,7 @@ struct GradRow {
   NCMI_DEVICE GradRow(const Centroids<T>& q, int64_t y, const RowStats& stats, double concentration_grad,
                       double separation_grad)
       : s(argument_scale<kind, T>(stats.scale)), shift(T(stats.shift)) {
-    const double inverse_c = 1.0 / double(q.classes);
+    const double inverse_c = 1.0 / q.all().classes;
     if constexpr (centroid_to_sample) {
       inverse_norm = T(stats.inverse_norm);
       q_factor = T(::exp(-q.log_norm(y)));

@@ -39,7 +39,7 @@ ALL_MEAN = tl.constexpr(6)
 BY_CONCENTRATION = tl.constexpr(7)
 BY_SEPARATION = tl.constexpr(8)
 
-# Columns of `norms`, csrc/cpu/kernels.h ClassStats: a record a class, then one of all with the last two of these.
+# Columns of `norms`, csrc/layout.h ClassStats: a record a class, then one of all with the last three of these.
 RECORD = tl.constexpr(8)
 LOG_NORM = tl.constexpr(0)
 CLASS_SHIFT = tl.constexpr(1)
@@ -47,6 +47,7 @@ CLASS_KIND = tl.constexpr(2)
 LONE = tl.constexpr(3)  # for the CPU; the rows that it tells are read here like others
 WEIGHT_SUM = tl.constexpr(0)
 WEIGHTED_LOG_NORM = tl.constexpr(1)
+ALL_CLASSES = tl.constexpr(2)
 
 NONE = tl.constexpr(0)
 MEAN = tl.constexpr(1)
@@ -61,6 +62,12 @@ LAST = tl.constexpr(2)  # each adds up what PARTIAL wrote
 # ----------------------------------------------------------------------------------------------------------------------
 # Elements
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _inverse_classes(norms, classes):
+    """1 / C, where the table has records of `classes` of the C classes."""
+    return 1.0 / tl.load(norms + classes * RECORD + ALL_CLASSES)
 
 
 @triton.jit
@@ -378,7 +385,7 @@ def _row_sums(norm, own, total, own_cross, M: tl.constexpr, KIND: tl.constexpr, 
 @triton.jit
 def _terms_of(norm, own, total, own_cross, own_log_norm, norms, classes, CENTROID_TO_SAMPLE: tl.constexpr):
     """A, G, 1 / S and the means under p: KL divergences as differences of logarithms, then of log-normalisers."""
-    inverse_classes = 1.0 / classes.to(tl.float64)
+    inverse_classes = _inverse_classes(norms, classes)
     log_norm = tl.log(norm)
     inverse_norm = 1.0 / norm
     own_mean = own * inverse_norm
@@ -398,12 +405,14 @@ def _terms_of(norm, own, total, own_cross, own_log_norm, norms, classes, CENTROI
 @triton.jit
 def _grad_stretch(
     x, scale, shift, inverse_norm, own_mean, all_mean, alpha, beta, own_log_norm, own_log, own_activation, reference,
-    q_mean, inside, classes, KIND: tl.constexpr, FAST: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr,
+    q_mean, inside, inverse_classes, KIND: tl.constexpr, FAST: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
-    """d loss / d z of a stretch, but for what the chain rule of the length takes away; 0 past the last column."""
+    """d loss / d z of a stretch, but for what the chain rule of the length takes away; 0 past the last column.
+
+    `alpha` is d loss / d A, for sample_to_centroid alpha' = alpha - beta / C.
+    """
     dtype: tl.constexpr = x.dtype
-    inverse_classes = 1.0 / classes.to(tl.float64)
     f = x * scale.to(dtype)[:, None]
     m = shift.to(dtype)[:, None]
     if not EVEN:
@@ -416,15 +425,14 @@ def _grad_stretch(
         by_concentration = (alpha * scale).to(dtype)[:, None]
         by_separation = (beta * scale).to(dtype)[:, None]
         grad = by_concentration * (slope * p * (log - own_log - own_mean.to(dtype)[:, None]))
-        grad += by_separation * (slope * ((p - q_mean) + inverse_classes.to(dtype) * (q_own - p)))
+        grad += by_separation * (slope * ((p - q_mean) + inverse_classes * (q_own - p)))
     else:
-        # (1 - sigma) p [alpha' (all + gap - mean) + beta (all - mean)] with alpha' = alpha - beta / C, all = log a -
-        # reference, gap = reference - log a_y. Near a minimum alpha' + beta is small beside either: formed in double.
-        by_gap = alpha - beta * inverse_classes
+        # (1 - sigma) p [alpha' (all + gap - mean) + beta (all - mean)] with all = log a - reference, gap = reference -
+        # log a_y. Near a minimum alpha' + beta is small beside either: formed in double.
         factor = scale * inverse_norm
-        constant = (factor * (by_gap * own_mean + beta * all_mean)).to(dtype)[:, None]
-        by_all = (factor * (by_gap + beta)).to(dtype)[:, None]
-        by_gap = (factor * by_gap).to(dtype)[:, None]
+        constant = (factor * (alpha * own_mean + beta * all_mean)).to(dtype)[:, None]
+        by_all = (factor * (alpha + beta)).to(dtype)[:, None]
+        by_gap = (factor * alpha).to(dtype)[:, None]
         grad = value_slope * (by_all * (log - reference) + (by_gap * (reference - own_log) - constant))
     if not EVEN:
         grad = tl.where(inside[None, :], grad, 0.0)
@@ -434,7 +442,7 @@ def _grad_stretch(
 @triton.jit
 def _grad_rows(
     xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm, scale,
-    inverse_length, shift, inverse_norm, own_mean, all_mean, alpha, beta, unit_stride, column_stride, classes,
+    inverse_length, shift, inverse_norm, own_mean, all_mean, alpha, beta, unit_stride, column_stride, inverse_classes,
     M: tl.constexpr, ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr,
     CENTROID_TO_SAMPLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRETCHES: tl.constexpr,
     KEEP: tl.constexpr,
@@ -448,6 +456,10 @@ def _grad_rows(
     dtype: tl.constexpr = log_activation.dtype.element_ty
     out: tl.constexpr = grad.dtype.element_ty
     written = row < B
+    # alpha' once: a double that lives until the row is done takes two registers.
+    if not CENTROID_TO_SAMPLE:
+        alpha -= beta * inverse_classes
+    inverse_classes = inverse_classes.to(dtype)
     # g - x (x . g) / ||x||^2: the product is not known until the row is done.
     inverse_length = inverse_length.to(dtype)  # now: a double would take a register more until the row is done
     dot = tl.full([ROWS, COLUMNS], 0.0, dtype)
@@ -459,7 +471,7 @@ def _grad_rows(
         )
         g = _grad_stretch(
             xs[j], scale, shift, inverse_norm, own_mean, all_mean, alpha, beta, own_log_norm, own_log, own_activation,
-            compared, q_mean, k < M, classes, KIND, FAST, CENTROID_TO_SAMPLE, (j + 1) * COLUMNS <= M,
+            compared, q_mean, k < M, inverse_classes, KIND, FAST, CENTROID_TO_SAMPLE, (j + 1) * COLUMNS <= M,
         )  # fmt: skip
         dot += xs[j] * g
         if KEEP:
@@ -475,7 +487,7 @@ def _grad_rows(
             )
             g = _grad_stretch(
                 x, scale, shift, inverse_norm, own_mean, all_mean, alpha, beta, own_log_norm, own_log, own_activation,
-                compared, q_mean, k < M, classes, KIND, FAST, CENTROID_TO_SAMPLE, EVEN,
+                compared, q_mean, k < M, inverse_classes, KIND, FAST, CENTROID_TO_SAMPLE, EVEN,
             )  # fmt: skip
             dot += x * g
     share = (tl.sum(dot, axis=1) * inverse_length * inverse_length)[:, None]
@@ -491,7 +503,7 @@ def _grad_rows(
             )
             g = _grad_stretch(
                 xs[j], scale, shift, inverse_norm, own_mean, all_mean, alpha, beta, own_log_norm, own_log,
-                own_activation, compared, q_mean, k < M, classes, KIND, FAST, CENTROID_TO_SAMPLE,
+                own_activation, compared, q_mean, k < M, inverse_classes, KIND, FAST, CENTROID_TO_SAMPLE,
                 (j + 1) * COLUMNS <= M,
             )  # fmt: skip
         g = tl.where(live[:, None], g - xs[j] * share, 0.0)
@@ -508,7 +520,7 @@ def _grad_rows(
             )
             g = _grad_stretch(
                 x, scale, shift, inverse_norm, own_mean, all_mean, alpha, beta, own_log_norm, own_log, own_activation,
-                compared, q_mean, k < M, classes, KIND, FAST, CENTROID_TO_SAMPLE, EVEN,
+                compared, q_mean, k < M, inverse_classes, KIND, FAST, CENTROID_TO_SAMPLE, EVEN,
             )  # fmt: skip
             g = tl.where(live[:, None], g - x * share, 0.0)
             mask = written[:, None] if EVEN else written[:, None] & (k < M)[None, :]
@@ -730,6 +742,7 @@ def terms_kernel(
     else:
         # 4. The loss of the row, and its gradient while x is here.
         own_log_norm = tl.load(norms + y * RECORD + LOG_NORM)
+        inverse_classes = _inverse_classes(norms, classes)
         concentration, separation, inverse_norm, own_mean, all_mean = _terms_of(
             norm, own, total, own_cross, own_log_norm, norms, classes, CENTROID_TO_SAMPLE
         )
@@ -753,21 +766,21 @@ def terms_kernel(
                 _grad_rows(
                     xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm,
                     scale.to(tl.float64), inverse_length.to(tl.float64), shift.to(tl.float64), inverse_norm, own_mean,
-                    all_mean, alpha, beta, unit_stride, column_stride, classes, M, ALIGN, CONTIGUOUS, NEAR, FAST,
-                    CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
+                    all_mean, alpha, beta, unit_stride, column_stride, inverse_classes, M, ALIGN, CONTIGUOUS, NEAR,
+                    FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
                 )  # fmt: skip
             else:
                 _grad_rows(
                     xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm,
                     scale.to(tl.float64), inverse_length.to(tl.float64), shift.to(tl.float64), inverse_norm, own_mean,
-                    all_mean, alpha, beta, unit_stride, column_stride, classes, M, ALIGN, CONTIGUOUS, KIND, FAST,
-                    CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
+                    all_mean, alpha, beta, unit_stride, column_stride, inverse_classes, M, ALIGN, CONTIGUOUS, KIND,
+                    FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
                 )  # fmt: skip
         else:
             _grad_rows(
                 xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm,
                 scale.to(tl.float64), inverse_length.to(tl.float64), shift.to(tl.float64), inverse_norm, own_mean,
-                all_mean, alpha, beta, unit_stride, column_stride, classes, M, ALIGN, CONTIGUOUS, KIND, FAST,
+                all_mean, alpha, beta, unit_stride, column_stride, inverse_classes, M, ALIGN, CONTIGUOUS, KIND, FAST,
                 CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
             )  # fmt: skip
 
@@ -807,6 +820,7 @@ def input_grad_kernel(
         alpha *= factor
         beta *= factor
     own_log_norm = tl.load(norms + y * RECORD + LOG_NORM)
+    inverse_classes = _inverse_classes(norms, classes)
     kind = tl.min(tl.load(of_row + ROW_KIND, mask=live, other=SOFTMAX), axis=0)
     xs = ()
     for j in tl.static_range(STRETCHES):
@@ -830,20 +844,20 @@ def input_grad_kernel(
     if kind == NEAR:
         _grad_rows(
             xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm, scale,
-            inverse_length, shift, inverse_norm, own_mean, all_mean, alpha, beta, unit_stride, column_stride, classes,
-            M, ALIGN, CONTIGUOUS, NEAR, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
+            inverse_length, shift, inverse_norm, own_mean, all_mean, alpha, beta, unit_stride, column_stride,
+            inverse_classes, M, ALIGN, CONTIGUOUS, NEAR, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
         )  # fmt: skip
     elif kind == SOFTMAX:
         _grad_rows(
             xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm, scale,
-            inverse_length, shift, inverse_norm, own_mean, all_mean, alpha, beta, unit_stride, column_stride, classes,
-            M, ALIGN, CONTIGUOUS, SOFTMAX, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
+            inverse_length, shift, inverse_norm, own_mean, all_mean, alpha, beta, unit_stride, column_stride,
+            inverse_classes, M, ALIGN, CONTIGUOUS, SOFTMAX, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
         )  # fmt: skip
     else:
         _grad_rows(
             xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm, scale,
-            inverse_length, shift, inverse_norm, own_mean, all_mean, alpha, beta, unit_stride, column_stride, classes,
-            M, ALIGN, CONTIGUOUS, NSF, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
+            inverse_length, shift, inverse_norm, own_mean, all_mean, alpha, beta, unit_stride, column_stride,
+            inverse_classes, M, ALIGN, CONTIGUOUS, NSF, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
         )  # fmt: skip
 
 
@@ -896,23 +910,26 @@ def _terms_tile(
 
 @triton.jit
 def _batch_sums(concentration, separation, factor, live, eps, BATCH_RATIO: tl.constexpr):
-    """Of BLOCK rows: the sums of w, of w A or w A / (G + eps), and of w G."""
-    first = concentration if BATCH_RATIO else concentration * (1.0 / (separation + eps))
-    first = tl.sum(tl.where(live, factor * first, 0.0), axis=0)
+    """Of BLOCK rows: the sums of w, of w A, of w G, and for the ratio by sample of w A / (G + eps)."""
+    first = tl.sum(tl.where(live, factor * concentration, 0.0), axis=0)
     second = tl.sum(tl.where(live, factor * separation, 0.0), axis=0)
-    return tl.sum(factor, axis=0), first, second
+    third = first
+    if not BATCH_RATIO:
+        third = tl.sum(tl.where(live, factor * (concentration * (1.0 / (separation + eps))), 0.0), axis=0)
+    return tl.sum(factor, axis=0), first, second, third
 
 
 @triton.jit(do_not_specialize=["target_stride", "eps", "ignore_index", "classes", "B", "tiles"], debug=True)
 def finish_kernel(
-    target, norms, weight, sums, partials, rows, loss, target_stride, eps, ignore_index, classes, B, tiles,
+    target, norms, weight, sums, partials, rows, loss, means, target_stride, eps, ignore_index, classes, B, tiles,
     CENTROID_TO_SAMPLE: tl.constexpr, BATCH_RATIO: tl.constexpr, REDUCTION: tl.constexpr, FINISHED: tl.constexpr,
     STAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """From `sums` [4, B] of the rows to what REDUCTION asks for: the loss [] or [B], or for TERMS A and G [2, B].
 
-    Writes the columns of `rows` [B, 9] that terms_kernel left out: with FINISHED it left none.
-    Stage PARTIAL writes its sums over them to `partials` [3, tiles], LAST reads those; WHOLE does without.
+    And but for TERMS to `means` [2] of A and G. Writes the columns of `rows` [B, 9] that terms_kernel left out: with
+    FINISHED it left none.
+    Stage PARTIAL writes its sums over them to `partials` [4, tiles], LAST reads those; WHOLE does without.
     """
     eps = _double(eps)
     zero = tl.full([BLOCK], 0.0, tl.float64)
@@ -921,17 +938,19 @@ def finish_kernel(
         row, target, norms, weight, sums, target_stride, ignore_index, classes, B, CENTROID_TO_SAMPLE, FINISHED
     )
     if STAGE == PARTIAL:
-        weights, first, second = _batch_sums(concentration, separation, factor, live, eps, BATCH_RATIO)
+        weights, first, second, third = _batch_sums(concentration, separation, factor, live, eps, BATCH_RATIO)
         tile = partials + tl.program_id(0)
         tl.store(tile, weights)
         tl.store(tile + tiles, first)
         tl.store(tile + 2 * tiles, second)
+        tl.store(tile + 3 * tiles, third)
     else:
-        if REDUCTION == MEAN or REDUCTION == SUM:
+        if REDUCTION != TERMS:
             # Summed over a block at the end, in one order for any number of programs.
             weights = tl.sum(zero, axis=0)
             first = weights
             second = weights
+            third = weights
             for tile in range(0, tiles if STAGE == WHOLE else tl.cdiv(tiles, BLOCK)):
                 i = tile * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
                 if STAGE == WHOLE:
@@ -939,19 +958,25 @@ def finish_kernel(
                         i, target, norms, weight, sums, target_stride, ignore_index, classes, B, CENTROID_TO_SAMPLE,
                         FINISHED,
                     )  # fmt: skip
-                    d_weights, d_first, d_second = _batch_sums(a, g, w, counts, eps, BATCH_RATIO)
+                    d_weights, d_first, d_second, d_third = _batch_sums(a, g, w, counts, eps, BATCH_RATIO)
                 else:
                     d_weights = tl.sum(tl.load(partials + i, mask=i < tiles, other=0.0), axis=0)
                     d_first = tl.sum(tl.load(partials + tiles + i, mask=i < tiles, other=0.0), axis=0)
                     d_second = tl.sum(tl.load(partials + 2 * tiles + i, mask=i < tiles, other=0.0), axis=0)
+                    d_third = tl.sum(tl.load(partials + 3 * tiles + i, mask=i < tiles, other=0.0), axis=0)
                 weights += d_weights
                 first += d_first
                 second += d_second
+                third += d_third
+            # No row that counts: 0 / 0, as cross_entropy.
+            first = first / weights
+            second = second / weights
+            if tl.program_id(0) == 0:
+                tl.store(means, first)
+                tl.store(means + 1, second)
             if REDUCTION == MEAN:
-                # No row that counts: 0 / 0, as cross_entropy.
                 factor = factor / weights
-                first = first / weights
-                second = second / weights
+                third = third / weights
         if REDUCTION == TERMS:
             dtype = loss.dtype.element_ty
             tl.store(loss + row, concentration.to(dtype), mask=row < B)
@@ -967,7 +992,7 @@ def finish_kernel(
                 value = tl.where(live, factor * ratio, 0.0)
                 tl.store(loss + row, value.to(loss.dtype.element_ty), mask=row < B)
             elif tl.program_id(0) == 0:
-                value = ratio if BATCH_RATIO else first
+                value = ratio if BATCH_RATIO else third
                 tl.store(loss, value.to(loss.dtype.element_ty))
         if not FINISHED:
             of_row = rows + row * STATS
@@ -1225,7 +1250,7 @@ def centroid_columns_kernel(
 def centroid_constants_kernel(
     reference, residual, weighted, norms, classes, M, CENTROID_TO_SAMPLE: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """The last record of `norms`: weight_sum, and weighted_log_norm less what rounding `reference` lost; one program.
+    """The last record of `norms`: weight_sum, weighted_log_norm less what rounding `reference` lost, C; one program.
 
     The loss of rounding enters the mean under p; taken under the mean centroid instead it goes into a constant. The two
     differ where p is far from the centroids, and there the terms are large.
@@ -1262,6 +1287,7 @@ def centroid_constants_kernel(
         weight_sum = weight_sum * 0.0 + 1.0
     column = tl.arange(0, RECORD)
     record = tl.where(column == WEIGHTED_LOG_NORM, constant_sum - lost_sum, 0.0)
+    record = tl.where(column == ALL_CLASSES, classes.to(tl.float64), record)
     tl.store(norms + classes * RECORD + column, tl.where(column == WEIGHT_SUM, weight_sum, record))
 
 
@@ -1272,21 +1298,24 @@ def centroid_constants_kernel(
 
 @triton.jit(do_not_specialize=["unit_stride", "column_stride", "upstream_stride", "classes"])
 def class_sums_kernel(
-    input, center, rows, upstream, order, class_begin, own_sums, all_sums, factor_sums, unit_stride, column_stride,
-    upstream_stride, classes, M: tl.constexpr, ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr, DTYPE: tl.constexpr,
-    FAST: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    input, center, norms, rows, upstream, order, class_begin, own_sums, all_sums, factor_sums, unit_stride,
+    column_stride, upstream_stride, classes, M: tl.constexpr, ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr,
+    DTYPE: tl.constexpr, FAST: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr, WITH_OWN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Sums over the rows of one class, in the order of the batch.
 
     To `own_sums` [C, M] those of own_factor p; to `all_sums` [C, M] those of beta p, for centroid_to_sample of beta log
     a; to `factor_sums` [2, C] those of own_factor and beta. own_factor is alpha, for sample_to_centroid alpha - beta /
-    C: the own class is one of those that G sums over.
+    C: the own class is one of those that G sums over. Without WITH_OWN a class is any set of rows, and only `all_sums`
+    and the sums of beta are written.
     """
     c = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = k < M
     begin = tl.load(class_begin + c)
     end = tl.load(class_begin + c + 1)
+    inverse_classes = _inverse_classes(norms, classes) if WITH_OWN else 0.0
     own = tl.full([ROWS, COLUMNS], 0.0, tl.float64)
     total = tl.full([ROWS, COLUMNS], 0.0, tl.float64)
     own_factors = tl.full([ROWS], 0.0, tl.float64)
@@ -1305,8 +1334,8 @@ def class_sums_kernel(
             factor = tl.load(upstream + row * upstream_stride, mask=live, other=0.0).to(tl.float64)
             own_factor *= factor
             beta *= factor
-        if not CENTROID_TO_SAMPLE:
-            own_factor -= beta / classes.to(tl.float64)
+        if WITH_OWN and not CENTROID_TO_SAMPLE:
+            own_factor -= beta * inverse_classes
         x = _load_features(
             input, center, row, live, k, inside, unit_stride, column_stride, DTYPE, ALIGN, CONTIGUOUS, False
         )
@@ -1314,27 +1343,33 @@ def class_sums_kernel(
         kind = tl.min(tl.load(of_row + ROW_KIND, mask=live, other=SOFTMAX), axis=0)
         value, log, _, _ = _activate_as(f, shift[:, None], kind, FAST)
         value = value.to(tl.float64)
-        own += (own_factor * inverse_norm)[:, None] * value
+        if WITH_OWN:
+            own += (own_factor * inverse_norm)[:, None] * value
         if CENTROID_TO_SAMPLE:
             total += tl.where(live[:, None], beta[:, None] * log.to(tl.float64), 0.0)
         else:
             total += (beta * inverse_norm)[:, None] * value
         own_factors += own_factor
         betas += beta
-    tl.store(own_sums + c * M + k, tl.sum(own, axis=0), mask=inside)
+    if WITH_OWN:
+        tl.store(own_sums + c * M + k, tl.sum(own, axis=0), mask=inside)
     tl.store(all_sums + c * M + k, tl.sum(total, axis=0), mask=inside)
     if tl.program_id(1) == 0:
-        tl.store(factor_sums + c, tl.sum(own_factors, axis=0))
+        if WITH_OWN:
+            tl.store(factor_sums + c, tl.sum(own_factors, axis=0))
         tl.store(factor_sums + classes + c, tl.sum(betas, axis=0))
 
 
 @triton.jit(do_not_specialize=["unit_stride", "column_stride", "classes"])
 def centroid_grad_kernel(
     logits, norms, own_sums, all_sums, factor_sums, totals, grad, unit_stride, column_stride, classes, M: tl.constexpr,
-    ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr, COLUMNS: tl.constexpr,
-    CLASSES: tl.constexpr,
+    ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr, GIVEN: tl.constexpr,
+    COLUMNS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
-    """d loss / d xi [C, M], one class a program, from class_sums_kernel's sums and their `totals` [M] over classes."""
+    """d loss / d xi [C, M], one class a program, from class_sums_kernel's sums and their `totals` [M] over classes.
+
+    GIVEN: `totals` [M + 1] are not of these sums, and the last of them is the sum of beta.
+    """
     dtype: tl.constexpr = grad.dtype.element_ty
     c = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     live = c < classes
@@ -1343,12 +1378,15 @@ def centroid_grad_kernel(
     shift = tl.load(norms + c * RECORD + CLASS_SHIFT).to(dtype)
     own_factor = tl.load(factor_sums + c)
     beta = tl.load(factor_sums + classes + c)
-    inverse_classes = 1.0 / classes.to(tl.float64)
-    parts = tl.full([CLASSES], 0.0, tl.float64)
-    for start in range(0, classes, CLASSES):
-        v = start + tl.arange(0, CLASSES)
-        parts += tl.load(factor_sums + classes + v, mask=v < classes, other=0.0)
-    beta_sum = tl.sum(parts, axis=0)
+    inverse_classes = _inverse_classes(norms, classes)
+    if GIVEN:
+        beta_sum = tl.load(totals + M)
+    else:
+        parts = tl.full([CLASSES], 0.0, tl.float64)
+        for start in range(0, classes, CLASSES):
+            v = start + tl.arange(0, CLASSES)
+            parts += tl.load(factor_sums + classes + v, mask=v < classes, other=0.0)
+        beta_sum = tl.sum(parts, axis=0)
     mean = tl.full([1], 0.0, tl.float64)
     # sample_to_centroid: slope (q (own_factor + beta_sum / C) - own - totals / C). centroid_to_sample:
     # slope ((1 / C) q (s - sum_k q s) - own + own_factor q), s = sum over the rows of other classes of

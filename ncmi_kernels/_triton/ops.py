@@ -282,6 +282,7 @@ def _finish(
     sums: Tensor,
     stats: Tensor,
     result: Tensor,
+    means: Tensor | None,
     eps: float,
     ignore_index: int,
     classes: int,
@@ -292,8 +293,8 @@ def _finish(
 ) -> None:
     rows = target.shape[0]
     tiles = max(1, -(-rows // FINISH_BLOCK))
-    whole = rows <= LARGEST_WHOLE or REDUCTIONS_AND_TERMS[reduction] in ("none", "terms")
-    partials = None if whole else norms.new_empty((3, tiles))
+    whole = rows <= LARGEST_WHOLE or means is None
+    partials = None if whole else norms.new_empty((4, tiles))
     for stage in (kernels.WHOLE,) if whole else (kernels.PARTIAL, kernels.LAST):
         launch(
             kernels.finish_kernel,
@@ -305,6 +306,7 @@ def _finish(
             partials,
             stats,
             result,
+            means,
             target.stride(0),
             _bits(eps),
             ignore_index,
@@ -365,6 +367,7 @@ def terms(
             sums,
             stats,
             result,
+            None,
             0.0,
             ignore_index,
             classes,
@@ -491,8 +494,11 @@ def loss(
     eps: float,
     ignore_index: int,
     with_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss [] or [B], the rows' statistics [B, 9] float64, the moved centre [M] or [0], d loss / d input or [0]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss [] or [B], the rows' statistics [B, 9], the moved centre [M] or [0], d loss / d input or [0], means [2].
+
+    Statistics and means are float64.
+    """
     rows, columns = input.shape
     classes = log_activation.shape[0]
     _check_targets(target, ignore_index, classes)
@@ -527,6 +533,7 @@ def loss(
             grad,
         )
         result = log_activation.new_empty((rows,) if REDUCTIONS[reduction] == "none" else ())
+        means = norms.new_empty((2,))
         _finish(
             target,
             norms,
@@ -534,6 +541,7 @@ def loss(
             row_sums,
             stats,
             result,
+            means,
             eps,
             ignore_index,
             classes,
@@ -542,7 +550,7 @@ def loss(
             reduction,
             with_grad,
         )
-    return result, stats, moved, log_activation.new_empty((0,)) if grad is None else grad
+    return result, stats, moved, log_activation.new_empty((0,)) if grad is None else grad, means
 
 
 def scale_(grad: Tensor, upstream: Tensor) -> None:
@@ -611,6 +619,62 @@ def input_grad(
     return grad
 
 
+def _class_sums(
+    input: Tensor,
+    center: Tensor | None,
+    norms: Tensor | None,
+    rows: Tensor,
+    upstream: Tensor | None,
+    order: Tensor,
+    begin: Tensor,
+    dtype: torch.dtype,
+    centroid_to_sample: bool,
+) -> tuple[Tensor, Tensor]:
+    """Sums by class of the rows in `order`, float64: of own_factor p and of beta p or beta log a [2, C, M].
+
+    And of own_factor and beta [2, C]. Without `norms` only the second of each.
+    """
+    classes, columns = begin.shape[0] - 1, input.shape[1]
+    sums = rows.new_empty((2, classes, columns))
+    factor_sums = rows.new_empty((2, classes))
+    strides = _strides(input)
+    width = _power_of_two(columns, 256)
+    launch(
+        kernels.class_sums_kernel,
+        (classes, -(-columns // width)),
+        input,
+        center,
+        norms,
+        rows,
+        upstream,
+        order,
+        begin,
+        sums[0],
+        sums[1],
+        factor_sums,
+        strides.units,
+        strides.column,
+        upstream.stride(0) if upstream is not None and upstream.dim() == 1 else 0,
+        classes,
+        columns,
+        strides.align,
+        strides.contiguous,
+        _TL[dtype],
+        input.dtype in _HALF,
+        centroid_to_sample,
+        norms is not None,
+        4,
+        width,
+    )
+    return sums, factor_sums
+
+
+def _fold(sums: Tensor, totals: Tensor) -> None:
+    """To `totals` [M, or more] the sums of `sums` [C, M] over C."""
+    chunks, columns = sums.shape
+    launch(kernels.fold_kernel, (-(-columns // 64),), sums, totals, chunks, columns, 32, 64)
+
+
 def centroid_grad(
     input: Tensor,
     target: Tensor,
@@ -624,8 +688,9 @@ def centroid_grad(
     upstream: Tensor | None,
     centroid_to_sample: bool,
     ignore_index: int,
+    totals: Tensor | None = None,
 ) -> Tensor:
-    """d loss / d centroid_logits [C, M]."""
+    """d loss / d centroid_logits [C, M]; `totals` [M + 1] float64 are for the sums over all rows, as class_totals."""
     classes, columns = centroid_logits.shape
     _check_targets(target, ignore_index, classes)
     dtype = centroid_logits.dtype
@@ -634,38 +699,13 @@ def centroid_grad(
     of_class = torch.where(target == ignore_index, classes, target)
     of_class, order = torch.sort(of_class, stable=True)
     begin = torch.searchsorted(of_class, torch.arange(classes + 1, device=target.device))
-    sums = norms.new_empty((2, classes, columns))
-    factor_sums = norms.new_empty((2, classes))
-    totals = norms.new_empty((columns,))
-    strides, of_centroids = _strides(input), _strides(centroid_logits)
-    width = _power_of_two(columns, 256)
+    of_centroids = _strides(centroid_logits)
     with _on(input):
-        launch(
-            kernels.class_sums_kernel,
-            (classes, -(-columns // width)),
-            input,
-            center,
-            rows,
-            upstream,
-            order,
-            begin,
-            sums[0],
-            sums[1],
-            factor_sums,
-            strides.units,
-            strides.column,
-            upstream.stride(0) if upstream is not None and upstream.dim() == 1 else 0,
-            classes,
-            columns,
-            strides.align,
-            strides.contiguous,
-            _TL[dtype],
-            input.dtype in _HALF,
-            centroid_to_sample,
-            4,
-            width,
-        )
-        launch(kernels.fold_kernel, (-(-columns // 64),), sums[1], totals, classes, columns, 32, 64)
+        sums, factor_sums = _class_sums(input, center, norms, rows, upstream, order, begin, dtype, centroid_to_sample)
+        folded = totals
+        if folded is None:
+            folded = norms.new_empty((columns,))
+            _fold(sums[1], folded)
         launch(
             kernels.centroid_grad_kernel,
             (classes,),
@@ -674,7 +714,7 @@ def centroid_grad(
             sums[0],
             sums[1],
             factor_sums,
-            totals,
+            folded,
             grad,
             of_centroids.units,
             of_centroids.column,
@@ -683,10 +723,36 @@ def centroid_grad(
             of_centroids.align,
             of_centroids.contiguous,
             centroid_to_sample,
+            totals is not None,
             _power_of_two(columns, 2048),
             1024,
         )
     return grad
+
+
+def class_totals(
+    input: Tensor,
+    target: Tensor,
+    center: Tensor | None,
+    rows: Tensor,
+    upstream: Tensor | None,
+    centroid_to_sample: bool,
+    ignore_index: int,
+) -> Tensor:
+    """The sums over all rows that each class's gradient has, [M + 1] float64: of beta p or beta log a, and of beta."""
+    count, columns = input.shape
+    dtype = torch.float64 if input.dtype is torch.float64 else torch.float32
+    # Chunks of the rows that count, the others last, for classes.
+    ignored, order = torch.sort((target == ignore_index).to(torch.int32), stable=True)
+    chunk_rows = max(SMALLEST_CHUNK, -(-count // LARGEST_CHUNKS))
+    begin = torch.arange(0, count + chunk_rows, chunk_rows, device=target.device)
+    begin = torch.minimum(begin, (ignored == 0).sum())
+    totals = rows.new_empty((columns + 1,))
+    with _on(input):
+        sums, factor_sums = _class_sums(input, center, None, rows, upstream, order, begin, dtype, centroid_to_sample)
+        _fold(sums[1], totals)
+        totals[columns] = factor_sums[1].sum()
+    return totals
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -705,13 +771,15 @@ SCHEMAS = (
     " Tensor reference, Tensor norms, Tensor? weight, float temperature, bool l2_normalize, bool softmax,"
     " bool centroid_to_sample, bool batch_ratio, int reduction, float eps, int ignore_index,"
     " bool with_grad)"
-    " -> (Tensor loss, Tensor rows, Tensor moved_center, Tensor grad)",
+    " -> (Tensor loss, Tensor rows, Tensor moved_center, Tensor grad, Tensor means)",
     "scale_(Tensor(a!) grad, Tensor upstream) -> ()",
     "input_grad(Tensor input, Tensor target, Tensor? center, Tensor log_activation, Tensor activation,"
     " Tensor reference, Tensor norms, Tensor rows, Tensor? upstream,"
     " bool centroid_to_sample, int ignore_index) -> Tensor",
     "centroid_grad(Tensor input, Tensor target, Tensor? center, Tensor centroid_logits, Tensor log_activation,"
     " Tensor activation, Tensor reference, Tensor norms, Tensor rows, Tensor? upstream,"
+    " bool centroid_to_sample, int ignore_index, Tensor? totals=None) -> Tensor",
+    "class_totals(Tensor input, Tensor target, Tensor? center, Tensor rows, Tensor? upstream,"
     " bool centroid_to_sample, int ignore_index) -> Tensor",
     "update_center_(Tensor(a!) center, Tensor(b!) num_batches_tracked, Tensor input, Tensor target,"
     " float momentum, int num_classes, int ignore_index) -> Tensor",
