@@ -6,7 +6,8 @@ divergence from a mean splits (the compensation identity): for samples p_i of on
     sum_i KL(p_i || q) = sum_i KL(p_i || s) + n KL(s || q)
 
 With q the mean of more samples, this merges two parts of a class into one; with q another class's centroid, it is the
-separation. All its terms are positive, so nothing cancels, however close the samples are to their centroid.
+separation. It adds what is never negative, where sums of p log p would have to be subtracted from each other: those lose
+most of their digits once the samples are close to their centroid.
 """
 
 import math
@@ -158,8 +159,7 @@ class NCMIMetric(Metric):
             own = (s * (log_s - log_p)).sum(dim=1)
             separation = count * (every - own / classes)
         else:
-            # sum_v KL(s_c || s_v) / C; -s + mean_s sums to zero, and makes roundings of s count to second order only.
-            between = (s * (log_s - log_s.sum(dim=0) / classes) - s + mean_s).sum(dim=1)
+            between = (s * (log_s - log_s.sum(dim=0) / classes)).sum(dim=1)  # sum_v KL(s_c || s_v) / C
             separation = spread * (classes - 1) / classes + count * between
         cmi, gamma = spread.sum() / samples, separation.sum() / samples
         return {"cmi": cmi, "gamma": gamma, "ncmi": cmi / gamma}

@@ -92,6 +92,7 @@ REGIMES = {
     "authors": ((2000, 100, 512, 1, 0.02), {"l2_normalize": True, "temperature": 1.0}, 4e-5),
     "authors, tau 0.2": ((2000, 100, 512, 1, 0.02), {"l2_normalize": True, "temperature": 0.2}, 1e-3),
     "many samples": ((100_000, 10, 32, 1, 0.05), {}, 3e-4),
+    "untrained": ((1000, 10, 32, 0.01, 0.01), {}, 1.2e-5),
     "broad": ((1000, 7, 20, 3, 3), {"temperature": 0.7}, 0.3),
     "softmax": ((1000, 10, 10, 10, 0.5), {"activation": "softmax"}, 1e-4),
     "softmax, sure": ((1000, 10, 10, 20, 0.5), {"activation": "softmax"}, 5e-9),
@@ -323,7 +324,7 @@ def test_state_stays_double(separation):
 
 
 def test_centre_is_a_copy_that_can_follow():
-    center = torch.zeros(8)
+    center = torch.zeros(8, dtype=torch.float64)
     metric = NCMIMetric(5, 8, center=center)
     center.fill_(1)
     assert metric.center.eq(0).all()
