@@ -282,10 +282,7 @@ def check_parameters(centroid_logits: Tensor, center: Tensor | None, weight: Ten
 def check_batch(input: Tensor, target: Tensor, centroid_logits: Tensor) -> None:
     """Raise the errors that :func:`ncmi_loss` documents for these, but for the range of the targets."""
     check_floating("input", input)
-    _check_tensor("target", target)
-    if target.dtype != torch.int64:
-        hint = "; class probabilities are not supported" if target.dtype.is_floating_point else ""
-        raise RuntimeError(f"target: got dtype {target.dtype}, expected torch.int64 class indices{hint}")
+    check_target(target)
     columns = centroid_logits.shape[1]
     shape = input.shape
     dims = len(shape)
@@ -301,6 +298,14 @@ def check_batch(input: Tensor, target: Tensor, centroid_logits: Tensor) -> None:
         )
     check_device("target", target, input)
     check_device("centroid_logits", centroid_logits, input)
+
+
+def check_target(target: Tensor) -> None:
+    """Raise TypeError or RuntimeError unless `target` is a dense tensor of class indices."""
+    _check_tensor("target", target)
+    if target.dtype != torch.int64:
+        hint = "; class probabilities are not supported" if target.dtype.is_floating_point else ""
+        raise RuntimeError(f"target: got dtype {target.dtype}, expected torch.int64 class indices{hint}")
 
 
 def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
