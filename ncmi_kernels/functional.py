@@ -313,7 +313,7 @@ def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
 
 def check_range(target: Tensor, classes: int, ignore_index: int | None) -> None:
     """Raise IndexError for a target that is neither a class nor ignored; the operator of the loss does it itself."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(target):
+    while not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(target):
         target = torch._C._functorch.get_unwrapped(
             target
         )  # all slices of a mapped target, whichever dimension they are

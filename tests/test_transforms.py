@@ -427,6 +427,19 @@ def test_a_compiled_step_with_an_optimizer():
     compare_training(pair, *(partial(f, *each) for each, f in zip(pair, (compiled, step), strict=True)), 1e-6)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_compiled_terms(backend):
+    torch._dynamo.reset()
+    compiled = torch.compile(partial(ncmi_terms, backend=backend), fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in (4, 9):
+        xi = torch.randn(C, M).requires_grad_()
+        z, y = torch.randn(size, M).requires_grad_(), torch.randint(C, (size,))
+        actual, expected = compiled(z, y, xi), ncmi_terms(z, y, xi, backend=backend)
+        torch.testing.assert_close(actual, expected)
+        upstream = torch.randn(size), torch.randn(size)
+        torch.testing.assert_close(grad(actual, (z, xi), upstream), grad(expected, (z, xi), upstream))
+
+
 class Method(nn.Module):
     """A network and a method of a criterion, as one module."""
 
