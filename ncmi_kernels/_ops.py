@@ -3,7 +3,7 @@
 One path, whatever the backend: centroid_stats -> loss forward, input_grad and centroid_grad backward.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -87,8 +87,12 @@ def update_center_(
     return move(center, update[0], input, target, update[1], num_classes, ignore_index)
 
 
+# Whether a transform of torch.func is active. It has no public name; autograd.Function asks the same.
+transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
 def _grads(
-    ctx: Any,
+    wanted: Sequence[bool],
     input: Tensor,
     target: Tensor,
     centroid_logits: Tensor,
@@ -100,14 +104,14 @@ def _grads(
     backend: str,
     made: list[Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of input [B, M] and centroid_logits [C, M], each only where it is asked for.
+    """The gradients of input [B, M] and centroid_logits [C, M], each only where it is wanted.
 
     `made` is None, or holds the gradient of input for an upstream gradient of 1 where the forward pass made it: the
     first backward pass takes it out and owns it, a repeated one forms it again, to the same bits.
     """
     grad_input = grad_centroids = None
     run = operators(backend)
-    if ctx.needs_input_grad[0]:
+    if wanted[0]:
         grad_input = (
             made.pop()
             if made
@@ -124,7 +128,7 @@ def _grads(
         )
         if made is not None:
             run.scale_(grad_input, upstream)
-    if ctx.needs_input_grad[1]:
+    if wanted[1]:
         grad_centroids = run.centroid_grad(
             input,
             target,
@@ -139,27 +143,9 @@ def _grads(
     return grad_input, grad_centroids
 
 
-def _differentiable_backward() -> bool:
-    """Whether this backward pass may itself be differentiated (create_graph=True)."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
-def _reference_grads(
-    ctx: Any,
-    outputs: tuple[Tensor, ...],
-    input: Tensor,
-    centroid_logits: Tensor,
-    upstream: tuple[Tensor, ...],
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients as a differentiable function of the inputs and of the upstream gradient."""
-    wanted = [
-        t for t, needed in ((input, ctx.needs_input_grad[0]), (centroid_logits, ctx.needs_input_grad[1])) if needed
-    ]
-    grads = iter(torch.autograd.grad(outputs, wanted, upstream, create_graph=True))
-    return (
-        next(grads) if ctx.needs_input_grad[0] else None,
-        next(grads) if ctx.needs_input_grad[1] else None,
-    )
+def _plain_backward() -> bool:
+    """Whether this backward pass is neither differentiated (create_graph) nor mapped (vmap)."""
+    return not (torch.is_grad_enabled() or transforming()) or torch.compiler.is_compiling()
 
 
 class _Loss(torch.autograd.Function):
@@ -208,14 +194,27 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         input, target, centroid_logits = ctx.saved_tensors
         center, weight, stats, rows, options, backend = ctx.kept
-        if _differentiable_backward():
-            result = reference.loss(input, target, centroid_logits, center, weight, options)
-            grads = _reference_grads(ctx, (result,), input, centroid_logits, (upstream,))
-        else:
+        if _plain_backward():
             grads = _grads(
-                ctx, input, target, centroid_logits, center, stats, rows, upstream, options, backend, ctx.made
+                ctx.needs_input_grad,
+                input,
+                target,
+                centroid_logits,
+                center,
+                stats,
+                rows,
+                upstream,
+                options,
+                backend,
+                ctx.made,
             )
-        return *grads, None
+            return *grads, None
+        create_graph = torch.is_grad_enabled()
+        wanted = [t for t, needed in zip((input, centroid_logits), ctx.needs_input_grad, strict=False) if needed]
+        with torch.enable_grad():
+            result = _transformable_loss(input, target, centroid_logits, center, weight, options, backend)
+            found = iter(torch.autograd.grad(result, wanted, upstream, create_graph=create_graph))
+        return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
 
 
 class _Terms(torch.autograd.Function):
@@ -241,14 +240,175 @@ class _Terms(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         input, target, centroid_logits = ctx.saved_tensors
         center, stats, rows, options, backend = ctx.kept
-        if _differentiable_backward():
-            outputs = reference.terms(input, target, centroid_logits, center, options)
-            grads = _reference_grads(ctx, outputs, input, centroid_logits, upstream)
-        else:
+        wanted = ctx.needs_input_grad[:2]
+        if _plain_backward():
             rows = rows.clone()
             rows[:, -2], rows[:, -1] = upstream
-            grads = _grads(ctx, input, target, centroid_logits, center, stats, rows, None, options, backend)
+            grads = _grads(wanted, input, target, centroid_logits, center, stats, rows, None, options, backend)
+        else:
+            grads = _TermsGrad.apply(*upstream, input, target, centroid_logits, center, options, backend, wanted)
         return *grads, None, None, None, None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The same for what transforms the computation: torch.func, create_graph. Values and first derivatives come from the
+# kernels, further ones and the forward mode from the reference. In this style, which torch.func wants, the Functions
+# above would take twice the time for a small batch.
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _map_slices(
+    function: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...], rowwise: int, one_batch: bool
+) -> tuple[tuple[Tensor | None, ...], tuple[int | None, ...]]:
+    """vmap's rule of the Functions below; the first `rowwise` arguments, and the outputs, have a row a sample.
+
+    The slices of the mapped dimension make `one_batch` where only those arguments are mapped, else they are batches.
+    """
+    size = info.batch_size
+    outputs: list[Tensor | None]
+    if one_batch:
+        moved = [
+            arg.expand(size, *arg.shape) if dim is None else arg.movedim(dim, 0)
+            for arg, dim in zip(args[:rowwise], in_dims, strict=False)
+        ]
+        whole = function.apply(*(arg.flatten(0, 1) for arg in moved), *args[rowwise:])
+        outputs = [None if output is None else output.unflatten(0, moved[0].shape[:2]) for output in whole]
+    else:
+        if size == 0:
+            raise ValueError("vmap: got a dimension of size 0, expected at least 1 where centroids or centres differ")
+        slices = [
+            function.apply(
+                *(arg.select(dim, i) if isinstance(dim, int) else arg for arg, dim in zip(args, in_dims, strict=True))
+            )
+            for i in range(size)
+        ]
+        outputs = [None if each[0] is None else torch.stack(each) for each in zip(*slices, strict=True)]
+    return tuple(outputs), tuple(None if output is None else 0 for output in outputs)
+
+
+def _jvp(function: Callable[..., Any], points: tuple[Tensor, ...], tangents: tuple[Tensor | None, ...]) -> Any:
+    """The derivative of `function` at `points` along `tangents`, where None is zero."""
+    along = tuple(
+        torch.zeros_like(point) if tangent is None else tangent for point, tangent in zip(points, tangents, strict=True)
+    )
+    return torch.func.jvp(function, points, along)[1]
+
+
+class _TransformableTerms(torch.autograd.Function):
+    """Concentration and separation, of the arguments of :func:`terms`."""
+
+    @staticmethod
+    def forward(
+        input: Tensor, target: Tensor, centroid_logits: Tensor, center: Tensor | None, options: Options, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        stats = centroid_stats(centroid_logits, options, backend)
+        values, _ = operators(backend).terms(input, target, center, *stats, *options.for_terms)
+        return values[0].clone(), values[1].clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:4])
+        ctx.save_for_forward(*inputs[:4])
+        ctx.kept = inputs[4:]
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+        grad_input, grad_centroids = _TermsGrad.apply(*upstream, *ctx.saved_tensors, *ctx.kept, wanted)
+        return grad_input, None, grad_centroids, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
+        input, target, centroid_logits, center = ctx.saved_tensors
+        options, _ = ctx.kept
+        return _jvp(
+            lambda z, xi: reference.terms(z, target, xi, center, options),
+            (input, centroid_logits),
+            (tangents[0], tangents[2]),
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        one_batch = in_dims[2] is None and in_dims[3] is None
+        return _map_slices(_TransformableTerms, info, in_dims, args, 2, one_batch)
+
+
+class _TermsGrad(torch.autograd.Function):
+    """The gradients of both terms for the gradients of these, [B] each; differentiable."""
+
+    @staticmethod
+    def forward(
+        upstream_concentration: Tensor,
+        upstream_separation: Tensor,
+        input: Tensor,
+        target: Tensor,
+        centroid_logits: Tensor,
+        center: Tensor | None,
+        options: Options,
+        backend: str,
+        wanted: tuple[bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        stats = centroid_stats(centroid_logits, options, backend)
+        _, rows = operators(backend).terms(input, target, center, *stats, *options.for_terms)
+        rows[:, -2], rows[:, -1] = upstream_concentration, upstream_separation
+        return _grads(wanted, input, target, centroid_logits, center, stats, rows, None, options, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, Tensor | None]) -> None:
+        ctx.save_for_backward(*inputs[:6])
+        ctx.save_for_forward(*inputs[:6])
+        ctx.options, ctx.wanted = inputs[6], inputs[8]
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        function, points = _TermsGrad._by_reference(ctx)
+        pull: Any = torch.func.vjp(function, *points)[1]
+        grad_concentration, grad_separation, grad_input, grad_centroids = pull(
+            tuple(grad for grad, is_wanted in zip(upstream, ctx.wanted, strict=True) if is_wanted)
+        )
+        return grad_concentration, grad_separation, grad_input, None, grad_centroids, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        function, points = _TermsGrad._by_reference(ctx)
+        found = iter(_jvp(function, points, (*tangents[:3], tangents[4])))
+        return tuple(next(found) if is_wanted else None for is_wanted in ctx.wanted)
+
+    @staticmethod
+    def _by_reference(ctx: Any) -> tuple[Callable[..., tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        """The gradients that are wanted, as a function of tensors, and those tensors."""
+        concentration, separation, input, target, centroid_logits, center = ctx.saved_tensors
+
+        def grads(concentration: Tensor, separation: Tensor, input: Tensor, centroid_logits: Tensor) -> Any:
+            pull: Any = torch.func.vjp(
+                lambda z, xi: reference.terms(z, target, xi, center, ctx.options), input, centroid_logits
+            )[1]
+            both = pull((concentration, separation))
+            return tuple(grad for grad, is_wanted in zip(both, ctx.wanted, strict=True) if is_wanted)
+
+        return grads, (concentration, separation, input, centroid_logits)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        one_batch = in_dims[4] is None and in_dims[5] is None and not args[-1][1]
+        return _map_slices(_TermsGrad, info, in_dims, args, 4, one_batch)
+
+
+def _transformable_loss(
+    input: Tensor,
+    target: Tensor,
+    centroid_logits: Tensor,
+    center: Tensor | None,
+    weight: Tensor | None,
+    options: Options,
+    backend: str,
+) -> Tensor:
+    kept = target != options.ignore_index
+    classes = target.masked_fill(~kept, 0)
+    # An ignored row may hold NaN, which zero times anything would keep.
+    input = torch.where(kept[:, None], input, 0)
+    concentration, separation = _TransformableTerms.apply(input, classes, centroid_logits, center, options, backend)
+    return reference.reduce(concentration, separation, kept, classes, weight, options)
 
 
 def loss(
@@ -266,8 +426,12 @@ def loss(
 ) -> Tensor:
     """The loss of [B, M] features. `stats` belong to `centroid_logits`, or are computed; `update` moves `center`.
 
-    To `means` is appended what :func:`reference.loss` appends.
+    To `means` is appended what :func:`reference.loss` appends, but within a transform of torch.func, which it would
+    outlive.
     """
+    if transforming():
+        assert update is None
+        return _transformable_loss(input, target, centroid_logits, center, weight, options, backend)
     # By sample the gradient of a row is known once the row is: made in this pass, it needs no second one. Half
     # precisions wait for the upstream gradient, which may be what keeps them from underflow.
     one_pass = (
@@ -359,6 +523,8 @@ def terms(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Concentration [B] and separation [B] of [B, M] features."""
+    if transforming():
+        return _TransformableTerms.apply(input, target, centroid_logits, center, options, backend)
     return _Terms.apply(input, centroid_logits, target, center, options, backend)
 
 

@@ -46,6 +46,10 @@ def ncmi_loss(
     and the loss is the ratio of their means, or the mean of their ratios. Costs O((B + C) M); nothing of size
     B C is formed. Sums and normalisers are float64, everything else float32 (float64 for float64 arguments).
 
+    Differentiable any number of times, and by torch.func's grad, vmap, jacrev, jvp and hessian: values and reverse-mode
+    first derivatives come from the backend, others from PyTorch. vmap makes one batch of what it maps, unless it maps
+    `centroid_logits` or `center` or the centroids' gradient is wanted: then it runs the backend once for each slice.
+
     Args:
         input: features or logits, [B, M], [M] or [B, M, d1, ...]; float32, float64, bfloat16 or float16.
         target: class indices, int64, [B], [] or [B, d1, ...], each in [0, C) or `ignore_index`.
@@ -316,6 +320,10 @@ def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
 
 def check_range(target: Tensor, classes: int, ignore_index: int | None) -> None:
     """Raise IndexError for a target that is neither a class nor ignored; the operator of the loss does it itself."""
+    while not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(target):
+        target = torch._C._functorch.get_unwrapped(
+            target
+        )  # all slices of a mapped target, whichever dimension they are
     target = target.flatten()
     bad = (target < 0) | (target >= classes)
     ignored = ""

@@ -13,6 +13,9 @@ from ncmi_kernels._options import OPTION_NAMES, Options, check_choice
 
 INITIAL_LOGIT = 10.0
 
+# At least 0 inside a backward pass, where a forward pass is one that torch.utils.checkpoint repeats.
+_graph_task = torch._C._current_graph_task_id
+
 
 class NCMILoss(nn.Module):
     """NCMI as a criterion (arXiv 2601.02543): what `nn.CrossEntropyLoss` is to cross_entropy.
@@ -44,8 +47,19 @@ class NCMILoss(nn.Module):
             M < C random directions of length 10 (from torch's global generator).
         center: buffer [M]. In training mode each forward moves it before it is used: the first batch sets it to
             its mean, later ones to `center_momentum * center + (1 - center_momentum) * mean`. A batch whose mean
-            is not finite leaves it alone.
+            is not finite leaves it alone, and so does a forward pass that torch.utils.checkpoint repeats.
         class_means: buffer [C, M], the mean distribution of each class, once `fit_class_means` was called.
+
+    Note:
+        Accumulating gradients: with ratio "sample" the mean of the losses of k micro-batches is the loss of the
+        whole batch, at one centre and for micro-batches of equal weight (for others: reduction "sum", divided by the
+        weight of the whole batch). With ratio "batch" it is a mean of k ratios, which is not the ratio of the whole
+        batch: each micro-batch is held to its own concentration and separation. The centre moves at each one.
+
+        torch.utils.checkpoint around the criterion: use_reentrant=True takes the centre as it is in the backward
+        pass, so nothing may move it between a forward pass and its backward pass; use_reentrant=False needs no care.
+
+        Transforms of torch.func need `eval()` (or center_momentum=None) and raise a RuntimeError otherwise.
 
     Shape:
         input [B, M], [M] or [B, M, d1, ...]; target [B], [] or [B, d1, ...]; output a scalar, or target's shape
@@ -295,6 +309,13 @@ class NCMILoss(nn.Module):
         center = self.center
         if not self.training:
             return center, None
+        if _ops.transforming():
+            raise RuntimeError(
+                "training: got True inside a torch.func transform, expected criterion.eval() or center_momentum=None: "
+                "a transform cannot move the running centre"
+            )
+        if not torch.compiler.is_compiling() and _graph_task() >= 0:
+            return center, None
         dtype = center.dtype
         if (
             backend != "reference"
@@ -348,6 +369,7 @@ class NCMILoss(nn.Module):
             return cache[5]
         if (
             torch.compiler.is_compiling()
+            or _ops.transforming()
             or backend == "reference"
             or type(logits) is not nn.Parameter
             or logits.is_inference()

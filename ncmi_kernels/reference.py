@@ -111,7 +111,7 @@ def terms(
     with no_autocast(input.device):
         log_p = log_probabilities(
             input.to(dtype),
-            None if center is None else center.to(dtype),
+            None if center is None else center.detach().to(dtype),
             options.temperature,
             options.l2_normalize,
             options.activation,
@@ -145,12 +145,26 @@ def loss(
     kept = target != options.ignore_index
     classes = target.masked_fill(~kept, 0)
     concentration, separation = terms(input, classes, centroid_logits, center, options, literal=literal)
+    return reduce(concentration, separation, kept, classes, weight, options, means=means)
+
+
+def reduce(
+    concentration: Tensor,
+    separation: Tensor,
+    kept: Tensor,
+    classes: Tensor,
+    weight: Tensor | None,
+    options: Options,
+    *,
+    means: list[Tensor] | None = None,
+) -> Tensor:
+    """:func:`loss` from the terms [B] of the samples; of those that are not `kept`, `classes` has any class."""
     # torch.where, not a product: an ignored row may hold NaN, and must leave neither value nor gradient.
     concentration = torch.where(kept, concentration, 0)
     separation = torch.where(kept, separation, 0)
     w = kept.to(concentration.dtype)
     if weight is not None:
-        w = w * weight.to(concentration.dtype)[classes]
+        w = w * weight.detach().to(concentration.dtype)[classes]
     if means is not None:
         terms_of_rows = torch.stack((concentration, separation)).detach().double()
         means.append((terms_of_rows @ w.double()) / w.double().sum())

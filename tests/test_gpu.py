@@ -115,6 +115,47 @@ def test_a_captured_training_step_gives_the_bits_of_an_eager_one(backend, ratio,
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
+def test_a_captured_step_of_a_network_under_autocast(backend, ratio):
+    """Network, criterion, clipping and the optimiser's step in one graph, in bfloat16."""
+    x, y = torch.randn(9, 96, 32, device="cuda"), torch.randint(10, (9, 96), device="cuda")
+    fresh = nn.ModuleList([nn.Linear(32, 64, device="cuda"), NCMILoss(10, 64, ratio=ratio, backend=backend)]).cuda()
+
+    def train(graphed):
+        network, criterion = modules = copy.deepcopy(fresh)
+        optimizer = torch.optim.SGD(modules.parameters(), lr=0.5, momentum=0.9)
+        static_x, static_y = x[0].clone(), y[0].clone()
+
+        def train_step():
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False):  # as a capture wants it
+                loss = criterion(network(static_x), static_y)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(modules.parameters(), 0.1)
+            optimizer.step()
+
+        graph = None
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for number in range(len(x)):
+                static_x.copy_(x[number])
+                static_y.copy_(y[number])
+                if graphed and number == 3:
+                    torch.cuda.synchronize()
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph):
+                        train_step()
+                if graph is None:
+                    train_step()
+                else:
+                    graph.replay()
+        torch.cuda.synchronize()
+        assert criterion.num_batches_tracked.item() == len(x)
+        return [p.detach() for p in modules.parameters()] + [criterion.center]
+
+    same_bits(train(graphed=True), train(graphed=False))
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("learn", [False, True])
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
 def test_compiles_without_graph_breaks(backend, ratio, learn, dtype):
