@@ -7,6 +7,7 @@ there is also :class:`NCMIMetric`.
 from typing import TYPE_CHECKING, Any
 
 from ncmi_kernels._backends import BackendWarning, available_backends
+from ncmi_kernels._watch import DivergenceWarning
 from ncmi_kernels.functional import DegenerateMinimumWarning, log_nsf, ncmi_loss, ncmi_terms, nsf
 from ncmi_kernels.modules import NCMILoss
 from ncmi_kernels.optim import CentroidSGD
@@ -20,6 +21,7 @@ __all__ = [
     "BackendWarning",
     "CentroidSGD",
     "DegenerateMinimumWarning",
+    "DivergenceWarning",
     "NCMILoss",
     "available_backends",
     "log_nsf",

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +10,19 @@ from torch import Tensor, nn
 
 from ncmi_kernels import _backends, _ops, functional, reference
 from ncmi_kernels._options import OPTION_NAMES, Options, check_choice
+from ncmi_kernels._watch import Watch
 
 INITIAL_LOGIT = 10.0
 
 # At least 0 inside a backward pass, where a forward pass is one that torch.utils.checkpoint repeats.
 _graph_task = torch._C._current_graph_task_id
+
+
+class BatchTerms(NamedTuple):
+    """What the loss of a batch is made of: weighted means over its samples, scalars in float64, in nats."""
+
+    cmi: Tensor  # of the concentration
+    gamma: Tensor  # of the separation
 
 
 class NCMILoss(nn.Module):
@@ -48,6 +56,8 @@ class NCMILoss(nn.Module):
         center: buffer [M]. In training mode each forward moves it before it is used: the first batch sets it to
             its mean, later ones to `center_momentum * center + (1 - center_momentum) * mean`. A batch whose mean
             is not finite leaves it alone, and so does a forward pass that torch.utils.checkpoint repeats.
+        last_terms: CMI and Gamma of the last batch. In training mode, but for compiled calls, a `DivergenceWarning`
+            comes once if the loss of a batch is not finite or Gamma falls under 10 `eps`.
         class_means: buffer [C, M], the mean distribution of each class, once `fit_class_means` was called.
 
     Note:
@@ -141,6 +151,8 @@ class NCMILoss(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("class_means", None)
         self._stats_cache: tuple[Any, ...] | None = None
+        self._last_terms: Tensor | None = None
+        self._watch = Watch()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -162,7 +174,28 @@ class NCMILoss(nn.Module):
         backend = _backends.resolve(self.backend, input)  # raises before anything has moved
         center, update = self._moved_center(input, target, logits, backend)
         stats = None if logits.requires_grad else self._fixed_stats(input, logits, backend)
-        return functional.loss(input, target, logits, center, self.weight, self.options, backend, stats, update)
+        means: list[Tensor] = []
+        result = functional.loss(
+            input, target, logits, center, self.weight, self.options, backend, stats, update, means=means
+        )
+        self._keep_terms(means)
+        return result
+
+    @property
+    def last_terms(self) -> BatchTerms | None:
+        """CMI and Gamma of the last batch, `forward` in either mode; None before the first one.
+
+        On the device of the input, without a graph and without waiting for it. Kept by compiled calls too, but not by
+        those within a transform of torch.func.
+        """
+        return None if self._last_terms is None else BatchTerms(*self._last_terms)
+
+    def _keep_terms(self, means: list[Tensor]) -> None:
+        if _ops.transforming():
+            return  # the tensor would outlive the transform
+        self._last_terms = means[0]
+        if self.training and not torch.compiler.is_compiling():
+            self._watch.look(means[0], self.options.eps)
 
     @torch.no_grad()
     def centroid_gradient(self, features: Tensor, target: Tensor) -> Tensor:
@@ -400,7 +433,7 @@ class NCMILoss(nn.Module):
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_stats_cache": None}
+        return {**self.__dict__, "_stats_cache": None, "_last_terms": None, "_watch": Watch()}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # class_means is there only once fitted, on either side.

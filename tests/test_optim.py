@@ -1,0 +1,381 @@
+"""CentroidSGD: the update against torch.optim.SGD on autograd's gradient, the cache that it fills, its state."""
+
+import copy
+
+import pytest
+import torch
+from conftest import relative
+from torch import nn
+
+from ncmi_kernels import CentroidSGD, NCMILoss, _ops
+
+B, C, M = 40, 7, 50
+SETTINGS = {
+    "defaults": {},
+    "by sample": {"ratio": "sample", "temperature": 0.2},
+    "sum": {"ratio": "sample", "reduction": "sum"},
+    "centroid_to_sample": {"separation": "centroid_to_sample"},
+    "softmax": {"activation": "softmax", "l2_normalize": False},
+    "no centre": {"center_momentum": None},
+    "weights": {"weight": torch.rand(C, generator=torch.Generator().manual_seed(3)) + 0.5, "ignore_index": 2},
+}
+SGD = {
+    "plain": {"lr": 30.0},
+    "momentum": {"lr": 30.0, "momentum": 0.9},
+    "nesterov": {"lr": 30.0, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-3},
+    "weight decay": {"lr": 30.0, "weight_decay": 1e-3},
+}
+BACKENDS = ["cpu", "reference"]
+
+
+def batches(count=5, dtype=torch.float32, rows=B, classes=C, columns=M):
+    """Features that the centre moves with, and targets in which some classes are missing."""
+    generator = torch.Generator().manual_seed(7)
+    for _ in range(count):
+        features = 0.5 + torch.randn(rows, columns, generator=generator, dtype=dtype)
+        yield features, torch.randint(classes - 1, (rows,), generator=generator)
+
+
+def pair(dtype=torch.float32, classes=C, columns=M, **options):
+    """Two criteria alike, with centroids that are not one-hot."""
+    criterion = NCMILoss(classes, columns, dtype=dtype, **options)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        criterion.centroid_logits.add_(torch.randn(classes, columns, generator=generator, dtype=dtype))
+    return criterion, copy.deepcopy(criterion)
+
+
+def by_autograd(criterion, optimizer, features, target):
+    """A step by autograd, at the centre that the criterion has, which stays."""
+    criterion.eval()
+    optimizer.zero_grad()
+    criterion(features, target).backward()
+    optimizer.step()
+    criterion.train()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sgd", SGD)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_step_of_torch_sgd_on_the_gradient_of_autograd(setting, sgd, dtype, backend):
+    expected, actual = pair(dtype, backend=backend, **SETTINGS[setting])
+    start = actual.centroid_logits.detach().clone()
+    ours = CentroidSGD(actual, **SGD[sgd])
+    theirs = torch.optim.SGD([expected.centroid_logits], **SGD[sgd])
+    for features, target in batches(dtype=dtype):
+        for criterion in (expected, actual):
+            criterion(features, target)  # moves the centre
+        by_autograd(expected, theirs, features, target)
+        ours.step(features, target)
+    moved = expected.centroid_logits - start
+    assert moved.norm() > 1e-3
+    # Two optimisers round each step relative to the logits, not to what these have moved by.
+    tolerance = 1e-6 if dtype is torch.float32 else 1e-13
+    assert relative(actual.centroid_logits, expected.centroid_logits) <= tolerance
+    assert relative(actual.centroid_logits - start, moved) <= tolerance * max(1, (start.norm() / moved.norm()).item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("separation", ["sample_to_centroid", "centroid_to_sample"])
+def test_against_float64_in_the_regime_of_the_authors(separation, dtype):
+    options = {"temperature": 0.2, "separation": separation}
+    truth = NCMILoss(100, 512, dtype=torch.float64, backend="reference", **options)
+    actual = NCMILoss(100, 512, **options)
+    start = actual.centroid_logits.detach().clone()
+    (features, target), *_ = batches(1, rows=128, classes=100, columns=512)
+    features = features.to(dtype)
+    for criterion in (truth, actual):
+        criterion(features.double() if criterion is truth else features, target)
+    CentroidSGD(truth, 1e4).step(features.double(), target)
+    CentroidSGD(actual, 1e4).step(features, target)
+    moved = truth.centroid_logits - start
+    assert moved.norm() > 1  # beside which the rounding of a logit of 10 is nothing
+    assert relative(actual.centroid_logits - start, moved) <= 1e-5
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 1), (3, 2, 3), (0, 3, 5), (200, 3, 17), (5, 70, 1000), (4, 3, 4097)])
+@pytest.mark.parametrize("separation", ["sample_to_centroid", "centroid_to_sample"])
+def test_odd_sizes(shape, separation):
+    rows, classes, columns = shape
+    generator = torch.Generator().manual_seed(11)
+    logits = torch.randn(classes, columns, generator=generator)
+    features = torch.randn(rows, columns, generator=generator)
+    target = torch.randint(classes, (rows,), generator=generator)
+    if columns == 1:  # one column has one distribution: no gradient
+        target.zero_()
+    criteria = []
+    for _ in range(2):
+        criterion = NCMILoss(classes, max(2, columns), separation=separation, ratio="sample", reduction="sum")
+        criterion.centroid_logits = nn.Parameter(logits.clone())
+        criterion.center_momentum = None
+        criteria.append(criterion)
+    expected, actual = criteria
+    by_autograd(expected, torch.optim.SGD([expected.centroid_logits], 5.0, momentum=0.5), features, target)
+    CentroidSGD(actual, 5.0, 0.5).step(features, target)
+    assert relative(actual.centroid_logits, expected.centroid_logits) <= 1e-6
+
+
+def test_shapes_of_features():
+    images, maps = pair()
+    generator = torch.Generator().manual_seed(5)
+    features = torch.randn(3, M, 4, generator=generator)
+    target = torch.randint(C, (3, 4), generator=generator)
+    CentroidSGD(maps, 30.0).step(features, target)
+    CentroidSGD(images, 30.0).step(features.transpose(1, 2).reshape(12, M), target.flatten())
+    assert torch.equal(maps.centroid_logits, images.centroid_logits)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_same_bits_on_any_number_of_threads(threads):
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            criterion = NCMILoss(300, 513)
+            optimizer = CentroidSGD(criterion, 10.0, 0.9)
+            for features, target in batches(2, rows=100, classes=300, columns=513):
+                criterion(features, target), optimizer.step(features, target)
+            results.append(criterion.centroid_logits.clone())
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*results)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The statistics that come out of the step
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("separation", ["sample_to_centroid", "centroid_to_sample"])
+def test_the_next_forward_pass_computes_no_statistics(separation, monkeypatch):
+    calls, compute = [], _ops.centroid_stats
+    monkeypatch.setattr(_ops, "centroid_stats", lambda *args: calls.append(args) or compute(*args))
+    criterion = pair(separation=separation)[1]
+    optimizer = CentroidSGD(criterion, 30.0, 0.9)
+    losses = []
+    for features, target in batches(4):
+        losses.append(criterion(features, target).item())
+        optimizer.step(features, target)
+    assert len(calls) == 1
+    after = criterion.eval()(features, target)  # eval() forgets the statistics, so they are computed once more
+    assert len(calls) == 2
+    optimizer.step(features, target)
+    kept = criterion(features, target)
+    assert len(calls) == 2
+    criterion.eval()
+    assert torch.equal(kept, criterion(features, target))
+    assert not torch.equal(kept, after)
+    assert len(set(losses)) == len(losses)
+
+
+def test_a_step_is_seen_by_version_counters():
+    """So that autograd refuses a backward pass of the centroids that would use what the step has overwritten."""
+    criterion = pair()[1]
+    optimizer = CentroidSGD(criterion, 30.0, 0.9)
+    (features, target), *_ = batches(1)
+    optimizer.step(features, target)
+    buffer = optimizer.state[criterion.centroid_logits]["momentum_buffer"]
+    versions = criterion.centroid_logits._version, buffer._version
+    optimizer.step(features, target)
+    assert criterion.centroid_logits._version > versions[0]
+    assert buffer._version > versions[1]
+    loss = criterion(features.requires_grad_(), target)
+    optimizer.step(features, target)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_other_edits_between_steps_count():
+    edited, fresh = pair()
+    optimizer = CentroidSGD(edited, 30.0)
+    ((first, second),), other = list(batches(1)), nn.init.normal_(torch.empty(C, M))
+    optimizer.step(first, second)
+    with torch.no_grad():
+        edited.centroid_logits.copy_(other)
+        fresh.centroid_logits.copy_(other)
+    optimizer.step(first, second)
+    CentroidSGD(fresh, 30.0).step(first, second)
+    assert torch.equal(edited.centroid_logits, fresh.centroid_logits)
+
+
+def test_the_graph_of_the_features_is_left_alone():
+    criterion = pair()[1]
+    optimizer = CentroidSGD(criterion, 30.0)
+    (features, target), *_ = batches(1)
+    features.requires_grad_()
+    optimizer.step(features * 2, target)
+    assert features.grad is None
+    assert criterion.centroid_logits.grad is None
+    assert not criterion.centroid_logits.requires_grad
+
+
+# ------------------------------------------------------------------------------------------------------------
+# As an optimiser
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_start_step():
+    delayed, other = pair()
+    optimizer = CentroidSGD(delayed, 30.0, 0.9, start_step=2)
+    plain = CentroidSGD(other, 30.0, 0.9)
+    before = delayed.centroid_logits.clone()
+    given = list(batches(4))
+    for features, target in given[:2]:
+        optimizer.step(features, target)
+        assert torch.equal(delayed.centroid_logits, before)
+    for features, target in given[2:]:
+        optimizer.step(features, target), plain.step(features, target)
+    assert torch.equal(delayed.centroid_logits, other.centroid_logits)
+    assert not torch.equal(delayed.centroid_logits, before)
+
+
+def test_learning_rate_schedule():
+    scheduled, other = pair()
+    optimizer = CentroidSGD(scheduled, 30.0, 0.5)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 2], gamma=0.1)
+    reference = torch.optim.SGD([other.centroid_logits], 30.0, momentum=0.5)
+    of_reference = torch.optim.lr_scheduler.MultiStepLR(reference, [1, 2], gamma=0.1)
+    for features, target in batches(3):
+        scheduled(features, target), other(features, target)
+        optimizer.step(features, target), schedule.step()
+        by_autograd(other, reference, features, target)
+        of_reference.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.3)
+    assert relative(scheduled.centroid_logits, other.centroid_logits) <= 1e-6
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3])
+def test_state_dict_round_trip_gives_the_same_bits(stop, tmp_path):
+    criterion = pair()[1]
+    optimizer = CentroidSGD(criterion, 30.0, 0.9, nesterov=True, start_step=2)
+    given = list(batches(5))
+    for index, (features, target) in enumerate(given):
+        if index == stop:
+            torch.save({"criterion": criterion.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "saved")
+        criterion(features, target), optimizer.step(features, target)
+    saved = torch.load(tmp_path / "saved")
+    resumed = NCMILoss(C, M)
+    of_resumed = CentroidSGD(resumed, 1.0, momentum=0.1)  # all of it comes from the state
+    resumed.load_state_dict(saved["criterion"]), of_resumed.load_state_dict(saved["optimizer"])
+    for features, target in given[stop:]:
+        resumed(features, target), of_resumed.step(features, target)
+    assert torch.equal(resumed.centroid_logits, criterion.centroid_logits)
+    assert torch.equal(resumed.center, criterion.center)
+
+
+def test_copied_with_its_criterion():
+    criterion = pair()[1]
+    optimizer = CentroidSGD(criterion, 30.0, 0.9)
+    given = list(batches(2))
+    optimizer.step(*given[0])
+    twin, of_twin = copy.deepcopy((criterion, optimizer))
+    assert of_twin.criterion is twin
+    optimizer.step(*given[1]), of_twin.step(*given[1])
+    assert torch.equal(criterion.centroid_logits, twin.centroid_logits)
+
+
+def test_hooks_and_a_momentum_that_is_switched_off():
+    criterion, other = pair()
+    optimizer, expected = CentroidSGD(criterion, 30.0, 0.9), CentroidSGD(other, 30.0)
+    seen = []
+    optimizer.register_step_post_hook(lambda *args: seen.append(args))
+    optimizer.param_groups[0]["momentum"] = 0.0
+    (features, target), *_ = batches(1)
+    optimizer.step(features, target), expected.step(features, target)
+    assert len(seen) == 1
+    assert torch.equal(criterion.centroid_logits, other.centroid_logits)
+
+
+def test_alternating_training_ends_where_joint_training_does():
+    torch.manual_seed(0)
+    centres = 2 * torch.randn(C, 10)
+    target = torch.arange(210) % C
+    input = centres[target] + torch.randn(210, 10)
+    losses = []
+    for alternating in (True, False):
+        torch.manual_seed(1)
+        network, criterion = nn.Linear(10, M), NCMILoss(C, M)
+        centroid_optimizer = CentroidSGD(criterion, 0.1, 0.9) if alternating else None
+        groups = [{"params": list(network.parameters())}]
+        if not alternating:
+            groups.append({"params": list(criterion.parameters()), "lr": 0.1})
+        optimizer = torch.optim.SGD(groups, 1.0, momentum=0.9)
+        for _ in range(60):
+            optimizer.zero_grad()
+            features = network(input)
+            loss = criterion(features, target)
+            loss.backward()
+            optimizer.step()
+            if centroid_optimizer:
+                centroid_optimizer.step(network(input), target)
+        losses.append(loss.item())
+        assert (criterion.predict(network(input)) == target).float().mean() > 0.95
+    assert losses[0] == pytest.approx(losses[1], rel=0.2)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Errors
+# ------------------------------------------------------------------------------------------------------------
+
+BAD = {
+    "criterion": ({"criterion": nn.CrossEntropyLoss()}, TypeError, "CrossEntropyLoss"),
+    "lr type": ({"lr": "fast"}, TypeError, "'fast'"),
+    "lr": ({"lr": -0.1}, ValueError, "-0.1"),
+    "lr nan": ({"lr": float("nan")}, ValueError, "nan"),
+    "momentum": ({"momentum": -1}, ValueError, "-1"),
+    "weight_decay": ({"weight_decay": float("inf")}, ValueError, "inf"),
+    "momentum for nesterov": ({"nesterov": True}, ValueError, "nesterov"),
+    "start_step type": ({"start_step": 1.5}, TypeError, "1.5"),
+    "start_step": ({"start_step": -1}, ValueError, "-1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_arguments(case):
+    changes, exception, got = BAD[case]
+    arguments = {"criterion": NCMILoss(C, M), "lr": 0.1} | changes
+    with pytest.raises(exception, match=f"{case.split()[0]}: got") as caught:
+        CentroidSGD(**arguments)
+    assert got in str(caught.value)
+
+
+def test_no_second_group():
+    optimizer = CentroidSGD(NCMILoss(C, M), 0.1)
+    with pytest.raises(ValueError, match="param_group: got a second group"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_refused_batch_changes_nothing(backend):
+    criterion = pair(backend=backend)[1]
+    optimizer = CentroidSGD(criterion, 30.0, 0.9)
+    (features, target), *_ = batches(1)
+    optimizer.step(features, target)
+    before, state = criterion.centroid_logits.clone(), copy.deepcopy(optimizer.state_dict())
+    for bad, exception in (
+        ((features[:, 1:], target), ValueError),
+        ((features, target[1:]), ValueError),
+        ((features.long(), target), RuntimeError),
+        ((features, torch.full_like(target, C)), IndexError),
+    ):
+        with pytest.raises(exception):
+            optimizer.step(*bad)
+        assert torch.equal(criterion.centroid_logits, before)
+        after = optimizer.state_dict()
+        assert after["state"][0]["step"] == state["state"][0]["step"]
+        assert torch.equal(after["state"][0]["momentum_buffer"], state["state"][0]["momentum_buffer"])
+
+
+def test_reduction_none_and_a_replaced_parameter_are_refused():
+    criterion = NCMILoss(C, M, ratio="sample", reduction="none")
+    (features, target), *_ = batches(1)
+    optimizer = CentroidSGD(criterion, 0.1)
+    with pytest.raises(ValueError, match="reduction: got 'none'"):
+        optimizer.step(features, target)
+    with pytest.raises(ValueError, match="reduction: got 'none'"):
+        criterion.centroid_gradient(features, target)
+    criterion.centroid_logits = nn.Parameter(torch.zeros(C, M))
+    with pytest.raises(RuntimeError, match="centroid_logits is another parameter"):
+        optimizer.step(features, target)
