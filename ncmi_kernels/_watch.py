@@ -56,5 +56,5 @@ class Watch:
             f"NCMILoss: {trouble} (CMI {concentration:.3g}, Gamma {separation:.3g}, eps {eps:.3g}). "
             "NCMILoss.last_terms has both of the last batch; this warning does not come again.",
             DivergenceWarning,
-            stacklevel=6,
+            stacklevel=7,
         )

@@ -173,7 +173,12 @@ class NCMILoss(nn.Module):
         functional.check_batch(input, target, logits)
         backend = _backends.resolve(self.backend, input)  # raises before anything has moved
         center, update = self._moved_center(input, target, logits, backend)
-        stats = None if logits.requires_grad else self._fixed_stats(input, logits, backend)
+        if logits.requires_grad:
+            stats = None
+            if self._stats_cache is not None:  # fused optimisers move no version counter
+                self._stats_cache = None
+        else:
+            stats = self._fixed_stats(input, logits, backend)
         means: list[Tensor] = []
         result = functional.loss(
             input, target, logits, center, self.weight, self.options, backend, stats, update, means=means
@@ -382,8 +387,10 @@ class NCMILoss(nn.Module):
         """The cached statistics of fixed centroids; None where they have to be computed.
 
         Keyed on the tensor, its memory (kept alive, so no other tensor can get the address) and its version
-        counter, which every in-place operation, optimiser step and load_state_dict moves. Writing through `.data`
-        or NumPy moves no counter, here as in autograd; `train()` and `eval()` drop the cache for that.
+        counter, which every in-place operation, optimiser step and load_state_dict moves. Fused optimisers do not;
+        they need a forward pass with centroids that require a gradient, which drops the cache. Writing through
+        `.data`, NumPy or a bare collective of torch.distributed moves no counter, here as in autograd; `train()` and
+        `eval()` drop the cache for that.
         """
         options = self.options
         cache = self._stats_cache

@@ -3,13 +3,14 @@
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from ncmi_kernels import NCMILoss, _ops, ncmi_loss
+from ncmi_kernels import CentroidSGD, DivergenceWarning, NCMILoss, _ops, ncmi_loss, ncmi_terms
 
 pytestmark = pytest.mark.filterwarnings("ignore::ncmi_kernels.DegenerateMinimumWarning")
 
@@ -497,13 +498,20 @@ def test_copies(learnt, fitted, name):
 EDITED = torch.randn(C, C, generator=torch.Generator().manual_seed(5))
 
 
-def optimiser_step(criterion):
-    criterion.requires_grad_(True)
-    optimizer = torch.optim.SGD(criterion.parameters(), lr=100.0)
-    with torch.enable_grad():
-        criterion(*batch(3, columns=C)).backward()
-    optimizer.step()
-    criterion.requires_grad_(False)
+def optimiser_step(optimizer=torch.optim.SGD, **options):
+    def step(criterion):
+        criterion.requires_grad_(True)
+        with torch.enable_grad():
+            criterion(*batch(3, columns=C)).backward()
+        optimizer(criterion.parameters(), lr=100.0, **options).step()
+        criterion.requires_grad_(False)
+
+    return step
+
+
+def inference_mode(criterion):
+    with torch.inference_mode():
+        criterion.centroid_logits.mul_(0.3)
 
 
 def replace_data(criterion):
@@ -556,7 +564,12 @@ EDITS = {
     "to float64": lambda criterion: criterion.to(torch.float64),
     "to float64 and back": edit_in_float64_and_back,
     "to bfloat16": lambda criterion: criterion.bfloat16(),
-    "optimiser step": optimiser_step,
+    "optimiser step": optimiser_step(),
+    "optimiser step, for each": optimiser_step(foreach=True),
+    "optimiser step, fused": optimiser_step(fused=True, momentum=0.9),
+    "optimiser step, fused AdamW": optimiser_step(torch.optim.AdamW, fused=True),
+    "CentroidSGD": lambda criterion: CentroidSGD(criterion, lr=100.0).step(*batch(3, columns=C)),
+    "inference mode": inference_mode,
     "reset_parameters": lambda criterion: criterion.reset_parameters(),
     "separation": other_separation,
     "activation": set_option("activation"),
@@ -666,6 +679,79 @@ def test_learnt_centroids_are_computed_every_time(calls):
     for _ in range(2):
         criterion(*batch())
     assert len(calls) == 2
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is seen of the batches
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"ratio": "sample", "reduction": "none"}, {"separation": "centroid_to_sample"}]
+)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_last_terms(backend, training, options):
+    weight = torch.arange(1.0, C + 1)
+    criterion = NCMILoss(C, M, weight=weight, ignore_index=1, backend=backend, **options).train(training)
+    assert criterion.last_terms is None
+    for seed in range(2):
+        input, target = batch(seed)
+        criterion(input.requires_grad_(), target)
+    separation = options.get("separation", "sample_to_centroid")
+    each = ncmi_terms(
+        input.double(), target, criterion.centroid_logits.double(), center=criterion.center, l2_normalize=True,
+        separation=separation,
+    )  # fmt: skip
+    w = weight.double()[target] * (target != 1)
+    for actual, terms in zip(criterion.last_terms, each, strict=True):
+        assert actual.dtype is torch.float64
+        assert not actual.requires_grad
+        torch.testing.assert_close(actual, (w * terms).sum() / w.sum(), rtol=1e-5, atol=0)
+    if not options:
+        cmi, gamma = criterion.last_terms
+        torch.testing.assert_close((cmi / (gamma + criterion.eps)).float(), criterion.eval()(input, target))
+    assert copy.deepcopy(criterion).last_terms is None
+
+
+def test_last_terms_of_a_compiled_criterion():
+    criterion = NCMILoss(C, M)
+    compiled = torch.compile(criterion, backend="aot_eager", fullgraph=True)
+    for seed in range(2):
+        compiled(*batch(seed))
+        found = criterion.last_terms
+        criterion.eval()(*batch(seed))
+        exactly(found, criterion.last_terms)
+        criterion.train()
+
+
+@pytest.mark.parametrize("trouble", ["nan", "inf", "no separation"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_warns_once_when_training_has_failed(backend, trouble):
+    criterion = NCMILoss(C, M, backend=backend, center_momentum=None)
+    input, target = batch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        criterion(input, target)
+        criterion.eval()(input * torch.nan, target)  # seen by whoever evaluates
+        criterion.train()
+    if trouble == "no separation":
+        with torch.no_grad():
+            criterion.centroid_logits.fill_(0.5)
+        message = "separation of a batch is next to nothing"
+        input = torch.ones_like(input)
+    else:
+        input = input.clone()
+        input[2, 1] = float(trouble)
+        message = "loss of a batch is not finite"
+    with pytest.warns(DivergenceWarning, match=message) as caught:
+        criterion(input, target)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        criterion(input, target)
+    with pytest.warns(DivergenceWarning):
+        copy.deepcopy(criterion)(input, target)
 
 
 # ------------------------------------------------------------------------------------------------------------
