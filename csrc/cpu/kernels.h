@@ -100,6 +100,10 @@ struct CentroidGradArgs {
   bool own_is_grad;                  // S = C: a row for every class, that of the gradient itself
   double* totals;                    // [M] workspace
   double separation_grad_sum;        // sum_i d loss / d G_i
+  // totals / C of sample_to_centroid, as level + variation: sum_i beta_i p_ik hardly depends on k, nor does what it is
+  // compared with, so that in T their difference would be mostly rounding.
+  double level;
+  const T* variation;                // [M]
 };
 
 // The sums over all rows that the gradient of every centroid has.

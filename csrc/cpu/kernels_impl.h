@@ -1057,22 +1057,31 @@ struct GradFromSample {
   double inverse_norm, inverse_classes, separation_grad_sum;
   const ClassSums& of_class;
   const T* own;  // of the class; not read where it has no rows; may be grad
-  const double* __restrict totals;
+  double level;
+  const T* __restrict variation;
   T* grad;
 
   template <Kind kind, Own sums>
   void loop() const {
     // own + all = (excess_base + own_excess) - own_factor q + (1/C) (total - beta q), or with own finished without it.
     const double own_factor = sums == Own::kExcess ? of_class.own_factor : 0;
-    const double base = sums == Own::kExcess ? of_class.excess_base : 0;
+    const double base = level + (sums == Own::kExcess ? of_class.excess_base : 0);
     const double q_factor = (own_factor + inverse_classes * separation_grad_sum) * inverse_norm;
+    // Near the centre q = (1 + t) / 2 S: what cancels is constant along the row, and the rest, small with a small error,
+    // need not be double.
+    const T near_base = T(base - 0.5 * q_factor), near_factor = T(0.5 * q_factor);
     for_logits<kind>(x, n, [&]<Kind as>(int64_t begin, int64_t m) __attribute__((always_inline)) {
       const T s = argument_scale<as, T>(1.0);
       NCMI_SIMD()
       for (int64_t k = begin; k < begin + m; ++k) {
-        const Activation<T> a = activate<as>(x[k] * s, shift);
-        const double all = (base + inverse_classes * totals[k]) - q_factor * double(a.value);
-        grad[k] = -a.slope * T(sums == Own::kNothing ? all : all + double(own[k]));
+        const T rest = sums == Own::kNothing ? variation[k] : variation[k] + own[k];
+        if constexpr (is_near(as)) {
+          const T t = near<as>(x[k] * s).excess;
+          grad[k] = (T(0.5) * t - T(0.5)) * ((near_base + rest) - near_factor * t);
+        } else {
+          const Activation<T> a = activate<as>(x[k] * s, shift);
+          grad[k] = -a.slope * T((base + double(rest)) - q_factor * double(a.value));
+        }
       }
     });
   }
@@ -1144,7 +1153,7 @@ void grad_of_class(const CentroidGradArgs<T>& args, int64_t c, T* x, T* grad) {
                                            of_class.has_rows ? args.own_separation + of_class.slot * n : nullptr, grad});
   else
     with_kind<T>(kind, GradFromSample<T>{x, n, shift, inverse_norm, inverse_classes, args.separation_grad_sum, of_class,
-                                         own, args.totals, grad});
+                                         own, args.level, args.variation, grad});
 }
 
 template <class T>

@@ -499,11 +499,19 @@ class BatchSums {
              own_separation_.get(),
              own_grad != nullptr,
              totals_.data(),
-             given ? given[q.columns] : separation_grad_sum};
+             given ? given[q.columns] : separation_grad_sum,
+             0,
+             nullptr};
     kernels_for<T>().class_sums(args_, class_sums_.data());
     parallel_columns(q.columns, rows,
                      [&](int64_t begin, int64_t end) { kernels_for<T>().centroid_sums(args_, begin, end); });
     if (given) std::copy(given, given + q.columns, totals_.begin());
+    if (q.centroid_to_sample) return;
+    const double inverse_classes = 1.0 / q.of_all.classes;
+    args_.level = args_.separation_grad_sum / double(q.columns) * inverse_classes;
+    variation_.reset(new T[q.columns]);
+    for (int64_t k = 0; k < q.columns; ++k) variation_[k] = T(totals_[k] * inverse_classes - args_.level);
+    args_.variation = variation_.get();
   }
   BatchSums(const BatchSums&) = delete;  // args_ points into it
 
@@ -514,7 +522,7 @@ class BatchSums {
   std::vector<int64_t> class_begin_, order_;
   std::vector<double> totals_;
   std::vector<ClassSums> class_sums_;
-  std::unique_ptr<T[]> own_, own_separation_;
+  std::unique_ptr<T[]> own_, own_separation_, variation_;
   CentroidGradArgs<T> args_;
 };
 
