@@ -324,8 +324,9 @@ template <class T>
 NCMI_DEVICE RowTerms terms_of(const Centroids<T>& q, int64_t y, const RowSums& sums) {
   const double log_norm = ::log(sums.norm), inverse_norm = 1.0 / sums.norm;
   const double own_mean = sums.own * inverse_norm, all_mean = sums.all * inverse_norm;
-  const double own_gap = log_norm - q.log_norm(y), inverse_classes = 1.0 / q.all().classes;
+  const double own_gap = log_norm - q.log_norm(y);
   const double concentration = own_mean - own_gap;
+  const double inverse_classes = 1.0 / q.all().classes;
   const double separation =
       q.centroid_to_sample ? (q.all().weight_sum * log_norm - q.all().weighted_log_norm) - sums.all +
                                  (sums.own_cross * ::exp(-q.log_norm(y)) - own_gap) * inverse_classes

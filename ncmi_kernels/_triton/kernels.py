@@ -65,9 +65,9 @@ LAST = tl.constexpr(2)  # each adds up what PARTIAL wrote
 
 
 @triton.jit
-def _inverse_classes(norms, classes):
-    """1 / C, where the table has records of `classes` of the C classes."""
-    return 1.0 / tl.load(norms + classes * RECORD + ALL_CLASSES)
+def _all_classes(norms, classes):
+    """C, where the table has records of `classes` of the C classes."""
+    return tl.load(norms + classes * RECORD + ALL_CLASSES)
 
 
 @triton.jit
@@ -385,7 +385,7 @@ def _row_sums(norm, own, total, own_cross, M: tl.constexpr, KIND: tl.constexpr, 
 @triton.jit
 def _terms_of(norm, own, total, own_cross, own_log_norm, norms, classes, CENTROID_TO_SAMPLE: tl.constexpr):
     """A, G, 1 / S and the means under p: KL divergences as differences of logarithms, then of log-normalisers."""
-    inverse_classes = _inverse_classes(norms, classes)
+    inverse_classes = 1.0 / _all_classes(norms, classes)
     log_norm = tl.log(norm)
     inverse_norm = 1.0 / norm
     own_mean = own * inverse_norm
@@ -405,14 +405,12 @@ def _terms_of(norm, own, total, own_cross, own_log_norm, norms, classes, CENTROI
 @triton.jit
 def _grad_stretch(
     x, scale, shift, inverse_norm, own_mean, all_mean, alpha, beta, own_log_norm, own_log, own_activation, reference,
-    q_mean, inside, inverse_classes, KIND: tl.constexpr, FAST: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr,
+    q_mean, inside, all_classes, KIND: tl.constexpr, FAST: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
-    """d loss / d z of a stretch, but for what the chain rule of the length takes away; 0 past the last column.
-
-    `alpha` is d loss / d A, for sample_to_centroid alpha' = alpha - beta / C.
-    """
+    """d loss / d z of a stretch, but for what the chain rule of the length takes away; 0 past the last column."""
     dtype: tl.constexpr = x.dtype
+    inverse_classes = 1.0 / all_classes  # here: handed on, it would take registers that spill
     f = x * scale.to(dtype)[:, None]
     m = shift.to(dtype)[:, None]
     if not EVEN:
@@ -425,14 +423,15 @@ def _grad_stretch(
         by_concentration = (alpha * scale).to(dtype)[:, None]
         by_separation = (beta * scale).to(dtype)[:, None]
         grad = by_concentration * (slope * p * (log - own_log - own_mean.to(dtype)[:, None]))
-        grad += by_separation * (slope * ((p - q_mean) + inverse_classes * (q_own - p)))
+        grad += by_separation * (slope * ((p - q_mean) + inverse_classes.to(dtype) * (q_own - p)))
     else:
-        # (1 - sigma) p [alpha' (all + gap - mean) + beta (all - mean)] with all = log a - reference, gap = reference -
-        # log a_y. Near a minimum alpha' + beta is small beside either: formed in double.
+        # (1 - sigma) p [alpha' (all + gap - mean) + beta (all - mean)] with alpha' = alpha - beta / C, all = log a -
+        # reference, gap = reference - log a_y. Near a minimum alpha' + beta is small beside either: formed in double.
+        by_gap = alpha - beta * inverse_classes
         factor = scale * inverse_norm
-        constant = (factor * (alpha * own_mean + beta * all_mean)).to(dtype)[:, None]
-        by_all = (factor * (alpha + beta)).to(dtype)[:, None]
-        by_gap = (factor * alpha).to(dtype)[:, None]
+        constant = (factor * (by_gap * own_mean + beta * all_mean)).to(dtype)[:, None]
+        by_all = (factor * (by_gap + beta)).to(dtype)[:, None]
+        by_gap = (factor * by_gap).to(dtype)[:, None]
         grad = value_slope * (by_all * (log - reference) + (by_gap * (reference - own_log) - constant))
     if not EVEN:
         grad = tl.where(inside[None, :], grad, 0.0)
@@ -442,7 +441,7 @@ def _grad_stretch(
 @triton.jit
 def _grad_rows(
     xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm, scale,
-    inverse_length, shift, inverse_norm, own_mean, all_mean, alpha, beta, unit_stride, column_stride, inverse_classes,
+    inverse_length, shift, inverse_norm, own_mean, all_mean, alpha, beta, unit_stride, column_stride, all_classes,
     M: tl.constexpr, ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr,
     CENTROID_TO_SAMPLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRETCHES: tl.constexpr,
     KEEP: tl.constexpr,
@@ -456,10 +455,6 @@ def _grad_rows(
     dtype: tl.constexpr = log_activation.dtype.element_ty
     out: tl.constexpr = grad.dtype.element_ty
     written = row < B
-    # alpha' once: a double that lives until the row is done takes two registers.
-    if not CENTROID_TO_SAMPLE:
-        alpha -= beta * inverse_classes
-    inverse_classes = inverse_classes.to(dtype)
     # g - x (x . g) / ||x||^2: the product is not known until the row is done.
     inverse_length = inverse_length.to(dtype)  # now: a double would take a register more until the row is done
     dot = tl.full([ROWS, COLUMNS], 0.0, dtype)
@@ -471,7 +466,7 @@ def _grad_rows(
         )
         g = _grad_stretch(
             xs[j], scale, shift, inverse_norm, own_mean, all_mean, alpha, beta, own_log_norm, own_log, own_activation,
-            compared, q_mean, k < M, inverse_classes, KIND, FAST, CENTROID_TO_SAMPLE, (j + 1) * COLUMNS <= M,
+            compared, q_mean, k < M, all_classes, KIND, FAST, CENTROID_TO_SAMPLE, (j + 1) * COLUMNS <= M,
         )  # fmt: skip
         dot += xs[j] * g
         if KEEP:
@@ -487,7 +482,7 @@ def _grad_rows(
             )
             g = _grad_stretch(
                 x, scale, shift, inverse_norm, own_mean, all_mean, alpha, beta, own_log_norm, own_log, own_activation,
-                compared, q_mean, k < M, inverse_classes, KIND, FAST, CENTROID_TO_SAMPLE, EVEN,
+                compared, q_mean, k < M, all_classes, KIND, FAST, CENTROID_TO_SAMPLE, EVEN,
             )  # fmt: skip
             dot += x * g
     share = (tl.sum(dot, axis=1) * inverse_length * inverse_length)[:, None]
@@ -503,7 +498,7 @@ def _grad_rows(
             )
             g = _grad_stretch(
                 xs[j], scale, shift, inverse_norm, own_mean, all_mean, alpha, beta, own_log_norm, own_log,
-                own_activation, compared, q_mean, k < M, inverse_classes, KIND, FAST, CENTROID_TO_SAMPLE,
+                own_activation, compared, q_mean, k < M, all_classes, KIND, FAST, CENTROID_TO_SAMPLE,
                 (j + 1) * COLUMNS <= M,
             )  # fmt: skip
         g = tl.where(live[:, None], g - xs[j] * share, 0.0)
@@ -520,7 +515,7 @@ def _grad_rows(
             )
             g = _grad_stretch(
                 x, scale, shift, inverse_norm, own_mean, all_mean, alpha, beta, own_log_norm, own_log, own_activation,
-                compared, q_mean, k < M, inverse_classes, KIND, FAST, CENTROID_TO_SAMPLE, EVEN,
+                compared, q_mean, k < M, all_classes, KIND, FAST, CENTROID_TO_SAMPLE, EVEN,
             )  # fmt: skip
             g = tl.where(live[:, None], g - x * share, 0.0)
             mask = written[:, None] if EVEN else written[:, None] & (k < M)[None, :]
@@ -742,7 +737,7 @@ def terms_kernel(
     else:
         # 4. The loss of the row, and its gradient while x is here.
         own_log_norm = tl.load(norms + y * RECORD + LOG_NORM)
-        inverse_classes = _inverse_classes(norms, classes)
+        all_classes = _all_classes(norms, classes)
         concentration, separation, inverse_norm, own_mean, all_mean = _terms_of(
             norm, own, total, own_cross, own_log_norm, norms, classes, CENTROID_TO_SAMPLE
         )
@@ -766,21 +761,21 @@ def terms_kernel(
                 _grad_rows(
                     xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm,
                     scale.to(tl.float64), inverse_length.to(tl.float64), shift.to(tl.float64), inverse_norm, own_mean,
-                    all_mean, alpha, beta, unit_stride, column_stride, inverse_classes, M, ALIGN, CONTIGUOUS, NEAR,
+                    all_mean, alpha, beta, unit_stride, column_stride, all_classes, M, ALIGN, CONTIGUOUS, NEAR,
                     FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
                 )  # fmt: skip
             else:
                 _grad_rows(
                     xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm,
                     scale.to(tl.float64), inverse_length.to(tl.float64), shift.to(tl.float64), inverse_norm, own_mean,
-                    all_mean, alpha, beta, unit_stride, column_stride, inverse_classes, M, ALIGN, CONTIGUOUS, KIND,
+                    all_mean, alpha, beta, unit_stride, column_stride, all_classes, M, ALIGN, CONTIGUOUS, KIND,
                     FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
                 )  # fmt: skip
         else:
             _grad_rows(
                 xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm,
                 scale.to(tl.float64), inverse_length.to(tl.float64), shift.to(tl.float64), inverse_norm, own_mean,
-                all_mean, alpha, beta, unit_stride, column_stride, inverse_classes, M, ALIGN, CONTIGUOUS, KIND, FAST,
+                all_mean, alpha, beta, unit_stride, column_stride, all_classes, M, ALIGN, CONTIGUOUS, KIND, FAST,
                 CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
             )  # fmt: skip
 
@@ -820,7 +815,7 @@ def input_grad_kernel(
         alpha *= factor
         beta *= factor
     own_log_norm = tl.load(norms + y * RECORD + LOG_NORM)
-    inverse_classes = _inverse_classes(norms, classes)
+    all_classes = _all_classes(norms, classes)
     kind = tl.min(tl.load(of_row + ROW_KIND, mask=live, other=SOFTMAX), axis=0)
     xs = ()
     for j in tl.static_range(STRETCHES):
@@ -845,19 +840,19 @@ def input_grad_kernel(
         _grad_rows(
             xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm, scale,
             inverse_length, shift, inverse_norm, own_mean, all_mean, alpha, beta, unit_stride, column_stride,
-            inverse_classes, M, ALIGN, CONTIGUOUS, NEAR, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
+            all_classes, M, ALIGN, CONTIGUOUS, NEAR, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
         )  # fmt: skip
     elif kind == SOFTMAX:
         _grad_rows(
             xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm, scale,
             inverse_length, shift, inverse_norm, own_mean, all_mean, alpha, beta, unit_stride, column_stride,
-            inverse_classes, M, ALIGN, CONTIGUOUS, SOFTMAX, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
+            all_classes, M, ALIGN, CONTIGUOUS, SOFTMAX, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
         )  # fmt: skip
     else:
         _grad_rows(
             xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm, scale,
             inverse_length, shift, inverse_norm, own_mean, all_mean, alpha, beta, unit_stride, column_stride,
-            inverse_classes, M, ALIGN, CONTIGUOUS, NSF, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
+            all_classes, M, ALIGN, CONTIGUOUS, NSF, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
         )  # fmt: skip
 
 
@@ -1315,7 +1310,7 @@ def class_sums_kernel(
     inside = k < M
     begin = tl.load(class_begin + c)
     end = tl.load(class_begin + c + 1)
-    inverse_classes = _inverse_classes(norms, classes) if WITH_OWN else 0.0
+    inverse_classes = 1.0 / _all_classes(norms, classes) if WITH_OWN else 0.0
     own = tl.full([ROWS, COLUMNS], 0.0, tl.float64)
     total = tl.full([ROWS, COLUMNS], 0.0, tl.float64)
     own_factors = tl.full([ROWS], 0.0, tl.float64)
@@ -1378,7 +1373,7 @@ def centroid_grad_kernel(
     shift = tl.load(norms + c * RECORD + CLASS_SHIFT).to(dtype)
     own_factor = tl.load(factor_sums + c)
     beta = tl.load(factor_sums + classes + c)
-    inverse_classes = _inverse_classes(norms, classes)
+    inverse_classes = 1.0 / _all_classes(norms, classes)
     if GIVEN:
         beta_sum = tl.load(totals + M)
     else:
