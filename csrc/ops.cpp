@@ -60,14 +60,13 @@ STABLE_TORCH_LIBRARY(ncmi_kernels, m) {
       " bool centroid_to_sample, int ignore_index) -> Tensor");
 
   // A step of torch.optim.SGD on centroid_logits, by the gradient that centroid_grad would give and that is formed a row
-  // at a time; momentum_buffer goes with a momentum. Returns the outputs of centroid_stats for the new centroids. The
-  // statistics given are left alone.
+  // at a time; momentum_buffer goes with a momentum. The statistics, those that centroid_stats gave of the centroids,
+  // become those of the new ones, in place.
   m.def(
       "centroid_step_(Tensor input, Tensor target, Tensor? center, Tensor(a!) centroid_logits,"
-      " Tensor(b!)? momentum_buffer, Tensor log_activation, Tensor activation, Tensor reference, Tensor norms,"
-      " Tensor rows, bool softmax, bool centroid_to_sample, int ignore_index, float lr, float momentum,"
-      " float weight_decay, bool nesterov)"
-      " -> (Tensor log_activation, Tensor activation, Tensor reference, Tensor norms)");
+      " Tensor(b!)? momentum_buffer, Tensor(c!) log_activation, Tensor(d!) activation, Tensor(e!) reference,"
+      " Tensor(f!) norms, Tensor rows, bool softmax, bool centroid_to_sample, int ignore_index, float lr,"
+      " float momentum, float weight_decay, bool nesterov) -> ()");
 
   // The running centre: set to the mean of the rows at the first batch, then momentum * center +
   // (1 - momentum) * mean. Returns a copy of the new centre, for the graph to keep.

@@ -486,15 +486,16 @@ def centroid_step_(
     stats: CentroidStats,
     momentum_buffer: Tensor | None,
     sgd: tuple[float, float, float, bool],
-) -> CentroidStats:
-    """Move `centroid_logits` [C, M] against :func:`centroid_gradient`, in place; the statistics of the new ones.
+) -> None:
+    """Move `centroid_logits` [C, M] against :func:`centroid_gradient`, in place; `stats` become those of the new ones.
 
+    No graph can miss the old `stats`: all that have them have the centroids too, which autograd sees to have changed.
     `sgd` is learning rate, momentum, weight decay and whether the momentum is Nesterov's; `momentum_buffer` goes with a
     momentum.
     """
     run = operators(backend)
     rows = run.loss(input, target, center, None, None, 0.0, *stats, weight, *options.for_loss, False)[1]
-    new_stats = run.centroid_step_(
+    run.centroid_step_(
         input,
         target,
         center,
@@ -511,7 +512,6 @@ def centroid_step_(
     torch.autograd.graph.increment_version(centroid_logits)
     if momentum_buffer is not None:
         torch.autograd.graph.increment_version(momentum_buffer)
-    return CentroidStats(*new_stats)
 
 
 def terms(
@@ -532,7 +532,7 @@ def register_fakes(namespace: str) -> None:
     """Shapes and dtypes of each operator's outputs, for torch.compile and torch.export."""
 
     @torch.library.register_fake(f"{namespace}::centroid_stats")
-    def centroid_stats(centroid_logits: Tensor, softmax: bool, centroid_to_sample: bool) -> tuple[Tensor, ...]:
+    def _(centroid_logits: Tensor, softmax: bool, centroid_to_sample: bool) -> tuple[Tensor, ...]:
         classes, columns = centroid_logits.shape
         return (
             centroid_logits.new_empty((classes, columns)),
@@ -560,8 +560,8 @@ def register_fakes(namespace: str) -> None:
         momentum: float,
         weight_decay: float,
         nesterov: bool,
-    ) -> tuple[Tensor, ...]:
-        return centroid_stats(centroid_logits, softmax, centroid_to_sample)
+    ) -> None:
+        return None
 
     @torch.library.register_fake(f"{namespace}::terms")
     def _(

@@ -129,7 +129,7 @@ class CentroidSGD(torch.optim.Optimizer):
             rows, classes = functional.flatten(features, target)
             center = None if criterion.center_momentum is None else criterion.center
             rows, _, center, weight = functional.to_arithmetic_dtype(rows, logits, center, criterion.weight)
-            new_stats = _ops.centroid_step_(
+            _ops.centroid_step_(
                 rows,
                 classes,
                 logits,
@@ -141,7 +141,7 @@ class CentroidSGD(torch.optim.Optimizer):
                 buffer if momentum else None,
                 (lr, momentum, weight_decay, group["nesterov"]),
             )
-            criterion._keep_stats(backend, new_stats)
+            criterion._keep_stats(backend, stats)
             return
         step = criterion.centroid_gradient(features, target)
         if weight_decay:

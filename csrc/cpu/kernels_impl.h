@@ -682,12 +682,14 @@ void terms(const TermsArgs<T>& args, int64_t row_begin, int64_t row_end, T* scra
 // -------------------------------------------------------------------------------------------------------------
 
 template <Kind kind, bool with_value, class T>
-double activate_row(const T* __restrict x, int64_t n, T shift, T* __restrict value, T* __restrict log) {
+double activate_row(const T* __restrict x, int64_t n, T shift, T* __restrict value, T* __restrict log,
+                    const Ahead& ahead) {
   Lanes<double> norm, excess;
   int64_t near_columns = 0;  // whose excess is summed: sigma = (1 + excess) / 2
   for_logits<kind>(x, n, [&]<Kind as>(int64_t k, int64_t m) __attribute__((always_inline)) {
     const T s = argument_scale<as, T>(1.0);
     if (is_near(as)) near_columns += m;
+    ahead.fetch(k, m);
     NCMI_SIMD()
     for (int64_t j = 0; j < m; ++j) {
       if constexpr (is_near(as)) {
@@ -746,15 +748,16 @@ int64_t find_lone(const T* x, int64_t n) {
   return different <= 1 ? lone : -1;
 }
 
+// The statistics of a class, from its logits x.
 template <bool centroid_to_sample, class T>
-void stats_of_class(const CentroidStatsArgs<T>& args, int64_t c, T* x, double* sums) {
+void stats_of_class(const CentroidStatsArgs<T>& args, int64_t c, const T* x, const Size<T>& size, const Ahead& ahead,
+                    double* sums) {
   const int64_t n = args.columns;
   T* value = centroid_to_sample ? args.activation + c * n : nullptr;
   T* log = args.log_activation + c * n;
-  const Size<T> size = load<true>(args.logits, c, 0, n, static_cast<const T*>(nullptr), x);
   Kind kind = first_kind(args.softmax, double(size.largest), sizeof(T));
   T shift = kind == Kind::kSoftmax ? scaled_max(x, n, T(1)) : T(0);
-  const auto activate_as = [&]<Kind as>() { return activate_row<as, centroid_to_sample>(x, n, shift, value, log); };
+  const auto activate_as = [&]<Kind as>() { return activate_row<as, centroid_to_sample>(x, n, shift, value, log, ahead); };
   double norm = with_kind<T>(kind, activate_as);
   if (kind == Kind::kNsf && !(norm > double(smallest_plain_sum<T>()))) {
     kind = Kind::kNsfShifted;
@@ -795,7 +798,8 @@ NCMI_INLINE void for_classes(const CentroidStatsArgs<T>& args, int64_t chunk_beg
 template <class T>
 void centroid_rows(const CentroidStatsArgs<T>& args, int64_t chunk_begin, int64_t chunk_end, T* scratch) {
   for_classes(args, chunk_begin, chunk_end, [&]<bool centroid_to_sample>(int64_t c, double* sums) {
-    stats_of_class<centroid_to_sample>(args, c, scratch, sums);
+    const Size<T> size = load<true>(args.logits, c, 0, args.columns, static_cast<const T*>(nullptr), scratch);
+    stats_of_class<centroid_to_sample>(args, c, scratch, size, Ahead(), sums);
   });
 }
 
@@ -1165,11 +1169,15 @@ void centroid_grad(const CentroidGradArgs<T>& args, int64_t class_begin, int64_t
 // A step of the centroids: while a class is in cache its gradient, the update, and the statistics of what it became.
 // -------------------------------------------------------------------------------------------------------------
 
+// Leaves the new logits in x too, and returns their size.
 template <bool with_momentum, bool nesterov, class T>
-void step_of_class(const StepArgs<T>& args, const T* __restrict x, const T* __restrict grad, int64_t n,
-                   T* __restrict logits, T* __restrict buffer) {
+Size<T> step_of_class(const StepArgs<T>& args, const T* __restrict grad, int64_t n, T* __restrict x,
+                      T* __restrict logits, T* __restrict buffer) {
+  using Bits = decltype(magnitude_bits(T()));
   const T lr = T(args.lr), momentum = T(args.momentum), weight_decay = T(args.weight_decay);
-  NCMI_SIMD()
+  T squares = 0;
+  Bits largest = 0;
+  NCMI_SIMD(reduction(+ : squares) reduction(max : largest))
   for (int64_t k = 0; k < n; ++k) {
     T step = grad[k] + weight_decay * x[k];
     if constexpr (with_momentum) {
@@ -1177,26 +1185,33 @@ void step_of_class(const StepArgs<T>& args, const T* __restrict x, const T* __re
       buffer[k] = average;
       step = nesterov ? step + momentum * average : average;
     }
-    logits[k] = x[k] - lr * step;
+    const T moved = x[k] - lr * step;
+    x[k] = logits[k] = moved;
+    squares += moved * moved;
+    largest = magnitude_bits(moved) > largest ? magnitude_bits(moved) : largest;
   }
+  return {double(squares), bit_cast<T>(largest)};
 }
 
 template <class T>
 void centroid_step(const CentroidGradArgs<T>& grad_args, const StepArgs<T>& step_args,
                    const CentroidStatsArgs<T>& stats_args, int64_t chunk_begin, int64_t chunk_end, T* scratch) {
   const int64_t n = stats_args.columns;
+  const int64_t last = min(stats_args.classes, chunk_end * stats_args.classes_per_chunk);
   T *x = scratch, *grad = scratch + n;
   for_classes(stats_args, chunk_begin, chunk_end, [&]<bool centroid_to_sample>(int64_t c, double* sums) {
     grad_of_class(grad_args, c, x, grad);
     T* logits = step_args.logits + c * n;
     T* buffer = step_args.momentum_buffer ? step_args.momentum_buffer + c * n : nullptr;
-    if (!buffer)
-      step_of_class<false, false>(step_args, x, grad, n, logits, buffer);
-    else if (step_args.nesterov)
-      step_of_class<true, true>(step_args, x, grad, n, logits, buffer);
-    else
-      step_of_class<true, false>(step_args, x, grad, n, logits, buffer);
-    stats_of_class<centroid_to_sample>(stats_args, c, x, sums);
+    const Size<T> size = !buffer              ? step_of_class<false, false>(step_args, grad, n, x, logits, buffer)
+                         : step_args.nesterov ? step_of_class<true, true>(step_args, grad, n, x, logits, buffer)
+                                              : step_of_class<true, false>(step_args, grad, n, x, logits, buffer);
+    Ahead ahead;
+    if (c + 1 < last) {
+      ahead.add(logits + n, sizeof(T));
+      if (buffer) ahead.add(buffer + n, sizeof(T));
+    }
+    stats_of_class<centroid_to_sample>(stats_args, c, x, size, ahead, sums);
   });
 }
 

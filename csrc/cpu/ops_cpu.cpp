@@ -119,18 +119,13 @@ Centroids<T> centroids(const Tensor& log_activation, const Tensor& activation, c
           *reinterpret_cast<const AllStats*>(of + classes * kClassStats)};
 }
 
-using Stats = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
-// The outputs of centroid_stats for logits [C, M], with the workspace of the kernels that fill them in.
+// The outputs of centroid_stats, with the workspace of the kernels that fill them in for logits [C, M].
 template <class T>
 class StatsOf {
  public:
-  StatsOf(const Matrix& logits, int64_t classes, int64_t columns, bool softmax, bool centroid_to_sample)
-      : log_activation_(empty({classes, columns}, kScalarType<T>)),
-        activation_(empty({centroid_to_sample ? classes : 0, columns}, kScalarType<T>)),
-        reference_(empty({2, columns}, kScalarType<T>)),
-        norms_(empty({classes + 1, kClassStats}, ScalarType::Double)),
-        workspace_(2 * columns),
+  StatsOf(const Matrix& logits, int64_t classes, int64_t columns, bool softmax, bool centroid_to_sample, T* log_activation,
+          T* activation, T* reference, ClassStats* of)
+      : workspace_(2 * columns),
         // At most 64 chunks, so that their sums stay small beside [C, M], and none too small to be worth a thread.
         classes_per_chunk_(std::max<int64_t>(32, (classes + 63) / 64)),
         chunks_((classes + classes_per_chunk_ - 1) / classes_per_chunk_),
@@ -140,10 +135,10 @@ class StatsOf {
               columns,
               softmax,
               centroid_to_sample,
-              output<T>(log_activation_),
-              centroid_to_sample ? output<T>(activation_) : nullptr,
-              output<ClassStats>(norms_),
-              output<T>(reference_),
+              log_activation,
+              centroid_to_sample ? activation : nullptr,
+              of,
+              reference,
               classes_per_chunk_,
               sums_.get(),
               workspace_.data(),
@@ -151,14 +146,13 @@ class StatsOf {
 
   // `rows` fills in what belongs to the classes of some chunks: f(args, chunk_begin, chunk_end).
   template <class F>
-  Stats compute(const F& rows) {
+  void compute(const F& rows) {
     parallel_rows(chunks_, classes_per_chunk_ * args_.columns,
                   [&](int64_t begin, int64_t end) { rows(args_, begin, end); });
     parallel_columns(args_.columns, chunks_, [&](int64_t begin, int64_t end) {
       kernels_for<T>().centroid_columns(args_, begin, end);
     });
     finish();
-    return {log_activation_, activation_, reference_, norms_};
   }
 
  private:
@@ -192,23 +186,29 @@ class StatsOf {
     *reinterpret_cast<AllStats*>(args_.of + args_.classes) = {weight_sum, constant - lost, double(args_.classes), {}};
   }
 
-  Tensor log_activation_, activation_, reference_, norms_;
   std::vector<double> workspace_;
   const int64_t classes_per_chunk_, chunks_;
   const std::unique_ptr<double[]> sums_;
   const CentroidStatsArgs<T> args_;
 };
 
-Stats centroid_stats(const Tensor& logits, bool softmax, bool centroid_to_sample) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_stats(const Tensor& logits, bool softmax,
+                                                          bool centroid_to_sample) {
   const Matrix xi = matrix(logits, "centroid_logits");
   const int64_t classes = logits.size(0), columns = logits.size(1);
   STD_TORCH_CHECK(classes > 0 && columns > 0, "ncmi_kernels: centroid_logits must not be empty");
   return with_arithmetic_type(logits.scalar_type(), "centroid_logits", [&]<class T>() {
-    StatsOf<T> stats(xi, classes, columns, softmax, centroid_to_sample);
-    return stats.compute([&](const CentroidStatsArgs<T>& args, int64_t begin, int64_t end) {
+    Tensor log_activation = empty({classes, columns}, kScalarType<T>);
+    Tensor activation = empty({centroid_to_sample ? classes : 0, columns}, kScalarType<T>);
+    Tensor reference = empty({2, columns}, kScalarType<T>);
+    Tensor norms = empty({classes + 1, kClassStats}, ScalarType::Double);
+    StatsOf<T> stats(xi, classes, columns, softmax, centroid_to_sample, output<T>(log_activation), output<T>(activation),
+                     output<T>(reference), output<ClassStats>(norms));
+    stats.compute([&](const CentroidStatsArgs<T>& args, int64_t begin, int64_t end) {
       std::vector<T> scratch(columns);
       kernels_for<T>().centroid_rows(args, begin, end, scratch.data());
     });
+    return std::make_tuple(log_activation, activation, reference, norms);
   });
 }
 
@@ -544,12 +544,12 @@ Tensor centroid_grad(const Tensor& input, const Tensor& target, const std::optio
   return grad;
 }
 
-Stats centroid_step_(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
-                     const Tensor& centroid_logits, const std::optional<Tensor>& momentum_buffer,
-                     const Tensor& log_activation, const Tensor& activation, const Tensor& reference,
-                     const Tensor& norms, const Tensor& row_stats, bool softmax, bool centroid_to_sample,
-                     int64_t ignore_index, double lr, double momentum, double weight_decay, bool nesterov) {
-  return with_arithmetic_type(centroid_logits.scalar_type(), "centroid_logits", [&]<class T>() {
+void centroid_step_(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
+                    const Tensor& centroid_logits, const std::optional<Tensor>& momentum_buffer,
+                    const Tensor& log_activation, const Tensor& activation, const Tensor& reference,
+                    const Tensor& norms, const Tensor& row_stats, bool softmax, bool centroid_to_sample,
+                    int64_t ignore_index, double lr, double momentum, double weight_decay, bool nesterov) {
+  with_arithmetic_type(centroid_logits.scalar_type(), "centroid_logits", [&]<class T>() {
     const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample);
     const int64_t columns = q.columns;
     const StepArgs<T> step{const_cast<T*>(data<T>(centroid_logits, "centroid_logits", {q.classes, columns})),
@@ -560,8 +560,12 @@ Stats centroid_step_(const Tensor& input, const Tensor& target, const std::optio
                            nesterov};
     const BatchSums<T> sums(input, target, center, centroid_logits, q, row_stats, std::nullopt, ignore_index,
                             std::nullopt, nullptr);
-    StatsOf<T> stats(matrix(centroid_logits, "centroid_logits"), q.classes, columns, softmax, centroid_to_sample);
-    return stats.compute([&](const CentroidStatsArgs<T>& args, int64_t begin, int64_t end) {
+    // In place: what a class's gradient needs of its own statistics is read before they are overwritten, and it needs
+    // none of other classes; what it needs of all of them, their number, does not change.
+    StatsOf<T> stats(matrix(centroid_logits, "centroid_logits"), q.classes, columns, softmax, centroid_to_sample,
+                     const_cast<T*>(q.log_activation), const_cast<T*>(q.activation), const_cast<T*>(q.reference),
+                     const_cast<ClassStats*>(q.of));
+    stats.compute([&](const CentroidStatsArgs<T>& args, int64_t begin, int64_t end) {
       std::unique_ptr<T[]> scratch(new T[2 * columns]);
       kernels_for<T>().centroid_step(sums.args(), step, args, begin, end, scratch.get());
     });
