@@ -130,7 +130,7 @@ struct StepArgs {
   bool nesterov;
 };
 
-// `scratch` is [columns] elements, for terms and input_grad [4, columns], for centroid_step [2, columns].
+// `scratch` is [columns] elements, for terms and input_grad [4, columns].
 template <class T>
 struct Kernels {
   void (*terms)(const TermsArgs<T>&, int64_t row_begin, int64_t row_end, T* scratch);

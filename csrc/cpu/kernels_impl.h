@@ -681,51 +681,55 @@ void terms(const TermsArgs<T>& args, int64_t row_begin, int64_t row_end, T* scra
 // Centroids: log a(xi), a(xi), their normalisers, and the sums over classes that stand in for the loop over them.
 // -------------------------------------------------------------------------------------------------------------
 
-template <Kind kind, bool with_value, class T>
+// With `sums`, adds log a to them.
+template <Kind kind, bool with_value, bool with_sums, class T>
 double activate_row(const T* __restrict x, int64_t n, T shift, T* __restrict value, T* __restrict log,
-                    const Ahead& ahead) {
-  Lanes<double> norm, excess;
+                    double* __restrict sums, const Ahead& ahead) {
+  Lanes<double> norm;
   int64_t near_columns = 0;  // whose excess is summed: sigma = (1 + excess) / 2
-  for_logits<kind>(x, n, [&]<Kind as>(int64_t k, int64_t m) __attribute__((always_inline)) {
-    const T s = argument_scale<as, T>(1.0);
-    if (is_near(as)) near_columns += m;
-    ahead.fetch(k, m);
-    NCMI_SIMD()
-    for (int64_t j = 0; j < m; ++j) {
-      if constexpr (is_near(as)) {
-        const NearActivation a = near<as>(x[k + j] * s);
-        excess.lane[j] += double(a.excess);
-        if constexpr (with_value) value[k + j] = T(0.5) + T(0.5) * a.excess;
-        log[k + j] = a.log;
-      } else {
-        const Activation<T> a = activate<as>(x[k + j] * s, shift);
-        norm.lane[j] += double(a.value);
-        if constexpr (with_value) value[k + j] = a.value;
-        log[k + j] = a.log;
+  double excess_sum = 0;
+  for (int64_t first = 0; first < n; first += kBlock) {
+    Lanes<T> excess;  // small, so its sum need not be double
+    for_logits<kind>(x + first, min(kBlock, n - first), [&]<Kind as>(int64_t at, int64_t m)
+                                                            __attribute__((always_inline)) {
+      const int64_t k = first + at;
+      const T s = argument_scale<as, T>(1.0);
+      if (is_near(as)) near_columns += m;
+      ahead.fetch(k, m);
+      NCMI_SIMD()
+      for (int64_t j = 0; j < m; ++j) {
+        if constexpr (is_near(as)) {
+          const NearActivation a = near<as>(x[k + j] * s);
+          excess.lane[j] += a.excess;
+          if constexpr (with_value) value[k + j] = T(0.5) + T(0.5) * a.excess;
+          log[k + j] = a.log;
+          if constexpr (with_sums) sums[k + j] += double(a.log);
+        } else {
+          const Activation<T> a = activate<as>(x[k + j] * s, shift);
+          norm.lane[j] += double(a.value);
+          if constexpr (with_value) value[k + j] = a.value;
+          log[k + j] = a.log;
+          if constexpr (with_sums) sums[k + j] += double(a.log);
+        }
       }
-    }
-  });
-  return norm.total() + 0.5 * (double(near_columns) + excess.total());
+    });
+    excess_sum += excess.total();
+  }
+  return norm.total() + 0.5 * (double(near_columns) + excess_sum);
 }
 
-// Adds a class to the sums of its chunk, while its row is in cache. centroid_to_sample has three, q, q log a and
-// q log_norm; sample_to_centroid one, log a.
-template <bool centroid_to_sample, class T>
+// Adds a class to the sums of its chunk, while its row is in cache: for centroid_to_sample q, q log a and q log_norm.
+template <class T>
 void add_class(const T* __restrict log, const T* __restrict value, int64_t n, double log_norm, double* __restrict sums) {
-  if constexpr (centroid_to_sample) {
-    double* __restrict log_sums = sums + n;
-    double* __restrict norm_sums = sums + 2 * n;
-    const double inverse_norm = exp(-log_norm);
-    NCMI_SIMD()
-    for (int64_t k = 0; k < n; ++k) {
-      const double q = double(value[k]) * inverse_norm;
-      sums[k] += q;
-      log_sums[k] += q * double(log[k]);
-      norm_sums[k] += q * log_norm;
-    }
-  } else {
-    NCMI_SIMD()
-    for (int64_t k = 0; k < n; ++k) sums[k] += double(log[k]);
+  double* __restrict log_sums = sums + n;
+  double* __restrict norm_sums = sums + 2 * n;
+  const double inverse_norm = exp(-log_norm);
+  NCMI_SIMD()
+  for (int64_t k = 0; k < n; ++k) {
+    const double q = double(value[k]) * inverse_norm;
+    sums[k] += q;
+    log_sums[k] += q * double(log[k]);
+    norm_sums[k] += q * log_norm;
   }
 }
 
@@ -748,6 +752,15 @@ int64_t find_lone(const T* x, int64_t n) {
   return different <= 1 ? lone : -1;
 }
 
+// Whether a row of logits is to take kNsfShifted: its sum of sigma may come under smallest_plain_sum.
+template <class T>
+bool underflows(const T* x, int64_t n) {
+  constexpr T kEnough = T(-27);  // sigma(-27) is over 2^-40 by itself, and the first element is nearly always
+  for (int64_t k = 0; k < n; ++k)
+    if (!(x[k] <= kEnough)) return false;
+  return true;
+}
+
 // The statistics of a class, from its logits x.
 template <bool centroid_to_sample, class T>
 void stats_of_class(const CentroidStatsArgs<T>& args, int64_t c, const T* x, const Size<T>& size, const Ahead& ahead,
@@ -757,13 +770,13 @@ void stats_of_class(const CentroidStatsArgs<T>& args, int64_t c, const T* x, con
   T* log = args.log_activation + c * n;
   Kind kind = first_kind(args.softmax, double(size.largest), sizeof(T));
   T shift = kind == Kind::kSoftmax ? scaled_max(x, n, T(1)) : T(0);
-  const auto activate_as = [&]<Kind as>() { return activate_row<as, centroid_to_sample>(x, n, shift, value, log, ahead); };
-  double norm = with_kind<T>(kind, activate_as);
-  if (kind == Kind::kNsf && !(norm > double(smallest_plain_sum<T>()))) {
+  if (kind == Kind::kNsf && underflows(x, n)) {
     kind = Kind::kNsfShifted;
     shift = scaled_max(x, n, T(1));
-    norm = with_kind<T>(kind, activate_as);
   }
+  const double norm = with_kind<T>(kind, [&]<Kind as>() {
+    return activate_row<as, centroid_to_sample, !centroid_to_sample>(x, n, shift, value, log, sums, ahead);
+  });
   const double log_norm = ::log(norm + double(poison(x, n, size.squares)));
   const int64_t lone = find_lone(x, n), other = lone == 0 ? 1 : 0;
   args.of[c] = {log_norm, double(shift), double(kind), double(lone), 0, 0, 0, 0};
@@ -775,7 +788,7 @@ void stats_of_class(const CentroidStatsArgs<T>& args, int64_t c, const T* x, con
       args.of[c].other_activation = value[other];
     }
   }
-  add_class<centroid_to_sample>(static_cast<const T*>(log), static_cast<const T*>(value), n, log_norm, sums);
+  if constexpr (centroid_to_sample) add_class<T>(log, value, n, log_norm, sums);
 }
 
 // Calls f<centroid_to_sample>(c, sums) for the classes of some chunks, with the sums of their chunk.
@@ -1140,9 +1153,9 @@ struct GradFromCentroid {
   }
 };
 
-// The gradient of a class by its logits, which are left in x.
+// The gradient of a class by its logits x.
 template <class T>
-void grad_of_class(const CentroidGradArgs<T>& args, int64_t c, T* x, T* grad) {
+void grad_of_class(const CentroidGradArgs<T>& args, int64_t c, const T* x, T* grad) {
   const Centroids<T>& q = args.centroids;
   const int64_t n = q.columns;
   const ClassSums& of_class = args.class_sums[c];
@@ -1150,7 +1163,6 @@ void grad_of_class(const CentroidGradArgs<T>& args, int64_t c, T* x, T* grad) {
   const T shift = T(q.of[c].shift);
   const double inverse_norm = exp(-q.of[c].log_norm), inverse_classes = 1.0 / q.of_all.classes;
   const T* own = of_class.has_rows ? args.own + of_class.slot * n : nullptr;
-  load(args.logits, c, 0, n, static_cast<const T*>(nullptr), x);
   if (q.centroid_to_sample)
     with_kind<T>(kind, GradFromCentroid<T>{x, n, shift, inverse_norm, inverse_classes, args.separation_grad_sum,
                                            args.totals, of_class.has_rows, own,
@@ -1162,31 +1174,35 @@ void grad_of_class(const CentroidGradArgs<T>& args, int64_t c, T* x, T* grad) {
 
 template <class T>
 void centroid_grad(const CentroidGradArgs<T>& args, int64_t class_begin, int64_t class_end, T* grad, T* x) {
-  for (int64_t c = class_begin; c < class_end; ++c) grad_of_class(args, c, x, grad + c * args.centroids.columns);
+  const int64_t n = args.centroids.columns;
+  for (int64_t c = class_begin; c < class_end; ++c) {
+    load(args.logits, c, 0, n, static_cast<const T*>(nullptr), x);
+    grad_of_class(args, c, x, grad + c * n);
+  }
 }
 
 // -------------------------------------------------------------------------------------------------------------
 // A step of the centroids: while a class is in cache its gradient, the update, and the statistics of what it became.
 // -------------------------------------------------------------------------------------------------------------
 
-// Leaves the new logits in x too, and returns their size.
+// Returns the size of the new logits.
 template <bool with_momentum, bool nesterov, class T>
-Size<T> step_of_class(const StepArgs<T>& args, const T* __restrict grad, int64_t n, T* __restrict x,
-                      T* __restrict logits, T* __restrict buffer) {
+Size<T> step_of_class(const StepArgs<T>& args, const T* __restrict grad, int64_t n, T* __restrict logits,
+                      T* __restrict buffer) {
   using Bits = decltype(magnitude_bits(T()));
   const T lr = T(args.lr), momentum = T(args.momentum), weight_decay = T(args.weight_decay);
   T squares = 0;
   Bits largest = 0;
   NCMI_SIMD(reduction(+ : squares) reduction(max : largest))
   for (int64_t k = 0; k < n; ++k) {
-    T step = grad[k] + weight_decay * x[k];
+    T step = grad[k] + weight_decay * logits[k];
     if constexpr (with_momentum) {
       const T average = momentum * buffer[k] + step;
       buffer[k] = average;
       step = nesterov ? step + momentum * average : average;
     }
-    const T moved = x[k] - lr * step;
-    x[k] = logits[k] = moved;
+    const T moved = logits[k] - lr * step;
+    logits[k] = moved;
     squares += moved * moved;
     largest = magnitude_bits(moved) > largest ? magnitude_bits(moved) : largest;
   }
@@ -1195,23 +1211,22 @@ Size<T> step_of_class(const StepArgs<T>& args, const T* __restrict grad, int64_t
 
 template <class T>
 void centroid_step(const CentroidGradArgs<T>& grad_args, const StepArgs<T>& step_args,
-                   const CentroidStatsArgs<T>& stats_args, int64_t chunk_begin, int64_t chunk_end, T* scratch) {
+                   const CentroidStatsArgs<T>& stats_args, int64_t chunk_begin, int64_t chunk_end, T* grad) {
   const int64_t n = stats_args.columns;
   const int64_t last = min(stats_args.classes, chunk_end * stats_args.classes_per_chunk);
-  T *x = scratch, *grad = scratch + n;
   for_classes(stats_args, chunk_begin, chunk_end, [&]<bool centroid_to_sample>(int64_t c, double* sums) {
-    grad_of_class(grad_args, c, x, grad);
     T* logits = step_args.logits + c * n;
+    grad_of_class(grad_args, c, logits, grad);
     T* buffer = step_args.momentum_buffer ? step_args.momentum_buffer + c * n : nullptr;
-    const Size<T> size = !buffer              ? step_of_class<false, false>(step_args, grad, n, x, logits, buffer)
-                         : step_args.nesterov ? step_of_class<true, true>(step_args, grad, n, x, logits, buffer)
-                                              : step_of_class<true, false>(step_args, grad, n, x, logits, buffer);
+    const Size<T> size = !buffer              ? step_of_class<false, false>(step_args, grad, n, logits, buffer)
+                         : step_args.nesterov ? step_of_class<true, true>(step_args, grad, n, logits, buffer)
+                                              : step_of_class<true, false>(step_args, grad, n, logits, buffer);
     Ahead ahead;
     if (c + 1 < last) {
       ahead.add(logits + n, sizeof(T));
       if (buffer) ahead.add(buffer + n, sizeof(T));
     }
-    stats_of_class<centroid_to_sample>(stats_args, c, x, size, ahead, sums);
+    stats_of_class<centroid_to_sample>(stats_args, c, logits, size, ahead, sums);
   });
 }
 

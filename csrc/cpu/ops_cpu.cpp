@@ -566,7 +566,7 @@ void centroid_step_(const Tensor& input, const Tensor& target, const std::option
                      const_cast<T*>(q.log_activation), const_cast<T*>(q.activation), const_cast<T*>(q.reference),
                      const_cast<ClassStats*>(q.of));
     stats.compute([&](const CentroidStatsArgs<T>& args, int64_t begin, int64_t end) {
-      std::unique_ptr<T[]> scratch(new T[2 * columns]);
+      std::unique_ptr<T[]> scratch(new T[columns]);
       kernels_for<T>().centroid_step(sums.args(), step, args, begin, end, scratch.get());
     });
   });
