@@ -168,7 +168,7 @@ class _Loss(torch.autograd.Function):
             list[Tensor] | None,
         ],
     ) -> Tensor:
-        target, center, weight, options, backend, stats, update, one_pass, means = others
+        target, center, weight, options, backend, stats, update, one_pass, seen = others
         if stats is None:
             stats = centroid_stats(centroid_logits, options, backend)
         moving = (center, None, None, 0.0) if update is None else (None, center, *update)
@@ -183,8 +183,10 @@ class _Loss(torch.autograd.Function):
         )
         if update is not None:
             center = moved
-        if means is not None:
-            means.append(means_of_terms)
+        if seen is not None:
+            seen.append(means_of_terms)
+            if not torch.compiler.is_compiling():
+                seen.append(rows)
         ctx.save_for_backward(input, target, centroid_logits)
         ctx.kept = center, weight, stats, rows, options, backend
         ctx.made = [grad] if one_pass else None
@@ -422,12 +424,12 @@ def loss(
     stats: CentroidStats | None,
     update: CenterUpdate | None,
     *,
-    means: list[Tensor] | None = None,
+    seen: list[Tensor] | None = None,
 ) -> Tensor:
     """The loss of [B, M] features. `stats` belong to `centroid_logits`, or are computed; `update` moves `center`.
 
-    To `means` is appended what :func:`reference.loss` appends, but within a transform of torch.func, which it would
-    outlive.
+    To `seen` are appended what :func:`reference.loss` appends and, but in compiled code, the rows' statistics for
+    :func:`centroid_step_`. Nothing within a transform of torch.func, which it would outlive.
     """
     if transforming():
         assert update is None
@@ -441,10 +443,10 @@ def loss(
         and input.dtype is centroid_logits.dtype
         and not torch.compiler.is_compiling()
     )
-    others = target, center, weight, options, backend, stats, update, one_pass, means
+    others = target, center, weight, options, backend, stats, update, one_pass, seen
     result = _Loss.apply(input, centroid_logits, others)
-    if means is not None and torch.compiler.is_compiling():
-        means.append(means.pop().detach())  # what leaves a traced Function requires a gradient
+    if seen is not None and torch.compiler.is_compiling():
+        seen.append(seen.pop().detach())  # what leaves a traced Function requires a gradient
     return result
 
 
@@ -484,17 +486,21 @@ def centroid_step_(
     options: Options,
     backend: str,
     stats: CentroidStats,
+    rows: Tensor | None,
     momentum_buffer: Tensor | None,
     sgd: tuple[float, float, float, bool],
 ) -> None:
     """Move `centroid_logits` [C, M] against :func:`centroid_gradient`, in place; `stats` become those of the new ones.
+
+    `rows` are what :func:`loss` gave of the same batch at the same centroids and centre, or None.
 
     No graph can miss the old `stats`: all that have them have the centroids too, which autograd sees to have changed.
     `sgd` is learning rate, momentum, weight decay and whether the momentum is Nesterov's; `momentum_buffer` goes with a
     momentum.
     """
     run = operators(backend)
-    rows = run.loss(input, target, center, None, None, 0.0, *stats, weight, *options.for_loss, False)[1]
+    if rows is None:
+        rows = run.loss(input, target, center, None, None, 0.0, *stats, weight, *options.for_loss, False)[1]
     run.centroid_step_(
         input,
         target,

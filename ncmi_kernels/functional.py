@@ -187,16 +187,16 @@ def loss(
     stats: _ops.CentroidStats | None = None,
     update: _ops.CenterUpdate | None = None,
     *,
-    means: list[Tensor] | None = None,
+    seen: list[Tensor] | None = None,
 ) -> Tensor:
     """:func:`ncmi_loss` on checked arguments and a resolved backend; the last three as :func:`_ops.loss` has them."""
     rows, classes = flatten(input, target)
     rows, centroid_logits, center, weight = to_arithmetic_dtype(rows, centroid_logits, center, weight)
     if backend == "reference":
         check_range(classes, len(centroid_logits), options.ignore_index)
-        result = reference.loss(rows, classes, centroid_logits, center, weight, options, means=means)
+        result = reference.loss(rows, classes, centroid_logits, center, weight, options, means=seen)
     else:
-        result = _ops.loss(rows, classes, centroid_logits, center, weight, options, backend, stats, update, means=means)
+        result = _ops.loss(rows, classes, centroid_logits, center, weight, options, backend, stats, update, seen=seen)
     return result.reshape(target.shape) if options.reduction == "none" else result
 
 

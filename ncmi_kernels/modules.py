@@ -152,6 +152,8 @@ class NCMILoss(nn.Module):
         self.register_buffer("class_means", None)
         self._stats_cache: tuple[Any, ...] | None = None
         self._last_terms: Tensor | None = None
+        self._keeps_rows = False
+        self._last_rows: tuple[Any, ...] | None = None
         self._watch = Watch()
         self.reset_parameters()
 
@@ -179,11 +181,11 @@ class NCMILoss(nn.Module):
                 self._stats_cache = None
         else:
             stats = self._fixed_stats(input, logits, backend)
-        means: list[Tensor] = []
+        seen: list[Tensor] = []
         result = functional.loss(
-            input, target, logits, center, self.weight, self.options, backend, stats, update, means=means
+            input, target, logits, center, self.weight, self.options, backend, stats, update, seen=seen
         )
-        self._keep_terms(means)
+        self._keep(seen, input, target, backend)
         return result
 
     @property
@@ -195,12 +197,44 @@ class NCMILoss(nn.Module):
         """
         return None if self._last_terms is None else BatchTerms(*self._last_terms)
 
-    def _keep_terms(self, means: list[Tensor]) -> None:
+    def _keep(self, seen: list[Tensor], input: Tensor, target: Tensor, backend: str) -> None:
+        """Keep what was seen of a batch (:func:`_ops.loss`): for `last_terms`, and for the step of the centroids."""
         if _ops.transforming():
-            return  # the tensor would outlive the transform
-        self._last_terms = means[0]
+            return  # the tensors would outlive the transform
+        self._last_terms = seen[0]
+        if self._keeps_rows:
+            alive = (
+                input.detach(),
+                target,
+                self.centroid_logits,
+                self.center,
+                self.weight,
+            )  # so that no other gets their id
+            kept = self._state_of_rows(input, target, backend), seen[1] if seen[1:] else None, alive
+            self._last_rows = None if torch.compiler.is_compiling() else kept
         if self.training and not torch.compiler.is_compiling():
-            self._watch.look(means[0], self.options.eps)
+            self._watch.look(seen[0], self.options.eps)
+
+    def _state_of_rows(self, input: Tensor, target: Tensor, backend: str) -> tuple[Any, ...]:
+        """What the statistics of a batch's rows depend on, as numbers and identities."""
+        logits, center, weight = self.centroid_logits, self.center, self.weight
+        return (
+            *((t.data_ptr(), t._version, t.shape, t.stride(), t.dtype) for t in (input, target)),
+            *((id(t), t._version) for t in (logits, center)),
+            None if weight is None else (id(weight), weight._version),
+            self.options,
+            self.center_momentum is None,
+            backend,
+        )
+
+    def _rows_of(self, input: Tensor, target: Tensor, backend: str) -> Tensor | None:
+        """The statistics of a batch's rows from the last forward pass, if that had this batch and nothing moved since.
+
+        The operators move no version counter of the centre; but what moves it is a forward pass, which is the last one.
+        """
+        if self._last_rows is None or self._last_rows[0] != self._state_of_rows(input, target, backend):
+            return None
+        return self._last_rows[1]
 
     @torch.no_grad()
     def centroid_gradient(self, features: Tensor, target: Tensor) -> Tensor:
@@ -440,7 +474,7 @@ class NCMILoss(nn.Module):
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_stats_cache": None, "_last_terms": None, "_watch": Watch()}
+        return {**self.__dict__, "_stats_cache": None, "_last_terms": None, "_last_rows": None, "_watch": Watch()}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # class_means is there only once fitted, on either side.

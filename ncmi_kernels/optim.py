@@ -29,7 +29,9 @@ class CentroidSGD(torch.optim.Optimizer):
     The update is that of :class:`torch.optim.SGD` on the gradient of the loss by `centroid_logits`. Where the compiled
     kernels run it is one pass over [C, M]: each class's gradient is formed, applied and dropped while it is in cache,
     and the statistics that the next forward pass needs of the new centroids come out of the same pass. The centre
-    that the criterion has at the moment is used and does not move.
+    that the criterion has at the moment is used and does not move. What the criterion's forward pass found of the
+    same features, at the same centroids and centre, is used again: so step the centroids right after it or after
+    `backward`, with the features that it had.
 
     The constructor sets `criterion.centroid_logits.requires_grad` to False, so that `backward` forms no gradient that
     nobody takes. Learning-rate schedulers, `state_dict` and step hooks work as with any optimiser. No
@@ -73,6 +75,7 @@ class CentroidSGD(torch.optim.Optimizer):
         if start_step < 0:
             raise ValueError(f"start_step: got {start_step!r}, expected an integer >= 0")
         self.criterion = criterion
+        criterion._keeps_rows = True
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -138,6 +141,7 @@ class CentroidSGD(torch.optim.Optimizer):
                 criterion.options,
                 backend,
                 stats,
+                criterion._rows_of(features, target, backend),
                 buffer if momentum else None,
                 (lr, momentum, weight_decay, group["nesterov"]),
             )

@@ -200,6 +200,66 @@ def test_other_edits_between_steps_count():
     assert torch.equal(edited.centroid_logits, fresh.centroid_logits)
 
 
+def counted(monkeypatch):
+    """How often the operator of the loss has run."""
+    calls, run = [], _ops.operators("cpu").loss
+    monkeypatch.setattr(_ops.operators("cpu"), "loss", lambda *args: calls.append(None) or run(*args))
+    return calls
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("detached", [True, False])
+def test_what_the_forward_pass_found_is_used_again(setting, detached, monkeypatch):
+    criterion, other = pair(**SETTINGS[setting])
+    optimizer, of_other = CentroidSGD(criterion, 30.0, 0.9), CentroidSGD(other, 30.0, 0.9)
+    calls = counted(monkeypatch)
+    for features, target in batches(3):
+        leaf = features.requires_grad_()
+        criterion(leaf, target).backward()
+        other(features.clone(), target)
+        calls.clear()
+        optimizer.step(leaf.detach() if detached else leaf, target)
+        assert len(calls) == 0
+        of_other.step(features, target)
+        assert len(calls) == 1
+        assert torch.equal(criterion.centroid_logits, other.centroid_logits)
+
+
+BETWEEN = {
+    "features": lambda criterion, features, target: features.mul_(1.5),
+    "target": lambda criterion, features, target: target.copy_(target.flip(0)),
+    "another batch": lambda criterion, features, target: criterion(features + 1, target),
+    "another batch, compiled": lambda criterion, features, target: torch.compile(criterion, backend="eager")(
+        features + 1, target
+    ),
+    "evaluation of another batch": lambda criterion, features, target: criterion.eval()(features + 1, target),
+    "centroids": lambda criterion, features, target: criterion.centroid_logits.mul_(0.9),
+    "centre": lambda criterion, features, target: criterion.center.add_(0.3),
+    "no centre": lambda criterion, features, target: setattr(criterion, "center_momentum", None),
+    "weight": lambda criterion, features, target: criterion.weight.mul_(torch.arange(1.0, C + 1)),
+    "option": lambda criterion, features, target: setattr(criterion, "temperature", 0.5),
+    "a step": lambda criterion, features, target: CentroidSGD(criterion, 30.0).step(features, target),
+    "state_dict": lambda criterion, features, target: criterion.load_state_dict(
+        {name: 1.1 * value for name, value in criterion.state_dict().items()}
+    ),
+}
+
+
+@pytest.mark.parametrize("edit", BETWEEN)
+def test_what_the_forward_pass_found_is_not_used_once_something_has_changed(edit):
+    weight = torch.ones(C)
+    criterion, _ = pair(weight=weight, center_momentum=0.5)
+    optimizer = CentroidSGD(criterion, 30.0)
+    (first, second), *_ = batches(1)
+    criterion(first, second)
+    with torch.no_grad():
+        BETWEEN[edit](criterion, first, second)
+    fresh = copy.deepcopy(criterion)
+    optimizer.step(first, second)
+    CentroidSGD(fresh, 30.0).step(first, second)
+    assert torch.equal(criterion.centroid_logits, fresh.centroid_logits)
+
+
 def test_the_graph_of_the_features_is_left_alone():
     criterion = pair()[1]
     optimizer = CentroidSGD(criterion, 30.0)
