@@ -1225,6 +1225,7 @@ void centroid_step(const CentroidGradArgs<T>& grad_args, const StepArgs<T>& step
     if (c + 1 < last) {
       ahead.add(logits + n, sizeof(T));
       if (buffer) ahead.add(buffer + n, sizeof(T));
+      ahead.add(stats_args.log_activation + (c + 1) * n, sizeof(T));
     }
     stats_of_class<centroid_to_sample>(stats_args, c, logits, size, ahead, sums);
   });
