@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ncmi_kernels import _backends, _ops, functional, reference
+from ncmi_kernels import _backends, _distributed, _ops, functional, reference
 from ncmi_kernels._options import OPTION_NAMES, Options, check_choice
 
 INITIAL_LOGIT = 10.0
@@ -36,6 +36,8 @@ class NCMILoss(nn.Module):
         reduction: "mean", and for ratio "sample" also "sum" and "none".
         eps: added to the separation; > 0.
         backend: None, "cpu", "cuda", "triton" or "reference".
+        process_group: a `torch.distributed.ProcessGroup` whose processes share the loss in training mode, each with a
+            batch of its own; None for this process alone. See below.
         device: of the parameters and buffers.
         dtype: of the parameters and buffers; a floating dtype.
 
@@ -51,8 +53,20 @@ class NCMILoss(nn.Module):
         input [B, M], [M] or [B, M, d1, ...]; target [B], [] or [B, d1, ...]; output a scalar, or target's shape
         for reduction "none".
 
+    With a `process_group`, as in training under DistributedDataParallel:
+        Every process calls the criterion, on a batch that may be smaller than the others' or empty. In training mode
+        the centre moves to the mean of all rows, and the loss, the same number on every process, is that of all rows
+        in one batch. The gradients are multiplied by the number of processes: averaged, as DistributedDataParallel
+        does, they are those of one process with all rows. `DistributedDataParallel(criterion)` does it for learnt
+        centroids. With reduction "none" only the centre is shared: the losses and their gradients are those of the
+        process's own rows, not multiplied. In eval mode nothing is communicated, as in SyncBatchNorm. A process that
+        fails or hangs is torch.distributed's error in the others, after its timeout. Double backward is refused.
+        Deep copies share the group; a state_dict does not contain it; pickling raises RuntimeError.
+
     Raises:
-        TypeError, ValueError, IndexError, RuntimeError: as :func:`ncmi_loss`.
+        TypeError, ValueError, IndexError, RuntimeError: as :func:`ncmi_loss`. Of `process_group`: TypeError where it
+            is something else, ValueError where this process is not a member, RuntimeError where torch.distributed is
+            missing or not initialized.
 
     Example:
         >>> import torch
@@ -88,6 +102,7 @@ class NCMILoss(nn.Module):
         reduction: str = "mean",
         eps: float = 1e-8,
         backend: str | None = None,
+        process_group: Any = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -107,6 +122,7 @@ class NCMILoss(nn.Module):
         if backend is not None:
             check_choice("backend", backend, _backends.BACKENDS)
         self.backend = backend
+        self.process_group = process_group
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"dtype: got {dtype!r}, expected a floating torch.dtype")
@@ -148,14 +164,28 @@ class NCMILoss(nn.Module):
         backend = _backends.resolve(self.backend, input)  # raises before anything has moved
         center, update = self._moved_center(input, target, logits, backend)
         stats = None if logits.requires_grad else self._fixed_stats(input, logits, backend)
+        if self._group is not None and self.training and self.options.reduction != "none":
+            return _distributed.loss(
+                input, target, logits, center, self.weight, self.options, backend, stats, self._group
+            )
         return functional.loss(input, target, logits, center, self.weight, self.options, backend, stats, update)
+
+    @property
+    def process_group(self) -> Any:
+        """The processes that share the loss, or None; assigning checks it."""
+        return None if self._group is None else self._group.process_group
+
+    @process_group.setter
+    def process_group(self, value: Any) -> None:
+        self._group = None if value is None else _distributed.Group(value)
 
     @torch.no_grad()
     def centroid_gradient(self, features: Tensor, target: Tensor) -> Tensor:
         """The gradient of the loss by `centroid_logits` at the present centre, which does not move.
 
         What `backward` would add to `centroid_logits.grad`, without a graph and whether or not the parameter requires
-        a gradient.
+        a gradient. With a `process_group`, in either mode, the gradient of the loss of all processes' rows, on each of
+        them and not multiplied by their number.
 
         Args:
             features: as `input` of `forward`.
@@ -175,6 +205,10 @@ class NCMILoss(nn.Module):
         backend = _backends.resolve(self.backend, features)
         center = None if self.center_momentum is None else self.center
         stats = None if logits.requires_grad else self._fixed_stats(features, logits, backend)
+        if self._group is not None:
+            return _distributed.centroid_gradient(
+                features, target, logits, center, self.weight, self.options, backend, stats, self._group
+            )
         return functional.centroid_gradient(features, target, logits, center, self.weight, self.options, backend, stats)
 
     def centroids(self) -> Tensor:
@@ -256,6 +290,8 @@ class NCMILoss(nn.Module):
             changed.append(f"center_momentum={self.center_momentum!r}")
         if self.backend is not None:
             changed.append(f"backend={self.backend!r}")
+        if self._group is not None:
+            changed.append(f"process_group of {self._group.size}")
         return ", ".join([f"num_classes={self.num_classes}, feature_dim={self.feature_dim}", *changed])
 
     # --------------------------------------------------------------------------------------------------------
@@ -298,6 +334,7 @@ class NCMILoss(nn.Module):
         dtype = center.dtype
         if (
             backend != "reference"
+            and self._group is None
             and dtype is logits.dtype
             and (dtype is torch.float64 or (dtype is torch.float32 and input.dtype is not torch.float64))
             and center.is_contiguous()
@@ -312,11 +349,14 @@ class NCMILoss(nn.Module):
             return self._move_center(*functional.flatten(input, target)), None
 
     def _move_center(self, rows: Tensor, classes: Tensor) -> Tensor:
-        """What the operator update_center_ does, in PyTorch and without a host sync."""
+        """What the operator update_center_ does, in PyTorch and without a host sync; over all processes of a group."""
         assert self.center_momentum is not None
         functional.check_range(classes, self.num_classes, self.options.ignore_index)
         kept = (classes != self.options.ignore_index)[:, None]
-        mean = torch.where(kept, rows, 0).sum(dim=0, dtype=torch.float64) / kept.sum()
+        sums = torch.cat([torch.where(kept, rows, 0).sum(dim=0, dtype=torch.float64), kept.sum(dim=0)])
+        if self._group is not None:
+            self._group.all_reduce(sums)
+        mean = sums[:-1] / sums[-1]
         moved = self.center_momentum * self.center.double() + (1 - self.center_momentum) * mean
         moved = torch.where(self.num_batches_tracked == 0, mean, moved).to(self.center.dtype)
         usable = moved.isfinite().all()

@@ -121,6 +121,29 @@ def terms(
         return compute(log_p, target, log_q, options.separation)
 
 
+def weighted_terms(
+    input: Tensor,
+    target: Tensor,
+    centroid_logits: Tensor,
+    center: Tensor | None,
+    weight: Tensor | None,
+    options: Options,
+    *,
+    literal: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`terms`, and what each row counts for: the weight of its class. All three [B], and 0 for ignored rows."""
+    kept = target != options.ignore_index
+    classes = target.masked_fill(~kept, 0)
+    concentration, separation = terms(input, classes, centroid_logits, center, options, literal=literal)
+    # torch.where, not a product: an ignored row may hold NaN, and must leave neither value nor gradient.
+    concentration = torch.where(kept, concentration, 0)
+    separation = torch.where(kept, separation, 0)
+    w = kept.to(concentration.dtype)
+    if weight is not None:
+        w = w * weight.to(concentration.dtype)[classes]
+    return concentration, separation, w
+
+
 def loss(
     input: Tensor,
     target: Tensor,
@@ -138,15 +161,9 @@ def loss(
         ratio "sample": l_i = A_i / (G_i + eps), and mean = sum_i w_i l_i / W
         ratio "batch":  (sum_i w_i A_i / W) / (sum_i w_i G_i / W + eps)
     """
-    kept = target != options.ignore_index
-    classes = target.masked_fill(~kept, 0)
-    concentration, separation = terms(input, classes, centroid_logits, center, options, literal=literal)
-    # torch.where, not a product: an ignored row may hold NaN, and must leave neither value nor gradient.
-    concentration = torch.where(kept, concentration, 0)
-    separation = torch.where(kept, separation, 0)
-    w = kept.to(concentration.dtype)
-    if weight is not None:
-        w = w * weight.to(concentration.dtype)[classes]
+    concentration, separation, w = weighted_terms(
+        input, target, centroid_logits, center, weight, options, literal=literal
+    )
     if options.batch_ratio:
         return ((w * concentration).sum() / w.sum()) / ((w * separation).sum() / w.sum() + options.eps)
     each = w * (concentration / (separation + options.eps))
