@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from ncmi_kernels import _ops, functional, reference
@@ -46,6 +47,22 @@ class Group:
         dist.all_reduce(tensor, group=self.process_group)
         return tensor
 
+    def all_to_all(self, tensor: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        """The rows that the others send here, in their order; `send` and `receive` count those to and from each."""
+        received = tensor.new_empty((sum(receive), *tensor.shape[1:]))
+        dist.all_to_all_single(received, tensor.contiguous(), receive, send, group=self.process_group)
+        return received
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """The rows of each process; their numbers may differ."""
+        counts = tensor.new_zeros(self.size, dtype=torch.int64)
+        counts[self.rank] = len(tensor)
+        sizes = self.all_reduce(counts).tolist()
+        padded = F.pad(tensor, (0, 0, 0, max(sizes) - len(tensor)))
+        every = tensor.new_empty((self.size, *padded.shape))
+        dist.all_gather_into_tensor(every, padded, group=self.process_group)
+        return [rows[:size] for rows, size in zip(every, sizes, strict=True)]
+
     def __deepcopy__(self, memo: Any) -> "Group":
         return self
 
@@ -62,8 +79,10 @@ def reduced(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of the whole group from this process's terms and row weights [B], ignored rows zero in all three.
 
+    Reduction "none" communicates nothing: the losses and means are those of this process.
+
     Returns:
-        the loss [], its derivatives [2, B] by this process's terms, and the weighted means of both terms over the
+        the loss [], or [B] for reduction "none"; its derivatives [2, B] by this process's terms, and the weighted means of both terms over the
         group [2]; all float64.
     """
     a, g, w = concentration.double(), separation.double(), weight.double()
@@ -71,7 +90,9 @@ def reduced(
     each = a / (g + options.eps)
     if not options.batch_ratio:
         sums.append(w @ each)
-    total = group.all_reduce(torch.stack(sums))
+    total = torch.stack(sums)
+    if options.reduction != "none":
+        group.all_reduce(total)
     means = total[:2] / total[2]
     if options.batch_ratio:
         slope = 1 / (means[1] + options.eps)
@@ -82,7 +103,7 @@ def reduced(
         w = w / total[2]
         loss = total[3] / total[2]
     else:
-        loss = total[3]
+        loss = total[3] if options.reduction == "sum" else w * each
     slope = w / (g + options.eps)
     return loss, torch.stack([slope, -each * slope]), means
 

@@ -122,15 +122,14 @@ class NCMILoss(nn.Module):
         if backend is not None:
             check_choice("backend", backend, _backends.BACKENDS)
         self.backend = backend
-        self.process_group = process_group
+        self._group = None if process_group is None else _distributed.Group(process_group)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"dtype: got {dtype!r}, expected a floating torch.dtype")
         if not dtype.is_floating_point:
             raise ValueError(f"dtype: got {dtype}, expected a floating dtype")
 
-        logits = torch.empty(self.num_classes, self.feature_dim, device=device, dtype=dtype)
-        self.centroid_logits = nn.Parameter(logits, requires_grad=learn_centroids)
+        self.centroid_logits = nn.Parameter(self._new_centroids(device, dtype), requires_grad=learn_centroids)
         self.register_buffer("center", torch.zeros(self.feature_dim, device=device, dtype=dtype))
         self.register_buffer("num_batches_tracked", torch.zeros((), device=device, dtype=torch.int64))
         if weight is not None:
@@ -148,11 +147,7 @@ class NCMILoss(nn.Module):
     def reset_parameters(self) -> None:
         """Set the centroids and the centre to their initial values and forget the class means."""
         with torch.no_grad():
-            if self.feature_dim >= self.num_classes:
-                self.centroid_logits.zero_().fill_diagonal_(INITIAL_LOGIT)
-            else:
-                # Fewer dimensions than classes: random directions are nearly orthogonal in many of them.
-                self.centroid_logits.copy_(INITIAL_LOGIT * F.normalize(self.centroid_logits.normal_(), dim=1))
+            self._reset_centroids()
             self.center.zero_()
             self.num_batches_tracked.zero_()
         self.class_means = None
@@ -268,12 +263,7 @@ class NCMILoss(nn.Module):
         total = torch.zeros_like(self.centroid_logits, dtype=torch.float64)
         count = torch.zeros(self.num_classes, device=total.device, dtype=torch.float64)
         for features, target in batches:
-            functional.check_batch(features, target, self.centroid_logits)
-            if features.dim() != 2:
-                raise ValueError(f"features: got shape {tuple(features.shape)}, expected [B, {self.feature_dim}]")
-            functional.check_range(target, self.num_classes, self.options.ignore_index)
-            kept = target != self.options.ignore_index
-            p = self._log_probabilities(features[kept]).exp().to(total.dtype)
+            p, kept = self._counted_probabilities(features, target)
             total.index_add_(0, target[kept], p)
             count.index_add_(0, target[kept], torch.ones_like(p[:, 0]))
         self.class_means = (total / count.clamp(min=1)[:, None]).to(self.centroid_logits.dtype)
@@ -296,6 +286,25 @@ class NCMILoss(nn.Module):
 
     # --------------------------------------------------------------------------------------------------------
 
+    def _new_centroids(self, device: Any, dtype: torch.dtype) -> Tensor:
+        return torch.empty(self.num_classes, self.feature_dim, device=device, dtype=dtype)
+
+    def _reset_centroids(self) -> None:
+        if self.feature_dim >= self.num_classes:
+            self.centroid_logits.zero_().fill_diagonal_(INITIAL_LOGIT)
+        else:
+            # Fewer dimensions than classes: random directions are nearly orthogonal in many of them.
+            self.centroid_logits.copy_(INITIAL_LOGIT * F.normalize(self.centroid_logits.normal_(), dim=1))
+
+    def _counted_probabilities(self, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """For a fit, p of the rows that are not ignored, float64, and which of [B] those are."""
+        functional.check_batch(features, target, self.centroid_logits)
+        if features.dim() != 2:
+            raise ValueError(f"features: got shape {tuple(features.shape)}, expected [B, {self.feature_dim}]")
+        functional.check_range(target, self.num_classes, self.options.ignore_index)
+        kept = target != self.options.ignore_index
+        return self._log_probabilities(features[kept]).exp().double(), kept
+
     def _log_probabilities(self, features: Tensor) -> Tensor:
         functional.check_floating("features", features)
         functional.check_device("features", features, self.centroid_logits)
@@ -312,13 +321,17 @@ class NCMILoss(nn.Module):
                 self.options.activation,
             )
 
+    def _own(self, table: Tensor) -> Tensor:
+        """The rows of a [C, M] parameter or buffer that this process holds."""
+        return table
+
     def _log_centroids(self, class_means: bool) -> Tensor:
         dtype = torch.promote_types(self.centroid_logits.dtype, torch.float32)
         if not class_means:
-            return reference.log_activation(self.centroid_logits.to(dtype), self.options.activation)
+            return reference.log_activation(self._own(self.centroid_logits).to(dtype), self.options.activation)
         if self.class_means is None:
             raise RuntimeError("class_means: not fitted yet, expected a call of fit_class_means first")
-        means = self.class_means.to(dtype)
+        means = self._own(self.class_means).to(dtype)
         missing = means.sum(dim=1, keepdim=True) == 0
         return means.clamp(min=torch.finfo(dtype).tiny).log().masked_fill(missing, -torch.inf)
 

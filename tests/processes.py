@@ -15,7 +15,9 @@ import torch
 import torch.distributed as dist
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch._dynamo", "torch.distributed.tensor", "torch.distributed.checkpoint", "ncmi_kernels"])
+FORKS.set_forkserver_preload(
+    ["torch._dynamo", "torch.distributed.tensor", "torch.distributed.checkpoint", "ncmi_kernels"]
+)
 
 
 def _main(rank: int, size: int, store: str, result: Connection, function: Any, args: Any) -> None:
