@@ -11,6 +11,7 @@ from ncmi_kernels._watch import DivergenceWarning
 from ncmi_kernels.functional import DegenerateMinimumWarning, log_nsf, ncmi_loss, ncmi_terms, nsf
 from ncmi_kernels.modules import NCMILoss
 from ncmi_kernels.optim import CentroidSGD
+from ncmi_kernels.sharded import ShardedNCMILoss
 
 if TYPE_CHECKING:
     from ncmi_kernels.metrics import NCMIMetric as NCMIMetric
@@ -23,6 +24,7 @@ __all__ = [
     "DegenerateMinimumWarning",
     "DivergenceWarning",
     "NCMILoss",
+    "ShardedNCMILoss",
     "available_backends",
     "log_nsf",
     "ncmi_loss",

@@ -410,7 +410,7 @@ def _transformable_loss(
     # An ignored row may hold NaN, which zero times anything would keep.
     input = torch.where(kept[:, None], input, 0)
     concentration, separation = _TransformableTerms.apply(input, classes, centroid_logits, center, options, backend)
-    return reference.reduce(concentration, separation, kept, classes, weight, options)
+    return reference.reduce(*reference.weigh(concentration, separation, kept, classes, weight), options)
 
 
 def loss(

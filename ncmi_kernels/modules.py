@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ncmi_kernels import _backends, _ops, functional, reference
+from ncmi_kernels import _backends, _distributed, _ops, functional, reference
 from ncmi_kernels._options import OPTION_NAMES, Options, check_choice
 from ncmi_kernels._watch import Watch
 
@@ -47,6 +47,8 @@ class NCMILoss(nn.Module):
         reduction: "mean", and for ratio "sample" also "sum" and "none".
         eps: added to the separation; > 0.
         backend: None, "cpu", "cuda", "triton" or "reference".
+        process_group: a `torch.distributed.ProcessGroup` whose processes share the loss in training mode, each with a
+            batch of its own; None for this process alone. See below.
         device: of the parameters and buffers.
         dtype: of the parameters and buffers; a floating dtype.
 
@@ -75,8 +77,20 @@ class NCMILoss(nn.Module):
         input [B, M], [M] or [B, M, d1, ...]; target [B], [] or [B, d1, ...]; output a scalar, or target's shape
         for reduction "none".
 
+    With a `process_group`, as in training under DistributedDataParallel:
+        Every process calls the criterion, on a batch that may be smaller than the others' or empty. In training mode
+        the centre moves to the mean of all rows, and the loss, the same number on every process, is that of all rows
+        in one batch. The gradients are multiplied by the number of processes: averaged, as DistributedDataParallel
+        does, they are those of one process with all rows. `DistributedDataParallel(criterion)` does it for learnt
+        centroids. With reduction "none" only the centre is shared: the losses and their gradients are those of the
+        process's own rows, not multiplied. In eval mode nothing is communicated, as in SyncBatchNorm. A process that
+        fails or hangs is torch.distributed's error in the others, after its timeout. Double backward is refused.
+        Deep copies share the group; a state_dict does not contain it; pickling raises RuntimeError.
+
     Raises:
-        TypeError, ValueError, IndexError, RuntimeError: as :func:`ncmi_loss`.
+        TypeError, ValueError, IndexError, RuntimeError: as :func:`ncmi_loss`. Of `process_group`: TypeError where it
+            is something else, ValueError where this process is not a member, RuntimeError where torch.distributed is
+            missing or not initialized.
 
     Example:
         >>> import torch
@@ -112,6 +126,7 @@ class NCMILoss(nn.Module):
         reduction: str = "mean",
         eps: float = 1e-8,
         backend: str | None = None,
+        process_group: Any = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -131,14 +146,14 @@ class NCMILoss(nn.Module):
         if backend is not None:
             check_choice("backend", backend, _backends.BACKENDS)
         self.backend = backend
+        self._group = None if process_group is None else _distributed.Group(process_group)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"dtype: got {dtype!r}, expected a floating torch.dtype")
         if not dtype.is_floating_point:
             raise ValueError(f"dtype: got {dtype}, expected a floating dtype")
 
-        logits = torch.empty(self.num_classes, self.feature_dim, device=device, dtype=dtype)
-        self.centroid_logits = nn.Parameter(logits, requires_grad=learn_centroids)
+        self.centroid_logits = nn.Parameter(self._new_centroids(device, dtype), requires_grad=learn_centroids)
         self.register_buffer("center", torch.zeros(self.feature_dim, device=device, dtype=dtype))
         self.register_buffer("num_batches_tracked", torch.zeros((), device=device, dtype=torch.int64))
         if weight is not None:
@@ -160,11 +175,7 @@ class NCMILoss(nn.Module):
     def reset_parameters(self) -> None:
         """Set the centroids and the centre to their initial values and forget the class means."""
         with torch.no_grad():
-            if self.feature_dim >= self.num_classes:
-                self.centroid_logits.zero_().fill_diagonal_(INITIAL_LOGIT)
-            else:
-                # Fewer dimensions than classes: random directions are nearly orthogonal in many of them.
-                self.centroid_logits.copy_(INITIAL_LOGIT * F.normalize(self.centroid_logits.normal_(), dim=1))
+            self._reset_centroids()
             self.center.zero_()
             self.num_batches_tracked.zero_()
         self.class_means = None
@@ -182,9 +193,11 @@ class NCMILoss(nn.Module):
         else:
             stats = self._fixed_stats(input, logits, backend)
         seen: list[Tensor] = []
-        result = functional.loss(
-            input, target, logits, center, self.weight, self.options, backend, stats, update, seen=seen
-        )
+        others = logits, center, self.weight, self.options, backend, stats
+        if self._group is not None and self.training and self.options.reduction != "none":
+            result = _distributed.loss(input, target, *others, self._group, seen)
+        else:
+            result = functional.loss(input, target, *others, update, seen=seen)
         self._keep(seen, input, target, backend)
         return result
 
@@ -203,13 +216,8 @@ class NCMILoss(nn.Module):
             return  # the tensors would outlive the transform
         self._last_terms = seen[0]
         if self._keeps_rows:
-            alive = (
-                input.detach(),
-                target,
-                self.centroid_logits,
-                self.center,
-                self.weight,
-            )  # so that no other gets their id
+            # Kept alive, so that no other tensors get their addresses.
+            alive = input.detach(), target, self.centroid_logits, self.center, self.weight
             kept = self._state_of_rows(input, target, backend), seen[1] if seen[1:] else None, alive
             self._last_rows = None if torch.compiler.is_compiling() else kept
         if self.training and not torch.compiler.is_compiling():
@@ -236,12 +244,22 @@ class NCMILoss(nn.Module):
             return None
         return self._last_rows[1]
 
+    @property
+    def process_group(self) -> Any:
+        """The processes that share the loss, or None; assigning checks it."""
+        return None if self._group is None else self._group.process_group
+
+    @process_group.setter
+    def process_group(self, value: Any) -> None:
+        self._group = None if value is None else _distributed.Group(value)
+
     @torch.no_grad()
     def centroid_gradient(self, features: Tensor, target: Tensor) -> Tensor:
         """The gradient of the loss by `centroid_logits` at the present centre, which does not move.
 
         What `backward` would add to `centroid_logits.grad`, without a graph and whether or not the parameter requires
-        a gradient.
+        a gradient. With a `process_group`, in either mode, the gradient of the loss of all processes' rows, on each of
+        them and not multiplied by their number.
 
         Args:
             features: as `input` of `forward`.
@@ -261,6 +279,10 @@ class NCMILoss(nn.Module):
         backend = _backends.resolve(self.backend, features)
         center = None if self.center_momentum is None else self.center
         stats = None if logits.requires_grad else self._fixed_stats(features, logits, backend)
+        if self._group is not None:
+            return _distributed.centroid_gradient(
+                features, target, logits, center, self.weight, self.options, backend, stats, self._group
+            )
         return functional.centroid_gradient(features, target, logits, center, self.weight, self.options, backend, stats)
 
     def centroids(self) -> Tensor:
@@ -320,12 +342,7 @@ class NCMILoss(nn.Module):
         total = torch.zeros_like(self.centroid_logits, dtype=torch.float64)
         count = torch.zeros(self.num_classes, device=total.device, dtype=torch.float64)
         for features, target in batches:
-            functional.check_batch(features, target, self.centroid_logits)
-            if features.dim() != 2:
-                raise ValueError(f"features: got shape {tuple(features.shape)}, expected [B, {self.feature_dim}]")
-            functional.check_range(target, self.num_classes, self.options.ignore_index)
-            kept = target != self.options.ignore_index
-            p = self._log_probabilities(features[kept]).exp().to(total.dtype)
+            p, kept = self._counted_probabilities(features, target)
             total.index_add_(0, target[kept], p)
             count.index_add_(0, target[kept], torch.ones_like(p[:, 0]))
         self.class_means = (total / count.clamp(min=1)[:, None]).to(self.centroid_logits.dtype)
@@ -342,9 +359,30 @@ class NCMILoss(nn.Module):
             changed.append(f"center_momentum={self.center_momentum!r}")
         if self.backend is not None:
             changed.append(f"backend={self.backend!r}")
+        if self._group is not None:
+            changed.append(f"process_group of {self._group.size}")
         return ", ".join([f"num_classes={self.num_classes}, feature_dim={self.feature_dim}", *changed])
 
     # --------------------------------------------------------------------------------------------------------
+
+    def _new_centroids(self, device: Any, dtype: torch.dtype) -> Tensor:
+        return torch.empty(self.num_classes, self.feature_dim, device=device, dtype=dtype)
+
+    def _reset_centroids(self) -> None:
+        if self.feature_dim >= self.num_classes:
+            self.centroid_logits.zero_().fill_diagonal_(INITIAL_LOGIT)
+        else:
+            # Fewer dimensions than classes: random directions are nearly orthogonal in many of them.
+            self.centroid_logits.copy_(INITIAL_LOGIT * F.normalize(self.centroid_logits.normal_(), dim=1))
+
+    def _counted_probabilities(self, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """For a fit, p of the rows that are not ignored, float64, and which of [B] those are."""
+        functional.check_batch(features, target, self.centroid_logits)
+        if features.dim() != 2:
+            raise ValueError(f"features: got shape {tuple(features.shape)}, expected [B, {self.feature_dim}]")
+        functional.check_range(target, self.num_classes, self.options.ignore_index)
+        kept = target != self.options.ignore_index
+        return self._log_probabilities(features[kept]).exp().double(), kept
 
     def _log_probabilities(self, features: Tensor) -> Tensor:
         functional.check_floating("features", features)
@@ -362,13 +400,17 @@ class NCMILoss(nn.Module):
                 self.options.activation,
             )
 
+    def _own(self, table: Tensor) -> Tensor:
+        """The rows of a [C, M] parameter or buffer that this process holds."""
+        return table
+
     def _log_centroids(self, class_means: bool) -> Tensor:
         dtype = torch.promote_types(self.centroid_logits.dtype, torch.float32)
         if not class_means:
-            return reference.log_activation(self.centroid_logits.to(dtype), self.options.activation)
+            return reference.log_activation(self._own(self.centroid_logits).to(dtype), self.options.activation)
         if self.class_means is None:
             raise RuntimeError("class_means: not fitted yet, expected a call of fit_class_means first")
-        means = self.class_means.to(dtype)
+        means = self._own(self.class_means).to(dtype)
         missing = means.sum(dim=1, keepdim=True) == 0
         return means.clamp(min=torch.finfo(dtype).tiny).log().masked_fill(missing, -torch.inf)
 
@@ -391,6 +433,7 @@ class NCMILoss(nn.Module):
         dtype = center.dtype
         if (
             backend != "reference"
+            and self._group is None
             and dtype is logits.dtype
             and (dtype is torch.float64 or (dtype is torch.float32 and input.dtype is not torch.float64))
             and center.is_contiguous()
@@ -405,11 +448,14 @@ class NCMILoss(nn.Module):
             return self._move_center(*functional.flatten(input, target)), None
 
     def _move_center(self, rows: Tensor, classes: Tensor) -> Tensor:
-        """What the operator update_center_ does, in PyTorch and without a host sync."""
+        """What the operator update_center_ does, in PyTorch and without a host sync; over all processes of a group."""
         assert self.center_momentum is not None
         functional.check_range(classes, self.num_classes, self.options.ignore_index)
         kept = (classes != self.options.ignore_index)[:, None]
-        mean = torch.where(kept, rows, 0).sum(dim=0, dtype=torch.float64) / kept.sum()
+        sums = torch.cat([torch.where(kept, rows, 0).sum(dim=0, dtype=torch.float64), kept.sum(dim=0)])
+        if self._group is not None:
+            self._group.all_reduce(sums)
+        mean = sums[:-1] / sums[-1]
         moved = self.center_momentum * self.center.double() + (1 - self.center_momentum) * mean
         moved = torch.where(self.num_batches_tracked == 0, mean, moved).to(self.center.dtype)
         usable = moved.isfinite().all()

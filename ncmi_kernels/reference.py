@@ -121,6 +121,36 @@ def terms(
         return compute(log_p, target, log_q, options.separation)
 
 
+def weighted_terms(
+    input: Tensor,
+    target: Tensor,
+    centroid_logits: Tensor,
+    center: Tensor | None,
+    weight: Tensor | None,
+    options: Options,
+    *,
+    literal: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`terms`, and what each row counts for: the weight of its class. All three [B], and 0 for ignored rows."""
+    kept = target != options.ignore_index
+    classes = target.masked_fill(~kept, 0)
+    concentration, separation = terms(input, classes, centroid_logits, center, options, literal=literal)
+    return weigh(concentration, separation, kept, classes, weight)
+
+
+def weigh(
+    concentration: Tensor, separation: Tensor, kept: Tensor, classes: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`weighted_terms` from the terms; of rows that are not `kept`, `classes` has any class."""
+    # torch.where, not a product: an ignored row may hold NaN, and must leave neither value nor gradient.
+    concentration = torch.where(kept, concentration, 0)
+    separation = torch.where(kept, separation, 0)
+    w = kept.to(concentration.dtype)
+    if weight is not None:
+        w = w * weight.detach().to(concentration.dtype)[classes]
+    return concentration, separation, w
+
+
 def loss(
     input: Tensor,
     target: Tensor,
@@ -142,29 +172,14 @@ def loss(
     To `means` is appended [2] float64, for any ratio and reduction: sum_i w_i A_i / W and sum_i w_i G_i / W, CMI and
     Gamma of the batch, detached; NaN where no sample counts.
     """
-    kept = target != options.ignore_index
-    classes = target.masked_fill(~kept, 0)
-    concentration, separation = terms(input, classes, centroid_logits, center, options, literal=literal)
-    return reduce(concentration, separation, kept, classes, weight, options, means=means)
+    weighted = weighted_terms(input, target, centroid_logits, center, weight, options, literal=literal)
+    return reduce(*weighted, options, means=means)
 
 
 def reduce(
-    concentration: Tensor,
-    separation: Tensor,
-    kept: Tensor,
-    classes: Tensor,
-    weight: Tensor | None,
-    options: Options,
-    *,
-    means: list[Tensor] | None = None,
+    concentration: Tensor, separation: Tensor, w: Tensor, options: Options, *, means: list[Tensor] | None = None
 ) -> Tensor:
-    """:func:`loss` from the terms [B] of the samples; of those that are not `kept`, `classes` has any class."""
-    # torch.where, not a product: an ignored row may hold NaN, and must leave neither value nor gradient.
-    concentration = torch.where(kept, concentration, 0)
-    separation = torch.where(kept, separation, 0)
-    w = kept.to(concentration.dtype)
-    if weight is not None:
-        w = w * weight.detach().to(concentration.dtype)[classes]
+    """:func:`loss` from what :func:`weighted_terms` gives."""
     if means is not None:
         terms_of_rows = torch.stack((concentration, separation)).detach().double()
         means.append((terms_of_rows @ w.double()) / w.double().sum())

@@ -1,0 +1,246 @@
+"""The loss over the processes of a torch.distributed group, each with a batch of its own.
+
+The loss needs of the other batches only sums: one all-reduce of the centre's, one of the terms'. Everything else is
+the operators of the local path, given the derivatives of the global loss by each row's terms.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from ncmi_kernels import _ops, functional, reference
+from ncmi_kernels._options import Options
+
+
+class Group:
+    """A process group as a module holds it. A deep copy is the group itself, and it cannot be pickled.
+
+    Every collective of this package goes through here.
+    """
+
+    def __init__(self, process_group: Any) -> None:
+        """Raises the errors that `NCMILoss` documents for `process_group`."""
+        if not dist.is_available():
+            raise RuntimeError(
+                "process_group: got a group, expected None: this torch is built without torch.distributed"
+            )
+        if process_group is dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError("process_group: got a group without this process, expected one that it is a member of")
+        if not isinstance(process_group, dist.ProcessGroup):
+            raise TypeError(
+                f"process_group: got {type(process_group).__name__}, expected a torch.distributed.ProcessGroup or None"
+            )
+        if not dist.is_initialized():
+            raise RuntimeError(
+                "process_group: got a group of a torch.distributed that is not initialized, expected a call of "
+                "torch.distributed.init_process_group first"
+            )
+        self.process_group = process_group
+        self.rank = dist.get_rank(process_group)
+        self.size = dist.get_world_size(process_group)
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """`tensor` itself, which becomes its sum over the processes: the same bits on each."""
+        dist.all_reduce(tensor, group=self.process_group)
+        return tensor
+
+    def all_to_all(self, tensor: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        """The rows that the others send here, in their order; `send` and `receive` count those to and from each."""
+        received = tensor.new_empty((sum(receive), *tensor.shape[1:]))
+        dist.all_to_all_single(received, tensor.contiguous(), receive, send, group=self.process_group)
+        return received
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """The rows of each process; their numbers may differ."""
+        counts = tensor.new_zeros(self.size, dtype=torch.int64)
+        counts[self.rank] = len(tensor)
+        sizes = self.all_reduce(counts).tolist()
+        padded = F.pad(tensor, (0, 0, 0, max(sizes) - len(tensor)))
+        every = tensor.new_empty((self.size, *padded.shape))
+        dist.all_gather_into_tensor(every, padded, group=self.process_group)
+        return [rows[:size] for rows, size in zip(every, sizes, strict=True)]
+
+    def __deepcopy__(self, memo: Any) -> "Group":
+        return self
+
+    def __reduce__(self) -> Any:
+        # Dropped in silence, it would come back as another loss: that of each process's own batch.
+        raise RuntimeError(
+            "process_group: got a module with a process group, which cannot be pickled; expected its state_dict(), or "
+            "process_group = None first"
+        )
+
+
+def reduced(
+    concentration: Tensor, separation: Tensor, weight: Tensor, options: Options, group: Group
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of the whole group from this process's terms and row weights [B], ignored rows zero in all three.
+
+    Reduction "none" communicates nothing: the losses and means are those of this process.
+
+    Returns:
+        the loss [], or [B] for reduction "none"; its derivatives [2, B] by this process's terms, and the weighted
+        means of both terms over the group [2]; all float64.
+    """
+    a, g, w = concentration.double(), separation.double(), weight.double()
+    sums = [w @ a, w @ g, w.sum()]
+    each = a / (g + options.eps)
+    if not options.batch_ratio:
+        sums.append(w @ each)
+    total = torch.stack(sums)
+    if options.reduction != "none":
+        group.all_reduce(total)
+    means = total[:2] / total[2]
+    if options.batch_ratio:
+        slope = 1 / (means[1] + options.eps)
+        loss = means[0] * slope
+        share = w / total[2]
+        return loss, torch.stack([share * slope, share * (-loss * slope)]), means
+    if options.reduction == "mean":
+        w = w / total[2]
+        loss = total[3] / total[2]
+    else:
+        loss = total[3] if options.reduction == "sum" else w * each
+    slope = w / (g + options.eps)
+    return loss, torch.stack([slope, -each * slope]), means
+
+
+def row_weights(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """What each row counts for, [B] float64: the weight of its class, 0 where ignored."""
+    kept = target != ignore_index
+    if weight is None:
+        return kept.double()
+    return torch.where(kept, weight.double()[target.masked_fill(~kept, 0)], 0)
+
+
+class _GroupLoss(torch.autograd.Function):
+    """The loss, of the arguments of :func:`loss` brought to [B, M] and to the dtype of the arithmetic."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, centroid_logits: Tensor, others: tuple[Any, ...]) -> Tensor:
+        target, center, weight, options, backend, stats, group, means = others
+        terms, rows, stats = _terms(input, target, centroid_logits, center, weight, options, backend, stats)
+        result, by_terms, mean_terms = reduced(*terms, options, group)
+        if means is not None:
+            means.append(mean_terms)
+        # Of the average that DistributedDataParallel takes over the processes, the sum is left.
+        by_terms = by_terms * group.size
+        if rows is not None:
+            rows[:, -2:] = by_terms.T
+        ctx.save_for_backward(input, target, centroid_logits)
+        ctx.kept = center, weight, stats, rows, by_terms, options, backend
+        return result.to(centroid_logits.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("process_group")
+        input, target, centroid_logits = ctx.saved_tensors
+        center, weight, stats, rows, by_terms, options, backend = ctx.kept
+        if backend != "reference":
+            wanted = ctx.needs_input_grad
+            return *_ops._grads(
+                wanted, input, target, centroid_logits, center, stats, rows, upstream, options, backend
+            ), None
+        leaves = [
+            t.detach().requires_grad_(needed)
+            for t, needed in zip((input, centroid_logits), ctx.needs_input_grad, strict=False)
+        ]
+        grads = iter(_reference_grads(leaves, target, center, weight, options, by_terms * upstream))
+        return *(next(grads) if leaf.requires_grad else None for leaf in leaves), None
+
+
+def _terms(
+    input: Tensor,
+    target: Tensor,
+    centroid_logits: Tensor,
+    center: Tensor | None,
+    weight: Tensor | None,
+    options: Options,
+    backend: str,
+    stats: _ops.CentroidStats | None,
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None, _ops.CentroidStats | None]:
+    """Concentration, separation and weight of each row, and where kernels run their `rows` and `stats`."""
+    if backend == "reference":
+        functional.check_range(target, len(centroid_logits), options.ignore_index)
+        terms = reference.weighted_terms(input, target, centroid_logits, center, weight, options)
+        return terms, None, None
+    stats = stats or _ops.centroid_stats(centroid_logits, options, backend)
+    values, rows = _ops.operators(backend).terms(input, target, center, *stats, *options.for_terms)
+    return (values[0], values[1], row_weights(target, weight, options.ignore_index)), rows, stats
+
+
+def _reference_grads(
+    leaves: list[Tensor], target: Tensor, center: Tensor | None, weight: Tensor | None, options: Options, grad: Tensor
+) -> tuple[Tensor, ...]:
+    """The gradients by those of `leaves` (input and centroid_logits) that require one, `grad` [2, B] by the terms."""
+    with torch.enable_grad():
+        terms = reference.weighted_terms(leaves[0], target, leaves[1], center, weight, options)[:2]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    return torch.autograd.grad(terms, wanted, tuple(grad.to(terms[0].dtype)))
+
+
+def refuse_double_backward(name: str) -> None:
+    """Raise RuntimeError in a backward pass that is to be differentiated itself."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"create_graph: got True for a loss with {name}, expected False: double backward is not supported over "
+            "several processes"
+        )
+
+
+def loss(
+    input: Tensor,
+    target: Tensor,
+    centroid_logits: Tensor,
+    center: Tensor | None,
+    weight: Tensor | None,
+    options: Options,
+    backend: str,
+    stats: _ops.CentroidStats | None,
+    group: Group,
+    means: list[Tensor] | None = None,
+) -> Tensor:
+    """:func:`functional.loss`, a scalar, over the batches of all processes; the gradients times their number."""
+    rows, classes = functional.flatten(input, target)
+    rows, centroid_logits, center, weight = functional.to_arithmetic_dtype(rows, centroid_logits, center, weight)
+    others = (classes, center, weight, options, backend, stats, group, means)
+    return _GroupLoss.apply(rows, centroid_logits, others)
+
+
+def centroid_gradient(
+    input: Tensor,
+    target: Tensor,
+    centroid_logits: Tensor,
+    center: Tensor | None,
+    weight: Tensor | None,
+    options: Options,
+    backend: str,
+    stats: _ops.CentroidStats | None,
+    group: Group,
+) -> Tensor:
+    """:func:`functional.centroid_gradient` of the batches of all processes; the same bits on each."""
+    logits = centroid_logits.detach()
+    rows, classes = functional.flatten(input.detach(), target)
+    rows, wide, center, weight = functional.to_arithmetic_dtype(rows, logits, center, weight)
+    terms, row_stats, stats = _terms(rows, classes, wide, center, weight, options, backend, stats)
+    by_terms = reduced(*terms, options, group)[1]
+    if row_stats is None:
+        grad = _reference_grads([rows, wide.requires_grad_()], classes, center, weight, options, by_terms)[0]
+    else:
+        assert stats is not None
+        row_stats[:, -2:] = by_terms.T
+        grad = _ops.operators(backend).centroid_grad(
+            rows,
+            classes,
+            center,
+            wide,
+            *stats,
+            row_stats,
+            None,
+            options.centroid_to_sample,
+            options.ignore_index,
+        )
+    return group.all_reduce(grad).to(logits.dtype)

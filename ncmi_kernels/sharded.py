@@ -1,0 +1,450 @@
+"""NCMI for very many classes: each process holds a part of the centroids, and [C, M] exists on none."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from ncmi_kernels import _backends, _distributed, _ops, functional, reference
+from ncmi_kernels._distributed import Group
+from ncmi_kernels._options import Options
+from ncmi_kernels.modules import INITIAL_LOGIT, NCMILoss
+
+NOBODY = -1  # the ignore_index of targets that were renumbered
+BLOCK = 1024  # classes whose initial centroids come from one seed; rows that are summed in float64 at once
+
+
+class ShardedNCMILoss(NCMILoss):
+    """:class:`NCMILoss` with the C centroids shared out over the processes of a device mesh, C / N rows to each.
+
+    For classes too many for one process. Each process calls it on a batch of its own, in the same order as the others;
+    the loss is that of all rows against all classes. Between the processes go O(M) sums over the classes and, of the
+    rows of the centroids, those of the classes that occur in the batches: O(B M), whatever C is.
+
+    Args:
+        num_classes: C >= 2. Process r of N holds rows [r K, (r + 1) K) with K = ceil(C / N); the last ones may have
+            fewer or none.
+        feature_dim: M >= 2; None for `num_classes`.
+        device_mesh: a `torch.distributed.device_mesh.DeviceMesh` of one dimension. Its group is the `process_group`,
+            its devices those of the parameters and buffers.
+        options: as of :class:`NCMILoss`, but for `process_group` and `device`. `backend` cannot be "reference".
+
+    Attributes:
+        centroid_logits: Parameter, a DTensor [C, M] with placement Shard(0), for torch.optim, `clip_grad_norm_` and
+            torch.distributed.checkpoint, which may load it on another number of processes. Initially as in NCMILoss,
+            the same for every N; random directions come from torch's global generator of process 0.
+        center, weight: buffers [M] and [C], whole on every process.
+        class_means: buffer, a DTensor like `centroid_logits`, once `fit_class_means` was called.
+
+    Loss and gradients:
+        As in `NCMILoss(process_group=...)`: the loss is the same on every process, and the gradient of `input` is
+        multiplied by N, for the average that DistributedDataParallel takes. Here this holds in eval mode too, where
+        only the centre stays. The gradient of `centroid_logits` is the true one, and nothing is to average it: keep the
+        criterion outside of DistributedDataParallel and `fully_shard`. The upstream gradient has to be the same on all
+        processes. With reduction "none" each process has the losses of its own rows, and their gradient by `input` is
+        not multiplied.
+
+    Every method that takes features, `centroids` aside, is a collective: all processes call it equally often, whatever
+    their batches hold.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: as :class:`NCMILoss`; of `device_mesh`: TypeError where it is
+            something else, ValueError where it has more dimensions or is without this process. RuntimeError where no
+            kernels can run.
+
+    Example:
+        >>> from torch.distributed.device_mesh import init_device_mesh  # under torchrun
+        >>> mesh = init_device_mesh("cuda", (torch.distributed.get_world_size(),))  # doctest: +SKIP
+        >>> criterion = ShardedNCMILoss(1_000_000, 512, device_mesh=mesh)  # doctest: +SKIP
+    """
+
+    def __init__(self, num_classes: int, feature_dim: int | None = None, *, device_mesh: Any, **options: Any) -> None:
+        for name in ("process_group", "device"):
+            if name in options:
+                raise TypeError(f"{name}: got {options[name]!r}, expected none beside device_mesh, which determines it")
+        if not dist.is_available() or not dist.is_initialized():
+            raise RuntimeError(
+                "device_mesh: got no initialized torch.distributed, expected a call of init_device_mesh or "
+                "init_process_group first"
+            )
+        from torch.distributed.device_mesh import DeviceMesh
+
+        if not isinstance(device_mesh, DeviceMesh):
+            raise TypeError(f"device_mesh: got {type(device_mesh).__name__}, expected a DeviceMesh")
+        if device_mesh.ndim != 1:
+            raise ValueError(f"device_mesh: got {device_mesh.ndim} dimensions, expected one: a part of it by name")
+        if device_mesh.get_coordinate() is None:
+            raise ValueError("device_mesh: got a mesh without this process, expected one that it belongs to")
+        self.device_mesh = device_mesh
+        super().__init__(
+            num_classes,
+            feature_dim,
+            process_group=device_mesh.get_group(),
+            device=device_mesh.device_type,
+            **options,
+        )
+
+    @property
+    def process_group(self) -> Any:
+        """The group of the device mesh."""
+        return self._processes.process_group
+
+    @property
+    def _processes(self) -> Group:
+        assert self._group is not None
+        return self._group
+
+    @property
+    def _rows_per_process(self) -> int:
+        return -(-self.num_classes // self._processes.size)
+
+    @property
+    def _first_class(self) -> int:
+        return min(self.num_classes, self._processes.rank * self._rows_per_process)
+
+    def _new_centroids(self, device: Any, dtype: torch.dtype) -> Tensor:
+        rows = min(self.num_classes - self._first_class, self._rows_per_process)
+        return self._as_dtensor(torch.empty(rows, self.feature_dim, device=device, dtype=dtype))
+
+    def _as_dtensor(self, local: Tensor) -> Tensor:
+        from torch.distributed.tensor import DTensor, Shard
+
+        shape = torch.Size((self.num_classes, self.feature_dim))
+        return DTensor.from_local(
+            local, self.device_mesh, [Shard(0)], run_check=False, shape=shape, stride=(self.feature_dim, 1)
+        )
+
+    def _reset_centroids(self) -> None:
+        local, first = self._own(self.centroid_logits), self._first_class
+        if self.feature_dim >= self.num_classes:
+            local.zero_()
+            local[torch.arange(len(local)), torch.arange(first, first + len(local))] = INITIAL_LOGIT
+            return
+        # By blocks of classes, so that a class begins alike wherever it is.
+        seed = torch.randint(2**62, (1,)).to(local.device)
+        dist.broadcast(seed, group=self.process_group, group_src=0)
+        last = first + len(local)
+        for begin in range(first // BLOCK * BLOCK, last, BLOCK):
+            generator = torch.Generator().manual_seed(int(seed) + begin)
+            rows = INITIAL_LOGIT * F.normalize(torch.randn(BLOCK, self.feature_dim, generator=generator), dim=1)
+            here = slice(max(begin, first), min(begin + BLOCK, last))
+            local[here.start - first : here.stop - first] = rows[here.start - begin : here.stop - begin].to(local)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of all processes' features [B, M] (or [M], [B, M, d1, ...]); targets [B] (or [], [B, d1, ...])."""
+        arguments = self._arguments(input, target)
+        center, _ = self._moved_center(input, target, self.centroid_logits, arguments.backend)
+        logits = _to_local(self.centroid_logits)
+        rows, classes = functional.flatten(input, target)
+        rows, logits, center, weight = functional.to_arithmetic_dtype(rows, logits, center, self.weight)
+        result = _ShardedLoss.apply(rows, logits, classes, center, weight, arguments)
+        return result.reshape(target.shape) if self.options.reduction == "none" else result
+
+    @torch.no_grad()
+    def centroid_gradient(self, features: Tensor, target: Tensor) -> Tensor:
+        """As of :class:`NCMILoss` with a process group; a DTensor [C, M] like `centroid_logits`."""
+        if self.options.reduction == "none":
+            raise ValueError("reduction: got 'none', expected 'mean' or 'sum' where the centroids take a step")
+        arguments = self._arguments(features, target)
+        center = None if self.center_momentum is None else self.center
+        local = self._own(self.centroid_logits)
+        rows, classes = functional.flatten(features, target)
+        rows, logits, center, weight = functional.to_arithmetic_dtype(rows, local, center, self.weight)
+        step = _Step(rows, logits, classes, center, weight, arguments)
+        return self._as_dtensor(step.centroid_grad(rows, logits, None).to(local.dtype))
+
+    def centroids(self) -> Tensor:
+        """The centroids as distributions, a DTensor [C, M] like `centroid_logits`. Differentiable."""
+        local = _to_local(self.centroid_logits)
+        return self._as_dtensor(reference.log_activation(local, self.options.activation).exp())
+
+    def scores(self, features: Tensor, *, class_means: bool = False) -> Tensor:
+        """Refused: [B, C] is what the sharding avoids.
+
+        Raises:
+            RuntimeError: always; `predict` gives the class of the highest score.
+        """
+        raise RuntimeError("scores: got centroids on several processes, expected predict(features) in its place")
+
+    @torch.no_grad()
+    def predict(self, features: Tensor, *, class_means: bool = False) -> Tensor:
+        """As of :class:`NCMILoss`, for each process's own features [B, M]; B may differ between processes."""
+        group = self._processes
+        p = self._log_probabilities(features).exp()
+        log_q = self._log_centroids(class_means)
+        missing = log_q.isneginf().any(dim=1)
+        log_q = log_q.masked_fill(missing[:, None], 0).to(torch.promote_types(p.dtype, log_q.dtype))
+        # As in NCMILoss: what all classes share is left out, as it would round the differences between them.
+        sums = group.all_reduce(torch.cat([log_q.sum(dim=0, dtype=torch.float64), (~missing).sum(dim=0, keepdim=True)]))
+        relative = (log_q - sums[:-1] / sums[-1].clamp(min=1)).to(log_q.dtype)
+
+        # Every process scores all features against its own classes, and sends the best back: score and class.
+        best = []
+        every = group.all_gather(p.to(log_q.dtype))
+        for others in every:
+            if not len(relative):
+                best.append(torch.full((len(others), 2), -torch.inf, dtype=torch.float64, device=p.device))
+                continue
+            with reference.no_autocast(features.device):
+                score = (others @ relative.T).masked_fill_(missing, -torch.inf)
+            index = score.argmax(dim=1, keepdim=True)
+            best.append(torch.cat([score.gather(1, index).double(), (index + self._first_class).double()], dim=1))
+        sizes = [len(others) for others in every]
+        found = group.all_to_all(torch.cat(best), sizes, [len(p)] * group.size).view(group.size, len(p), 2)
+        winner = found[:, :, 0].argmax(dim=0, keepdim=True)
+        return found[:, :, 1].gather(0, winner)[0].long()
+
+    @torch.no_grad()
+    def fit_class_means(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+        """As of :class:`NCMILoss`, over the batches of all processes; their numbers may differ.
+
+        Returns:
+            A DTensor [C, M] like `centroid_logits`.
+        """
+        group, local = self._processes, self._own(self.centroid_logits)
+        total = local.new_zeros((len(local), self.feature_dim + 1), dtype=torch.float64)  # the last column counts
+        mine = iter(batches)
+        while True:
+            batch = next(mine, None)
+            if not group.all_reduce(total.new_full((1,), batch is not None)):
+                break
+            features, target = batch or (local[:0], total[:0, 0].long())
+            p, kept = self._counted_probabilities(features, target)
+            lookup = Lookup(target, self.options.ignore_index, self._rows_per_process, group)
+            sums = total.new_zeros((lookup.classes, self.feature_dim + 1))
+            lookup.give(sums.index_add_(0, lookup.target[kept], F.pad(p, (0, 1), value=1.0)), total)
+        self.class_means = self._as_dtensor((total[:, :-1] / total[:, -1:].clamp(min=1)).to(local.dtype))
+        return self.class_means
+
+    # --------------------------------------------------------------------------------------------------------
+
+    def _own(self, table: Tensor) -> Tensor:
+        return _to_local(table.detach())
+
+    def _arguments(self, input: Tensor, target: Tensor) -> "_Arguments":
+        functional.check_batch(input, target, self.centroid_logits)
+        functional.check_range(target, self.num_classes, self.options.ignore_index)
+        backend = _backends.resolve(self.backend, input)
+        if backend == "reference":
+            raise RuntimeError(
+                "backend: got 'reference', expected one with kernels: there is no reference for centroids on several "
+                "processes (ncmi_kernels.available_backends() tells what can run)"
+            )
+        return _Arguments(
+            self.options,
+            backend,
+            self._processes,
+            self.num_classes,
+            self._rows_per_process,
+            None if self.centroid_logits.requires_grad else self._fixed_shard(input, backend),
+        )
+
+    def _fixed_shard(self, input: Tensor, backend: str) -> "_Shard":
+        """The statistics of fixed centroids, cached as `NCMILoss._fixed_stats` does."""
+        logits = self.centroid_logits
+        local = self._own(logits)
+        # Both counters: operations on the DTensor move its own, those on what to_local() gave the other.
+        key = (self.options, backend, logits._version, local._version, local.data_ptr(), local.dtype, input.dtype)
+        if self._stats_cache is None or self._stats_cache[0] != key:
+            wide = functional.to_arithmetic_dtype(input, local, None, None)[1]
+            self._stats_cache = (key, local, _shard(wide, self.options, backend))
+        shard: _Shard = self._stats_cache[2]
+        return shard
+
+
+def _to_local(table: Any) -> Tensor:
+    """The rows of a DTensor that this process has; differentiable."""
+    local: Tensor = table.to_local()
+    return local
+
+
+class Lookup:
+    """The rows of the shards that a batch needs: which, from whom, and which rows here the others need.
+
+    Attributes:
+        target: [B], renumbered among the classes that occur; `NOBODY` for ignored rows.
+        classes: their number; 1, a class that no row has, for a batch without rows that count.
+    """
+
+    def __init__(self, target: Tensor, ignore_index: int, rows_per_process: int, group: Group) -> None:
+        kept = target != ignore_index
+        present, numbers = torch.unique(target[kept], return_inverse=True)
+        if not len(present):
+            present = present.new_zeros(1)
+        self.target = torch.full_like(target, NOBODY).masked_scatter_(kept, numbers)
+        self.classes = len(present)
+        owner = present // rows_per_process
+        asked = torch.bincount(owner, minlength=group.size)
+        wanted = group.all_to_all(asked, [1] * group.size, [1] * group.size)
+        self._asked, self._wanted = torch.stack([asked, wanted]).tolist()
+        self._rows = group.all_to_all(present - owner * rows_per_process, self._asked, self._wanted)
+        self._group = group
+
+    def fetch(self, local: Tensor) -> Tensor:
+        """The rows of the batch's classes, [classes, ...], from the shards `local`."""
+        return self._group.all_to_all(local[self._rows], self._wanted, self._asked)
+
+    def give(self, rows: Tensor, local: Tensor) -> None:
+        """Add rows [classes, ...] to the shards `local` that they belong to, in the order of the processes."""
+        received = self._group.all_to_all(rows, self._asked, self._wanted)
+        for index, part in zip(self._rows.split(self._wanted), received.split(self._wanted), strict=True):
+            local.index_add_(0, index, part)
+
+
+class _Shard(NamedTuple):
+    """What is known of this process's centroids: their statistics, None without any, and their part of the sums."""
+
+    stats: _ops.CentroidStats | None
+    sums: Tensor  # float64, [M + 1] or [3 M + 1]
+
+
+class _Arguments(NamedTuple):
+    """What a step needs beside its tensors."""
+
+    options: Options
+    backend: str
+    group: Group
+    num_classes: int
+    rows_per_process: int
+    shard: _Shard | None  # where it is cached
+
+
+def _shard(logits: Tensor, options: Options, backend: str) -> _Shard:
+    """Sums over the classes in float64, as the operator centroid_stats forms them.
+
+    sample_to_centroid: of log a [M] and log_norm; centroid_to_sample: of q, q log a and q log_norm [M each], log_norm.
+    """
+    sums = logits.new_zeros(3 if options.centroid_to_sample else 1, logits.shape[1], dtype=torch.float64)
+    if not len(logits):
+        return _Shard(None, torch.cat([sums.flatten(), sums.new_zeros(1)]))
+    stats = _ops.centroid_stats(logits, options, backend)
+    log_norms = stats.norms[:-1, :1]
+    for begin in range(0, len(logits), BLOCK):
+        log_a = stats.log_activation[begin : begin + BLOCK].double()
+        if options.centroid_to_sample:
+            log_norm = log_norms[begin : begin + BLOCK]
+            q = stats.activation[begin : begin + BLOCK].double() * (-log_norm).exp()
+            sums += torch.stack([q.sum(dim=0), (q * log_a).sum(dim=0), (q * log_norm).sum(dim=0)])
+        else:
+            sums += log_a.sum(dim=0)
+    return _Shard(stats, torch.cat([sums.flatten(), log_norms.sum(dim=0)]))
+
+
+def _of_all(
+    sums: Tensor, num_classes: int, columns: int, dtype: torch.dtype, options: Options
+) -> tuple[Tensor, Tensor]:
+    """`reference` [2, M] and the record of all classes [8], from the sums over all: as the operator centroid_stats."""
+    means = sums / num_classes
+    if options.centroid_to_sample:
+        q, q_log, q_norm = means[:-1].view(3, columns)
+        exact = torch.where(q > 0, q_log / q, 0)
+        norm = torch.where(q > 0, q_norm / q, 0)
+        weight = q.to(dtype).double()
+        constant, weight_sum = (weight * norm).sum(), weight.sum()
+        by = weight
+    else:
+        exact, constant = means[:-1], means[-1]
+        by = exact.to(dtype).double().softmax(dim=0)
+        weight, weight_sum = torch.zeros_like(by), torch.ones_like(constant)
+    # What rounding loses enters the mean under p; under the mean centroid instead it goes into the constant.
+    lost = (by * (exact - exact.to(dtype).double())).sum()
+    record = torch.zeros(_ops.CLASS_STATS, dtype=torch.float64, device=sums.device)
+    record[0], record[1], record[2] = weight_sum, constant - lost, num_classes
+    return torch.stack([exact, weight]).to(dtype), record
+
+
+class _Step:
+    """One batch against all classes: the forward pass, and what the backward passes need of it."""
+
+    def __init__(
+        self,
+        input: Tensor,
+        logits: Tensor,
+        target: Tensor,
+        center: Tensor | None,
+        weight: Tensor | None,
+        arguments: _Arguments,
+    ) -> None:
+        options, backend, group, num_classes, rows_per_process, shard = arguments
+        self.options, self.group, self.center, self.run = options, group, center, _ops.operators(backend)
+        shard = shard or _shard(logits, options, backend)
+        sums = group.all_reduce(shard.sums.clone())
+        of_all, record = _of_all(sums, num_classes, logits.shape[1], logits.dtype, options)
+
+        def of_these(stats: _ops.CentroidStats) -> _ops.CentroidStats:
+            norms = torch.cat([stats.norms[:-1], record[None]])
+            return stats._replace(reference=of_all, norms=norms)
+
+        self.lookup = Lookup(target, options.ignore_index, rows_per_process, group)
+        self.own_logits = self.lookup.fetch(logits)
+        self.own = of_these(_ops.centroid_stats(self.own_logits, options, backend))
+        self.shard = None if shard.stats is None else of_these(shard.stats)
+        for_terms = (*options.for_terms[:-1], NOBODY)
+        values, self.rows = self.run.terms(input, self.lookup.target, center, *self.own, *for_terms)
+        counts = _distributed.row_weights(target, weight, options.ignore_index)
+        result, by_terms, self.means = _distributed.reduced(values[0], values[1], counts, options, group)
+        self.result = result.to(logits.dtype)
+        self.rows[:, -2:] = by_terms.T
+
+    def input_grad(self, input: Tensor, upstream: Tensor) -> Tensor:
+        """The gradient by `input` [B, M], times the number of processes where they share the loss."""
+        rows = self.rows
+        if self.options.reduction != "none":
+            rows = rows.clone()
+            rows[:, -2:] *= self.group.size
+        return self.run.input_grad(
+            input,
+            self.lookup.target,
+            self.center,
+            *self.own,
+            rows,
+            upstream,
+            self.options.centroid_to_sample,
+            NOBODY,
+        )
+
+    def centroid_grad(self, input: Tensor, logits: Tensor, upstream: Tensor | None) -> Tensor:
+        """The gradient by this process's `logits`: the part of all rows, and each row's for its own class."""
+        last = self.options.centroid_to_sample, NOBODY
+        batch = input, self.lookup.target, self.center
+        totals = self.group.all_reduce(self.run.class_totals(*batch, self.rows, upstream, *last))
+        nothing = torch.zeros_like(totals)
+        own = self.run.centroid_grad(*batch, self.own_logits, *self.own, self.rows, upstream, *last, nothing)
+        grad = torch.zeros_like(logits)
+        if self.shard is not None:
+            no_rows = input[:0], self.lookup.target[:0], self.center
+            grad = self.run.centroid_grad(*no_rows, logits, *self.shard, self.rows[:0], None, *last, totals)
+        self.lookup.give(own, grad)
+        return grad
+
+
+class _ShardedLoss(torch.autograd.Function):
+    """The loss from features [B, M] and this process's centroid logits, in the dtype of the arithmetic."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        logits: Tensor,
+        target: Tensor,
+        center: Tensor | None,
+        weight: Tensor | None,
+        arguments: _Arguments,
+    ) -> Tensor:
+        step = _Step(input, logits, target, center, weight, arguments)
+        ctx.save_for_backward(input, logits)
+        ctx.step = step
+        result = step.result
+        del step.result  # an output that its own graph holds is never freed
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        _distributed.refuse_double_backward("device_mesh")
+        input, logits = ctx.saved_tensors
+        grad_input = ctx.step.input_grad(input, upstream) if ctx.needs_input_grad[0] else None
+        grad_logits = ctx.step.centroid_grad(input, logits, upstream) if ctx.needs_input_grad[1] else None
+        return grad_input, grad_logits, None, None, None, None

@@ -1,0 +1,371 @@
+"""NCMILoss over processes: one process's loss, gradients, centre and centroids, whatever the batches."""
+
+import copy
+import os
+import pickle
+import signal
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import relative
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ncmi_kernels import NCMILoss
+
+pytestmark = pytest.mark.filterwarnings("ignore::ncmi_kernels.DegenerateMinimumWarning")
+
+C, M = 6, 9
+SIZES = [5, 0, 3, 8]  # rows of each process: uneven, one without any
+SIZES_OF_TWO = [8, 5]
+IGNORED = 4
+VARIANTS = [
+    {"separation": separation, "ratio": ratio, "reduction": reduction}
+    for separation in ("sample_to_centroid", "centroid_to_sample")
+    for ratio, reduction in (("batch", "mean"), ("sample", "mean"), ("sample", "sum"))
+]
+
+
+def batches(sizes, dtype=torch.float32, seed=0, ignored=IGNORED):
+    """A batch for each process, and all of them in one; about one row in five is ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(sum(sizes), M, generator=generator, dtype=torch.float64) + torch.arange(M) / M
+    target = torch.randint(C, (sum(sizes),), generator=generator)
+    target[torch.rand(len(target), generator=generator) < 0.2] = ignored
+    whole = features.to(dtype), target
+    return list(zip(*(tensor.split(sizes) for tensor in whole), strict=True)), whole
+
+
+def criterion_of(dtype, seed=1, **options):
+    generator = torch.Generator().manual_seed(seed)
+    criterion = NCMILoss(C, M, dtype=dtype, **{"center_momentum": 0.5, **options})
+    with torch.no_grad():
+        criterion.centroid_logits.copy_(torch.randn(C, M, generator=generator, dtype=torch.float64))
+    return criterion
+
+
+def with_group(criterion):
+    criterion = copy.deepcopy(criterion)
+    criterion.process_group = dist.group.WORLD
+    return criterion
+
+
+def step(criterion, features, target):
+    """The loss, its gradients by features and centroids, and what the step left of the centre."""
+    features = features.detach().requires_grad_()
+    loss = criterion(features, target)
+    grads = torch.autograd.grad(loss, [features, criterion.centroid_logits], torch.tensor(3.0, dtype=loss.dtype))
+    return loss.detach(), *grads, criterion.center.clone()
+
+
+def same_on_all(*tensors):
+    """Whether every process has the same bits."""
+    here = torch.cat([tensor.detach().reshape(-1).double() for tensor in tensors])
+    every = [torch.empty_like(here) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, here)
+    return all(torch.equal(here, other) for other in every)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Against one process
+# ------------------------------------------------------------------------------------------------------------
+
+
+def check_step(sizes, options, dtype, input_dtype, tolerance):
+    rank, size = dist.get_rank(), dist.get_world_size()
+    local = criterion_of(dtype, ignore_index=IGNORED, **options)
+    shared = with_group(local)
+    for seed in range(2):  # the second moves the centre; and another process is without rows
+        each, whole = batches(sizes[seed:] + sizes[:seed], input_dtype, seed)
+        features, target = each[rank]
+        gradient_here = shared.centroid_gradient(features, target), local.centroid_gradient(*whole)
+        loss, by_input, by_centroids, center = step(shared, features, target)
+        expected_loss, expected_by_input, expected_by_centroids, expected_center = step(local, *whole)
+        expected_here = expected_by_input.split([len(t) for _, t in each])[rank]
+        dist.all_reduce(by_centroids)
+        torch.testing.assert_close(loss, expected_loss, rtol=tolerance, atol=0)
+        rounding = tolerance if by_input.dtype == dtype else torch.finfo(by_input.dtype).eps
+        assert by_input.dtype == input_dtype
+        if len(target):
+            assert relative(by_input / size, expected_here) < rounding
+        assert relative(by_centroids / size, expected_by_centroids) < tolerance
+        assert relative(center, expected_center) < tolerance
+        assert relative(*gradient_here) < tolerance
+        assert torch.equal(shared.num_batches_tracked, local.num_batches_tracked)
+        assert same_on_all(loss, center, gradient_here[0], by_centroids)
+
+
+def check_steps(sizes):
+    weight = torch.rand(C, generator=torch.Generator().manual_seed(2)) + 0.5
+    for options in VARIANTS:
+        check_step(sizes, {**options, "backend": "reference", "weight": weight}, torch.float64, torch.float64, 1e-12)
+        check_step(sizes, options, torch.float64, torch.float64, 1e-12)
+        check_step(sizes, {**options, "weight": weight}, torch.float32, torch.float32, 1e-6)
+    check_step(sizes, {"weight": weight, "center_momentum": None}, torch.float32, torch.bfloat16, 1e-6)
+    check_step(sizes, {"activation": "softmax", "l2_normalize": False}, torch.float32, torch.float16, 1e-6)
+
+
+@pytest.mark.parametrize("sizes", [SIZES_OF_TWO, SIZES], ids=["2", "4"])
+def test_a_step_is_that_of_one_process_with_all_rows(sizes):
+    processes.run(len(sizes), check_steps, sizes)
+
+
+def check_special_batches():
+    rank, size = dist.get_rank(), dist.get_world_size()
+    each, whole = batches(SIZES_OF_TWO)
+    features, target = each[rank]
+
+    # Without a reduction the losses stay the process's own; the centre is that of all rows.
+    local = criterion_of(torch.float32, ratio="sample", reduction="none")
+    shared = with_group(local)
+    features.requires_grad_(), whole[0].requires_grad_()
+    losses, expected = shared(features, target), local(*whole)
+    rows = slice(0, 8) if rank == 0 else slice(8, 13)
+    torch.testing.assert_close(losses, expected[rows], rtol=1e-6, atol=0)
+    losses.sum().backward(), expected.sum().backward()
+    assert relative(features.grad, whole[0].grad[rows]) < 1e-6
+    assert relative(shared.center, local.center) < 1e-6
+
+    # [B, M, d1]: the rows are spread over all positions but the second.
+    local = criterion_of(torch.float64, ignore_index=IGNORED)
+    shared = with_group(local)
+    image = torch.randn(4, M, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    classes = torch.randint(C, (4, 5), generator=torch.Generator().manual_seed(4))
+    loss, by_input, *_, center = step(shared, image[rank::size], classes[rank::size])
+    expected_loss, expected_by_input, *_, expected_center = step(local, image, classes)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=0)
+    assert relative(by_input / size, expected_by_input[rank::size]) < 1e-12
+    assert relative(center, expected_center) < 1e-12
+
+    # No row anywhere: as one process. And one NaN: in the loss of all, and not in the centre.
+    before = shared.center.clone()
+    for ratio, reduction in (("batch", "mean"), ("sample", "mean"), ("sample", "sum")):
+        shared.ratio, shared.reduction = ("batch", "mean") if ratio == "batch" else ("sample", reduction)
+        empty = shared(torch.zeros(rank, M).double(), torch.full((rank,), IGNORED))
+        assert empty.isnan() if reduction == "mean" else empty == 0
+        poisoned = image[0].T.clone()
+        poisoned[0, 0] = torch.nan if rank == 0 else 0
+        assert shared(poisoned, torch.zeros(5, dtype=torch.int64)).isnan()
+        assert torch.equal(shared.center, before)
+
+
+def test_no_reduction_more_dimensions_no_rows_and_nan():
+    processes.run(2, check_special_batches)
+
+
+def check_collectives():
+    """Two in a training step, none in eval mode, where each process has another number of batches."""
+    rank = dist.get_rank()
+    criterion = with_group(criterion_of(torch.float32))
+    counted = []
+    all_reduce = dist.all_reduce
+    dist.all_reduce = lambda tensor, **options: (counted.append(tensor.numel()), all_reduce(tensor, **options))[1]
+    features, target = batches(SIZES_OF_TWO)[0][rank]
+    features.requires_grad_()
+    criterion(features, target.clamp(max=3)).backward()
+    assert counted == [M + 1, 3]
+    criterion.ratio, criterion.center_momentum = "sample", None
+    criterion(features, target).backward()
+    assert counted == [M + 1, 3, 4]
+    for _ in range(rank):
+        criterion.eval()(features, target).backward()
+    assert len(counted) == 3
+
+
+def test_number_of_collectives():
+    processes.run(2, check_collectives)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training under DistributedDataParallel
+# ------------------------------------------------------------------------------------------------------------
+
+
+def check_training(sizes):
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    network = nn.Linear(M, M, dtype=torch.float64)
+    criterion = criterion_of(torch.float64, ignore_index=IGNORED)
+    shared = with_group(criterion)
+    alone = [network, criterion]
+    together = [DistributedDataParallel(copy.deepcopy(network)), DistributedDataParallel(shared)]
+    optimizers = [
+        torch.optim.SGD([p for module in modules for p in module.parameters()], lr=0.5, momentum=0.9)
+        for modules in (alone, together)
+    ]
+    for iteration in range(50):
+        sizes = sizes[1:] + sizes[:1]
+        each, whole = batches(sizes, torch.float64, seed=iteration)
+        for (model, loss_of), optimizer, (features, target) in zip(
+            (alone, together), optimizers, (whole, each[rank]), strict=True
+        ):
+            optimizer.zero_grad()
+            loss_of(model(features), target).backward()
+            optimizer.step()
+        assert same_on_all(shared.center, shared.centroid_logits, shared.num_batches_tracked)
+    moved = (criterion.centroid_logits - criterion_of(torch.float64).centroid_logits).norm().item()
+    assert moved > 0.1
+    for tensor, expected in (
+        (shared.center, criterion.center),
+        (shared.centroid_logits, criterion.centroid_logits),
+        (together[0].module.weight, network.weight),
+    ):
+        assert relative(tensor, expected) < 1e-10
+
+
+@pytest.mark.parametrize("sizes", [SIZES_OF_TWO, SIZES], ids=["2", "4"])
+def test_training_is_that_of_one_process(sizes):
+    """And centre and centroids are the same bits on all processes after each of 50 steps."""
+    processes.run(len(sizes), check_training, sizes)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What fails
+# ------------------------------------------------------------------------------------------------------------
+
+
+def fail_beside(how):
+    """Process 1 fails before the third step; process 0 gives the error that it gets."""
+    features, target = batches([8])[1]
+    criterion = criterion_of(torch.float32)
+    criterion.process_group = dist.new_group(timeout=timedelta(seconds=2 if how == "hangs" else 60))
+    for _ in range(2):
+        criterion(features, target)
+    if dist.get_rank() == 1:
+        dist.barrier()
+        if how == "hangs":
+            time.sleep(600)
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+    start = time.monotonic()
+    try:
+        criterion(features, target)
+    except RuntimeError as error:
+        return str(error), time.monotonic() - start
+    raise AssertionError("no error")
+
+
+@pytest.mark.parametrize(("how", "expected"), [("dies", "onnection"), ("hangs", "imed out")])
+def test_a_process_that_fails_is_an_error_in_the_others(how, expected):
+    (message, seconds), failed = processes.run(2, fail_beside, how, enough=1 if how == "hangs" else 2)
+    assert failed is None
+    assert expected in message
+    assert seconds < 30
+
+
+def refused(exception, function, *parts):
+    with pytest.raises(exception) as caught:
+        function()
+    assert [part for part in parts if part not in str(caught.value)] == [], caught.value
+
+
+def check_refused():
+    refused(TypeError, lambda: NCMILoss(C, process_group="world"), "process_group: got str, expected a torch.distr")
+    other = dist.new_group([0])
+    if dist.get_rank() == 1:
+        refused(ValueError, lambda: NCMILoss(C, process_group=other), "process_group: got a group without this process")
+    criterion = with_group(criterion_of(torch.float32))
+    features, target = batches(SIZES_OF_TWO)[0][dist.get_rank()]
+    features.requires_grad_()
+    loss = criterion(features, target.clamp(max=3))
+    refused(RuntimeError, lambda: torch.autograd.grad(loss, features, create_graph=True), "create_graph: got True")
+    dist.barrier()
+    dist.destroy_process_group()
+    refused(RuntimeError, lambda: NCMILoss(C, process_group=criterion.process_group), "not initialized")
+
+
+def test_what_is_refused():
+    processes.run(2, check_refused)
+
+
+def check_copies():
+    criterion = with_group(criterion_of(torch.float32))
+    assert copy.deepcopy(criterion).process_group is criterion.process_group
+    assert "process_group of 1" in repr(criterion)
+    assert set(criterion.state_dict()) == {"centroid_logits", "center", "num_batches_tracked"}
+    refused(RuntimeError, lambda: pickle.dumps(criterion), "process_group: got a module", "state_dict()")
+    criterion.process_group = None
+    assert pickle.loads(pickle.dumps(criterion)).process_group is None
+
+
+def test_copies_and_checkpoints():
+    processes.run(1, check_copies)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Killed and resumed
+# ------------------------------------------------------------------------------------------------------------
+
+STEPS = 9
+
+
+def train(directory, kill_at=None):
+    """STEPS steps with a checkpoint after each, from the last one that every process has in `directory`.
+
+    In step `kill_at` the last process is killed. Returns the losses of all steps and the bytes of the final weights.
+    """
+    size, rank = dist.get_world_size(), dist.get_rank()
+    paths = [[Path(directory) / f"step{n}-rank{r}.pt" for r in range(size)] for n in range(STEPS + 1)]
+    torch.manual_seed(rank)
+    network = nn.Sequential(nn.Linear(M, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, M))
+    criterion = NCMILoss(C, M, process_group=dist.group.WORLD if size > 1 else None, center_momentum=0.9)
+    model, loss_of = (network, criterion) if size == 1 else map(DistributedDataParallel, (network, criterion))
+    parameters = [*network.parameters(), *criterion.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=0.5, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    sampler = torch.utils.data.DistributedSampler(range(24), num_replicas=size, rank=rank)
+    samples = torch.randn(24, M, generator=torch.Generator().manual_seed(0))
+
+    losses = []
+    stateful = [network, criterion, optimizer, scheduler]
+    done = max((n for n in range(STEPS + 1) if all(path.exists() for path in paths[n])), default=None)
+    if done is not None:
+        checkpoint = torch.load(paths[done][rank])
+        losses = checkpoint["losses"]
+        for part, state in zip(stateful, checkpoint["states"], strict=True):
+            part.load_state_dict(state)
+        torch.set_rng_state(checkpoint["rng"])
+    while len(losses) < STEPS:
+        epoch, batch = divmod(len(losses), -(-len(sampler) // 5))
+        sampler.set_epoch(epoch)
+        rows = torch.tensor(list(sampler)[5 * batch : 5 * batch + 5])
+        features = samples[rows] + 0.1 * torch.randn(len(rows), M)
+        optimizer.zero_grad()
+        loss = loss_of(model(features), rows % C)
+        if len(losses) == kill_at and rank == size - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            loss.backward()
+        except RuntimeError:
+            assert len(losses) == kill_at
+            return None
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+        checkpoint = {
+            "losses": losses,
+            "states": [part.state_dict() for part in stateful],
+            "rng": torch.get_rng_state(),
+        }
+        path = paths[len(losses)][rank]
+        torch.save(checkpoint, path.with_suffix(".part"))
+        path.with_suffix(".part").rename(path)
+    return losses, [tensor.detach().numpy().tobytes() for tensor in (*parameters, criterion.center)]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_run_killed_and_resumed_has_the_bits_of_an_uninterrupted_one(size, tmp_path):
+    uninterrupted = tmp_path / "uninterrupted"
+    uninterrupted.mkdir()
+    expected = processes.run(size, train, uninterrupted)
+    assert len(set(expected[0][0])) == STEPS
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    for step in (0, 2, 3, 8):  # one run, killed again and again: before any checkpoint, within an epoch and at its end
+        assert processes.run(size, train, killed, step) == [None] * size
+    assert processes.run(size, train, killed) == expected
