@@ -59,9 +59,9 @@ class Group:
         counts[self.rank] = len(tensor)
         sizes = self.all_reduce(counts).tolist()
         padded = F.pad(tensor, (0, 0, 0, max(sizes) - len(tensor)))
-        every = tensor.new_empty((self.size, *padded.shape))
+        every = tensor.new_empty((self.size * len(padded), *padded.shape[1:]))
         dist.all_gather_into_tensor(every, padded, group=self.process_group)
-        return [rows[:size] for rows, size in zip(every, sizes, strict=True)]
+        return [rows[:size] for rows, size in zip(every.view(self.size, *padded.shape), sizes, strict=True)]
 
     def __deepcopy__(self, memo: Any) -> "Group":
         return self

@@ -345,6 +345,14 @@ def _check_tensor(name: str, value: Tensor) -> None:
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
     if value.layout != torch.strided:
         raise RuntimeError(f"{name}: got layout {value.layout}, expected a dense (torch.strided) tensor")
+    if type(value) is not Tensor:
+        refuse_dtensor(name, value, f"{name}.to_local() and NCMILoss(process_group=...), for rows on several processes")
+
+
+def refuse_dtensor(name: str, value: Tensor, remedy: str) -> None:
+    """Raise RuntimeError for a DTensor, of which the kernels would see nothing but this process's part."""
+    if hasattr(type(value), "to_local"):
+        raise RuntimeError(f"{name}: got a DTensor, expected a plain tensor: {remedy}")
 
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -182,7 +182,7 @@ class NCMILoss(nn.Module):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of features [B, M] (or [M], [B, M, d1, ...]) for targets [B] (or [], [B, d1, ...])."""
-        logits = self.centroid_logits
+        logits = self._whole_centroids()
         functional.check_batch(input, target, logits)
         backend = _backends.resolve(self.backend, input)  # raises before anything has moved
         center, update = self._moved_center(input, target, logits, backend)
@@ -272,7 +272,7 @@ class NCMILoss(nn.Module):
             ValueError: `reduction` is "none", which gives more than one loss.
             TypeError, ValueError, IndexError, RuntimeError: as :func:`ncmi_loss`.
         """
-        logits = self.centroid_logits
+        logits = self._whole_centroids()
         if self.options.reduction == "none":
             raise ValueError("reduction: got 'none', expected 'mean' or 'sum' where the centroids take a step")
         functional.check_batch(features, target, logits)
@@ -364,6 +364,14 @@ class NCMILoss(nn.Module):
         return ", ".join([f"num_classes={self.num_classes}, feature_dim={self.feature_dim}", *changed])
 
     # --------------------------------------------------------------------------------------------------------
+
+    def _whole_centroids(self) -> Tensor:
+        """The centroid logits; raises RuntimeError where only a part of them is here."""
+        logits = self.centroid_logits
+        if type(logits) is not nn.Parameter:
+            remedy = "keep the criterion outside of fully_shard and distribute_module, or use ShardedNCMILoss"
+            functional.refuse_dtensor("centroid_logits", logits, remedy)
+        return logits
 
     def _new_centroids(self, device: Any, dtype: torch.dtype) -> Tensor:
         return torch.empty(self.num_classes, self.feature_dim, device=device, dtype=dtype)
@@ -492,6 +500,7 @@ class NCMILoss(nn.Module):
             or _ops.transforming()
             or backend == "reference"
             or type(logits) is not nn.Parameter
+            or hasattr(type(self), "unshard")  # FSDP2 renews the parameter's memory behind its version counter
             or logits.is_inference()
             or logits.dtype not in (torch.float32, torch.float64)
             or (input.dtype == torch.float64 and logits.dtype != torch.float64)
@@ -512,7 +521,8 @@ class NCMILoss(nn.Module):
             raise ValueError("reduction: got 'none', expected 'mean' or 'sum' where the centroids take a step")
         backend = _backends.resolve(self.backend, features)
         logits = self.centroid_logits
-        return self._fixed_stats(features, logits, backend) if logits.is_contiguous() else None, backend
+        one_pass = self._group is None and logits.is_contiguous()
+        return self._fixed_stats(features, logits, backend) if one_pass else None, backend
 
     def train(self, mode: bool = True) -> "NCMILoss":
         """As `nn.Module.train`; also forgets what was computed of fixed centroids."""
@@ -523,6 +533,7 @@ class NCMILoss(nn.Module):
         return {**self.__dict__, "_stats_cache": None, "_last_terms": None, "_last_rows": None, "_watch": Watch()}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self._stats_cache = None
         # class_means is there only once fitted, on either side.
         saved = state_dict.get(prefix + "class_means")
         self.class_means = (

@@ -89,8 +89,12 @@ class ShardedNCMILoss(NCMILoss):
 
     @property
     def process_group(self) -> Any:
-        """The group of the device mesh."""
+        """The group of the device mesh; cannot be assigned."""
         return self._processes.process_group
+
+    @process_group.setter
+    def process_group(self, value: Any) -> None:
+        raise AttributeError("process_group: got an assignment, expected none: device_mesh determines it")
 
     @property
     def _processes(self) -> Group:
@@ -140,7 +144,9 @@ class ShardedNCMILoss(NCMILoss):
         logits = _to_local(self.centroid_logits)
         rows, classes = functional.flatten(input, target)
         rows, logits, center, weight = functional.to_arithmetic_dtype(rows, logits, center, self.weight)
-        result = _ShardedLoss.apply(rows, logits, classes, center, weight, arguments)
+        seen: list[Tensor] = []
+        result = _ShardedLoss.apply(rows, logits, classes, center, weight, arguments, seen)
+        self._keep(seen, input, target, arguments.backend)
         return result.reshape(target.shape) if self.options.reduction == "none" else result
 
     @torch.no_grad()
@@ -155,6 +161,9 @@ class ShardedNCMILoss(NCMILoss):
         rows, logits, center, weight = functional.to_arithmetic_dtype(rows, local, center, self.weight)
         step = _Step(rows, logits, classes, center, weight, arguments)
         return self._as_dtensor(step.centroid_grad(rows, logits, None).to(local.dtype))
+
+    def _stats_for_step(self, features: Tensor) -> tuple[_ops.CentroidStats | None, str]:
+        return None, _backends.resolve(self.backend, features)
 
     def centroids(self) -> Tensor:
         """The centroids as distributions, a DTensor [C, M] like `centroid_logits`. Differentiable."""
@@ -433,8 +442,10 @@ class _ShardedLoss(torch.autograd.Function):
         center: Tensor | None,
         weight: Tensor | None,
         arguments: _Arguments,
+        seen: list[Tensor],
     ) -> Tensor:
         step = _Step(input, logits, target, center, weight, arguments)
+        seen.append(step.means)
         ctx.save_for_backward(input, logits)
         ctx.step = step
         result = step.result
@@ -447,4 +458,4 @@ class _ShardedLoss(torch.autograd.Function):
         input, logits = ctx.saved_tensors
         grad_input = ctx.step.input_grad(input, upstream) if ctx.needs_input_grad[0] else None
         grad_logits = ctx.step.centroid_grad(input, logits, upstream) if ctx.needs_input_grad[1] else None
-        return grad_input, grad_logits, None, None, None, None
+        return grad_input, grad_logits, None, None, None, None, None
