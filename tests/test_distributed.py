@@ -16,7 +16,7 @@ from conftest import relative
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ncmi_kernels import NCMILoss
+from ncmi_kernels import CentroidSGD, NCMILoss
 
 pytestmark = pytest.mark.filterwarnings("ignore::ncmi_kernels.DegenerateMinimumWarning")
 
@@ -216,6 +216,49 @@ def check_training(sizes):
         (together[0].module.weight, network.weight),
     ):
         assert relative(tensor, expected) < 1e-10
+
+
+def check_alternating(sizes):
+    rank = dist.get_rank()
+    for backend in ("cpu", "reference"):
+        criterion = criterion_of(torch.float32, ignore_index=IGNORED, backend=backend)
+        shared = with_group(criterion)
+        start = criterion.centroid_logits.detach().clone()
+        optimizers = [CentroidSGD(each, 5.0, 0.9, 1e-4, nesterov=True) for each in (criterion, shared)]
+        for iteration in range(50):
+            sizes = sizes[1:] + sizes[:1]
+            each, whole = batches(sizes, seed=iteration)
+            for loss_of, optimizer, batch in zip((criterion, shared), optimizers, (whole, each[rank]), strict=True):
+                loss_of(*batch)
+                optimizer.step(*batch)
+            assert same_on_all(shared.center, shared.centroid_logits)
+        assert (criterion.centroid_logits - start).norm() > 0.1
+        assert relative(shared.centroid_logits, criterion.centroid_logits) < 1e-5
+        assert relative(shared.center, criterion.center) < 1e-6
+
+
+def check_broadcast():
+    """DDP sends rank 0's centroids to the others, which have used theirs: what was kept of those does not count."""
+    rank = dist.get_rank()
+    criterion = criterion_of(torch.float64, seed=rank, learn_centroids=False).eval()
+    _, (features, target) = batches(SIZES_OF_TWO, torch.float64, ignored=0)
+    before = criterion(features, target)
+    assert torch.equal(criterion(features, target), before)
+    model = nn.ModuleDict({"network": nn.Linear(M, M, dtype=torch.float64), "criterion": criterion})
+    DistributedDataParallel(model)
+    after = criterion(features, target)
+    assert torch.equal(after, criterion_of(torch.float64, seed=0, learn_centroids=False).eval()(features, target))
+    assert torch.equal(after, before) == (rank == 0)
+    assert same_on_all(after)
+
+
+@pytest.mark.parametrize("sizes", [SIZES_OF_TWO, SIZES], ids=["2", "4"])
+def test_alternating_training_is_that_of_one_process(sizes):
+    processes.run(len(sizes), check_alternating, sizes)
+
+
+def test_broadcast_centroids_count():
+    processes.run(2, check_broadcast)
 
 
 @pytest.mark.parametrize("sizes", [SIZES_OF_TWO, SIZES], ids=["2", "4"])
