@@ -14,6 +14,9 @@ from torch import Tensor
 from ncmi_kernels import _ops, functional, reference
 from ncmi_kernels._options import Options
 
+# Renamed in torch 2.13.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+
 
 class Group:
     """A process group as a module holds it. A deep copy is the group itself, and it cannot be pickled.
@@ -60,7 +63,7 @@ class Group:
         sizes = self.all_reduce(counts).tolist()
         padded = F.pad(tensor, (0, 0, 0, max(sizes) - len(tensor)))
         every = tensor.new_empty((self.size * len(padded), *padded.shape[1:]))
-        dist.all_gather_into_tensor(every, padded, group=self.process_group)
+        _all_gather(every, padded, group=self.process_group)
         return [rows[:size] for rows, size in zip(every.view(self.size, *padded.shape), sizes, strict=True)]
 
     def __deepcopy__(self, memo: Any) -> "Group":

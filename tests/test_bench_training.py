@@ -1,0 +1,108 @@
+"""The benchmarks of a training step and of sharded classes: what they measure is a step, and the counts are right."""
+
+import csv
+import importlib.util
+import sys
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from conftest import relative
+
+from ncmi_kernels import available_backends
+
+if importlib.util.find_spec("rich") is None or importlib.util.find_spec("sklearn") is None:
+    pytest.skip("the benchmarks need rich and scikit-learn", allow_module_level=True)
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import bench_sharded
+import bench_step
+
+pytestmark = pytest.mark.skipif(available_backends()["cpu"] is not None, reason="no C++ kernels")
+
+
+def test_steps_by_phase(tmp_path, capsys):
+    path = tmp_path / "step.csv"
+    before = torch.get_num_threads()
+    try:
+        bench_step.main(
+            ["--seconds", "0", "--threads", "1", "--tasks", "digits", "--shapes", "8x5x16", "--csv", str(path)]
+        )
+    finally:
+        torch.set_num_threads(before)
+    rows = list(csv.DictReader(path.open()))
+    steps = {row["method"]: row for row in rows if row["task"] == "digits" and row["phase"] == "step"}
+    assert list(steps) == list(bench_step.METHODS)
+    for method, step in steps.items():
+        phases = [row for row in rows if row["method"] == method and row["task"] == "digits" and row is not step]
+        assert ("centroids" in {row["phase"] for row in phases}) == (method == "NCMI, alternating")
+        assert sum(float(row["median_us"]) for row in phases) == pytest.approx(float(step["median_us"]), rel=0.5)
+        assert 0 < float(step["share"]) < 1
+    centroid_steps = [row for row in rows if row["task"] == "centroid step"]
+    assert centroid_steps[0]["method"] == bench_step.OURS
+    assert float(centroid_steps[0]["ratio"]) == 1
+    assert len(centroid_steps) == 4
+    assert "Centroid steps" in capsys.readouterr().out
+
+
+def test_training_moves_what_it_should():
+    task = bench_step.TASKS[0]
+    for method in bench_step.METHODS:
+        training = bench_step.Training(task, method)
+        weights = [p.clone() for p in training.network.parameters()]
+        centroids = [p.clone() for p in training.criterion.parameters()]
+        training.step()
+        assert any(not torch.equal(a, b) for a, b in zip(weights, training.network.parameters(), strict=True))
+        moved = any(not torch.equal(a, b) for a, b in zip(centroids, training.criterion.parameters(), strict=True))
+        assert moved == (method in ("NCMI, alternating", "NCMI, jointly"))
+
+
+def check_bytes():
+    rank, size = dist.get_rank(), dist.get_world_size()
+    group = bench_sharded.CountingGroup(dist.group.WORLD)
+    # Cross-entropy is right, so what it sends is what one has to send.
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(7, 5, generator=generator, dtype=torch.float64)
+    features = torch.randn(6, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([0, 6, 3, 2, 2, 5])
+    whole = weight.clone().requires_grad_()
+    loss = F.cross_entropy(features @ whole.T, target)
+    by_features, by_weight = torch.autograd.grad(loss, [features, whole])
+    cross_entropy = bench_sharded.ShardedCrossEntropy(7, 5, group)
+    cross_entropy.weight = weight[4 * rank : 4 * (rank + 1)]
+    mine = slice(0, 4) if rank == 0 else slice(4, 6)
+    actual = cross_entropy(features.detach()[mine], target[mine])
+    torch.testing.assert_close(actual[0], loss.detach(), rtol=1e-12, atol=0)
+    assert relative(actual[1], by_features[mine]) < 1e-12
+    assert relative(actual[2], by_weight[4 * rank : 4 * (rank + 1)]) < 1e-12
+
+    # The counts: an all-reduce of 24 bytes, an all-to-all of one row of two to the other, an all-gather.
+    bench_sharded.CountingGroup.sent = 0
+    group.all_reduce(torch.zeros(3, dtype=torch.float64))
+    assert bench_sharded.CountingGroup.sent == 2 * 24 * (size - 1) / size
+    bench_sharded.CountingGroup.sent = 0
+    group.all_to_all(torch.zeros(2, 4), [1, 1], [1, 1])
+    assert bench_sharded.CountingGroup.sent == 16
+
+    sent = {}
+    for method in bench_sharded.METHODS:
+        for classes in (40, 4000):
+            step = bench_sharded.make_step(method, 16, classes, 32)
+            step()
+            bench_sharded.CountingGroup.sent = 0
+            step()
+            sent[method, classes] = group.all_reduce(torch.tensor([bench_sharded.CountingGroup.sent])).item() / size
+    return sent
+
+
+def test_bytes_do_not_grow_with_the_classes():
+    sent = processes.run(2, check_bytes)[0]
+    rows = 16 * 32 * 4 / 2  # half of a batch's own-class rows, B M float32, belong to the other process
+    for method, most in zip(bench_sharded.METHODS, (1.6, 2.8, 5), strict=True):
+        few, many = sent[method, 40], sent[method, 4000]
+        assert few <= many <= most * rows + 1500  # and sums over the classes, O(M)
+    assert sent[bench_sharded.METHODS[1], 4000] > sent[bench_sharded.METHODS[0], 4000] + 0.5 * rows
