@@ -430,7 +430,8 @@ class NCMILoss(nn.Module):
             return None, None
         center = self.center
         if not self.training:
-            return center, None
+            # The graph keeps the centre, and a batch in training mode may move it before the backward pass.
+            return center.clone() if input.requires_grad and torch.is_grad_enabled() else center, None
         if _ops.transforming():
             raise RuntimeError(
                 "training: got True inside a torch.func transform, expected criterion.eval() or center_momentum=None: "

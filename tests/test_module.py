@@ -202,6 +202,19 @@ def test_batch_without_a_sample_changes_nothing(backend, first):
     torch.testing.assert_close(criterion.center, expected.float(), rtol=2e-7, atol=0)
 
 
+@pytest.mark.parametrize("ratio", ["batch", "sample"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_centre_that_moves_before_the_backward_pass_of_an_evaluation(backend, ratio):
+    criterion = NCMILoss(C, M, center_momentum=0.5, ratio=ratio, backend=backend)
+    input, target = batch()
+    criterion(*batch(1))
+    expected = loss_and_grads(lambda x: criterion.eval()(x, target), input)
+    input.requires_grad_()
+    loss = criterion(input, target)
+    criterion.train()(*batch(2))
+    exactly((loss.detach(), *torch.autograd.grad(loss, input)), expected)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_centring(backend):
     criterion = NCMILoss(C, M, center_momentum=None, backend=backend)
