@@ -12,51 +12,20 @@ if importlib.util.find_spec("pytorch_lightning") is None or importlib.util.find_
     pytest.skip("needs pytorch-lightning", allow_module_level=True)
 
 import pytorch_lightning as lightning
+from test_readme import BLOCKS
 
 from ncmi_kernels import CentroidSGD, NCMILoss, NCMIMetric
 
 CLASSES, FEATURES = 5, 16
 
 
-class Classifier(lightning.LightningModule):
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-        self.criterion = NCMILoss(CLASSES, FEATURES)
-        self.centroid_optimizer = CentroidSGD(self.criterion, lr=0.1, momentum=0.9)
-        self.metric = NCMIMetric(CLASSES, FEATURES, l2_normalize=True)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.network.parameters(), lr=1.0, momentum=0.9)
-
-    def training_step(self, batch, index):
-        images, target = batch
-        features = self.network(images)
-        return {"loss": self.criterion(features, target), "features": features.detach()}
-
-    def on_train_batch_end(self, outputs, batch, index):  # the network has taken its step
-        self.centroid_optimizer.step(outputs["features"], batch[1])
-
-    def validation_step(self, batch, index):
-        images, target = batch
-        features = self.network(images)
-        self.metric.update(features - self.criterion.center, target)
-        self.log("accuracy", (self.criterion.predict(features) == target).float().mean())
-
-    def on_validation_epoch_end(self):
-        self.log_dict(self.metric.compute())
-        self.metric.reset()
-
-    def on_save_checkpoint(self, checkpoint):
-        checkpoint["centroid_optimizer"] = self.centroid_optimizer.state_dict()
-
-    def on_load_checkpoint(self, checkpoint):
-        self.centroid_optimizer.load_state_dict(checkpoint["centroid_optimizer"])
-
-
 def classifier():
+    names = {"lightning": lightning, "torch": torch}
+    names |= {"CentroidSGD": CentroidSGD, "NCMILoss": NCMILoss, "NCMIMetric": NCMIMetric}
+    exec(BLOCKS["Lightning"], names)
     torch.manual_seed(1)
-    return Classifier(nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, FEATURES)))
+    network = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, FEATURES))
+    return names["Classifier"](network, CLASSES, FEATURES)
 
 
 def trainer(directory, epochs):
