@@ -254,8 +254,9 @@ class ShardedNCMILoss(NCMILoss):
     def _fixed_shard(self, input: Tensor, backend: str) -> "_Shard":
         """The statistics of fixed centroids, cached as `NCMILoss._fixed_stats` does."""
         logits = self.centroid_logits
-        local = self._own(logits)
-        # Both counters: operations on the DTensor move its own, those on what to_local() gave the other.
+        # Operations on the DTensor move its counter, those on what its to_local() gives that of the rows. The rows of a
+        # detached DTensor count for themselves: writing through them cannot be seen, as through `.data`.
+        local = _to_local(logits)
         key = (self.options, backend, logits._version, local._version, local.data_ptr(), local.dtype, input.dtype)
         if self._stats_cache is None or self._stats_cache[0] != key:
             wide = functional.to_arithmetic_dtype(input, local, None, None)[1]

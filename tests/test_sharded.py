@@ -128,6 +128,16 @@ def check_special_batches():
     losses, expected = sharded(*each[rank]), plain(*whole)
     rows = slice(0, 8) if rank == 0 else slice(8, 13)
     close(losses, expected[rows], 1e-11)
+    upstream = torch.rand(13, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    features, every = each[rank][0].requires_grad_(), whole[0].requires_grad_()
+    by_input, by_centroids = torch.autograd.grad(
+        sharded(features, each[rank][1]), [features, sharded.centroid_logits], upstream[rows]
+    )
+    expected_by_input, expected_by_centroids = torch.autograd.grad(
+        plain(every, whole[1]), [every, plain.centroid_logits], upstream
+    )
+    close(by_input, expected_by_input[rows], 1e-11)
+    close(own(by_centroids), part(expected_by_centroids), 1e-11)
 
     sharded, plain = pair(7, torch.float64)
     image = torch.randn(4, M, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -157,6 +167,33 @@ def check_special_batches():
 
 def test_special_batches_and_what_is_refused():
     processes.run(2, check_special_batches)
+
+
+def check_edits():
+    """Fixed centroids: what is kept of them is not used once they have changed."""
+    rank = dist.get_rank()
+    for edit in (
+        lambda logits: logits.mul_(0.7),
+        lambda logits: logits.detach().mul_(0.7),
+        lambda logits: logits.to_local().mul_(0.7),
+        lambda logits: logits.copy_(0.7 * logits),
+    ):
+        sharded, plain = pair(13, torch.float64, learn_centroids=False, center_momentum=None)
+        each, whole = batches(13, torch.float64)
+        before = sharded(*each[rank]).item()
+        with torch.no_grad():
+            edit(sharded.centroid_logits)
+            plain.centroid_logits.mul_(0.7)
+        loss = sharded(*each[rank])
+        torch.testing.assert_close(loss, plain(*whole), rtol=1e-11, atol=0)
+        assert abs(loss.item() - before) > 1e-3, "the edit has to matter"
+    # Through memory that has no counter in common with the parameter: seen from the next train() or eval() on.
+    own(sharded.centroid_logits).div_(0.7)
+    torch.testing.assert_close(sharded.train()(*each[rank]).item(), before, rtol=1e-11, atol=0)
+
+
+def test_fixed_centroids_that_change():
+    processes.run(2, check_edits)
 
 
 # ------------------------------------------------------------------------------------------------------------
