@@ -67,4 +67,15 @@ struct AllStats {
 };
 static_assert(sizeof(AllStats) == sizeof(ClassStats), "one tensor holds both");
 
+// A step of torch.optim.SGD.
+template <class T>
+struct StepArgs {
+  T* logits;           // [C, M] contiguous
+  T* momentum_buffer;  // [C, M] contiguous, or null without momentum
+  double lr;
+  double momentum;
+  double weight_decay;
+  bool nesterov;
+};
+
 }  // namespace ncmi

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import relative
-from test_kernels import check_present_classes, check_totals, check_totals_of_many
+from test_kernels import (
+    ACTIVATIONS,
+    SGD,
+    check_present_classes,
+    check_step,
+    check_step_refuses_strides,
+    check_totals,
+    check_totals_of_many,
+)
 from torch.utils import cpp_extension
 
 import ncmi_kernels
@@ -281,6 +289,15 @@ def test_a_table_of_the_classes_that_occur(emulated, runs, dtype, separation):
     check_present_classes(emulated, dtype, separation)
     check_totals(emulated, dtype, separation)
     check_totals_of_many(emulated, separation)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("separation", SEPARATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_step_of_sgd(emulated, runs, dtype, separation, activation):
+    for sgd in SGD:
+        check_step(emulated, dtype, separation, activation, sgd)
+    check_step_refuses_strides(emulated)
 
 
 def test_terms(runs):

@@ -837,6 +837,81 @@ def test_totals_of_many_rows_and_columns(separation, backend):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# A step of the centroids
+# ------------------------------------------------------------------------------------------------------------
+
+# momentum, weight decay as a part of what the gradient moves, nesterov
+SGD = ((0.0, 0.0, False), (0.0, 0.3, False), (0.9, 0.0, False), (0.9, 0.3, True))
+# More rows than classes and fewer, of which some have none; none at all; more columns than a program has at once.
+STEPS = ((13, 7, 37), (0, 7, 37), (4, 7, 2100))
+
+
+def check_step(run, dtype, separation, activation, sgd):
+    """Against torch.optim.SGD on the gradient of centroid_grad; and the statistics are those of the new centroids."""
+    c2s, softmax = separation == "centroid_to_sample", activation == "softmax"
+    momentum, decay, nesterov = sgd
+    for rows, classes, columns in STEPS:
+        z, target, xi, center, weight = make(
+            rows, classes, columns, center=True, weight=True, ignore=True, spread=1.0, dtype=dtype
+        )
+        target[target >= 0] %= classes - 2
+        z[target == -100] = float("nan")
+        stats = run.centroid_stats(xi, softmax, c2s)
+        options = (0.7, True, softmax, c2s, True, 1, 1e-8, -100, False)
+        of_rows = run.loss(z, target, center, None, None, 0.0, *stats, weight, *options)[1]
+        expected = torch.nn.Parameter(xi.clone())
+        expected.grad = run.centroid_grad(z, target, center, xi, *stats, of_rows, None, c2s, -100)
+        # So large a step that what it rounds to is not most of the difference.
+        lr = (xi.norm() / expected.grad.norm()).item() if rows else 1.0
+        rate = {"lr": lr, "momentum": momentum, "weight_decay": decay / lr, "nesterov": nesterov}
+        optimizer = torch.optim.SGD([expected], **rate)
+        before, buffer = xi.clone(), None
+        if momentum:
+            buffer = (torch.randn(classes, columns, dtype=torch.float64) / lr).to(dtype)
+            optimizer.state[expected]["momentum_buffer"] = buffer.clone()
+        optimizer.step()
+        run.centroid_step_(z, target, center, xi, buffer, *stats, of_rows, softmax, c2s, -100, *rate.values())
+        rounding = 1e-6 if dtype == torch.float32 else 1e-13
+        moved = expected.detach() - before
+        assert moved.norm() > 0.1 * before.norm() or (rows == 0 and not (momentum or decay))
+        assert relative(xi - before, moved) < rounding
+        if momentum:
+            assert relative(buffer, optimizer.state[expected]["momentum_buffer"]) < rounding
+        for actual, fresh in zip(stats, run.centroid_stats(xi, softmax, c2s), strict=True):
+            assert torch.equal(actual, fresh)
+
+
+def check_step_refuses_strides(run):
+    z, target, xi, _, _ = make(5, 4, 4, dtype=torch.float32)
+    stats = run.centroid_stats(xi, False, False)
+    of_rows = run.terms(z, target, None, *stats, 1.0, False, False, False, -100)[1]
+    before = xi.clone()
+    for name, logits, buffer in (("centroid_logits", xi.t(), None), ("momentum_buffer", xi, torch.zeros_like(xi).t())):
+        with pytest.raises(RuntimeError, match=f"{name} must be contiguous"):
+            run.centroid_step_(
+                z, target, None, logits, buffer, *stats, of_rows, False, False, -100, 1.0, 0.9, 0.0, False
+            )
+    assert torch.equal(xi, before)
+
+
+@every_backend
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("separation", SEPARATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sgd", SGD)
+def test_a_step_of_sgd(sgd, dtype, separation, activation, backend, interpreted):
+    double, c2s = dtype == torch.float64, separation == "centroid_to_sample"
+    if interpreted and ((activation == "softmax") != sgd[2] or (SGD.index(sgd) + double + c2s) % 2):
+        pytest.skip(LEFT)
+    check_step(_ops.operators(backend), dtype, separation, activation, sgd)
+
+
+@every_backend
+def test_a_step_refuses_strides(backend):
+    check_step_refuses_strides(_ops.operators(backend))
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The operators themselves
 # ------------------------------------------------------------------------------------------------------------
 
@@ -867,6 +942,13 @@ def operator_calls(dtype: torch.dtype, separation: str, ratio: str):
         (ops.centroid_grad, (z, target, center, xi, *stats, rows, upstream, c2s, -100)),
         (ops.centroid_grad, (z, target, center, xi, *stats, rows, upstream, c2s, -100, totals)),
         (ops.class_totals, (z, target, center, rows, upstream, c2s, -100)),
+        *(
+            (
+                ops.centroid_step_,
+                (z, target, center, xi, buffer, *stats, rows, False, c2s, -100, 0.5, momentum, 1e-3, momentum > 0),
+            )
+            for momentum, buffer in ((0.9, torch.randn_like(xi)), (0.0, None))
+        ),
         (ops.scale_, (torch.randn_like(xi), upstream)),
         (ops.update_center_, (center.clone(), torch.tensor(1), z, target, 0.9, 3, -100)),
     ]
@@ -884,13 +966,28 @@ def test_opcheck(dtype, separation, ratio):
 @pytest.mark.parametrize("separation", SEPARATIONS)
 def test_every_element_of_every_output_is_written(separation, backend, interpreted):
     """Outputs land in freed memory that was filled with NaN: an element that a kernel forgets shows."""
+    run, options = _ops.operators(backend), Options(separation=separation)
     for rows, classes, columns in ((5, 3, 17), (40, 30, 65), (50, 40, 500) if interpreted else (300, 200, 500)):
         problem = make(rows, classes, columns, ignore=True, dtype=torch.float32)
-        for _ in range(3):
+        z, target, xi, center, weight = problem
+
+        def fill(rows=rows, classes=classes, columns=columns):
             garbage = [torch.full((size,), float("nan")) for size in (rows * columns, classes * columns) * 4]
             del garbage
-            for result in evaluate(problem, Options(separation=separation), backend):
+
+        for _ in range(3):
+            fill()
+            for result in evaluate(problem, options, backend):
                 assert bool(result.isfinite().all())
+        stats = _ops.centroid_stats(xi, options, backend)
+        of_rows = run.loss(z, target, center, None, None, 0.0, *stats, weight, *options.for_loss, False)[1]
+        fill()
+        run.centroid_step_(
+            *(z, target, center, xi, None, *stats, of_rows, False, options.centroid_to_sample, -100),
+            *(1.0, 0.0, 0.0, False),
+        )
+        for result in (xi, *stats):
+            assert bool(result.isfinite().all())
 
 
 CAPABILITY_SCRIPT = """

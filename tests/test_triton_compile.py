@@ -23,7 +23,10 @@ CASES = [
     *itertools.product(("loss", "input_grad", "centroid_grad"), ("bf16", "fp32"), COLUMNS, ({},)),
     *itertools.product(("centroid_stats",), ("fp32",), COLUMNS, ({},)),
     *itertools.product(("loss", "input_grad"), ("bf16",), (100,), ({"classes": 100},)),
-    *itertools.product(("loss", "input_grad", "centroid_grad", "centroid_stats"), ("fp32",), (4096,), (C2S,)),
+    *itertools.product(
+        ("loss", "input_grad", "centroid_grad", "centroid_step_", "centroid_stats"), ("fp32",), (4096,), (C2S,)
+    ),
+    *itertools.product(("centroid_step_",), ("fp32",), (100, 4096, LOOPING), ({},)),
     ("input_grad", "fp32", 16384, C2S),
     *itertools.product(("loss",), ("fp32",), (1000, 16384), ({"ratio": "sample"},)),
     *itertools.product(("loss",), ("bf16", "fp32"), (4096,), ({"activation": "softmax"}, {"temperature": 0.2})),
@@ -122,6 +125,14 @@ def test_traffic_of_the_others(compiled, target):
     assert sums["loads"]["input"] == 32 * sums["elements"]
     assert last["loads"]["logits"] == last["stores"]["grad"] == 32 * last["elements"]
     assert sums["widest"]["input"] == last["widest"]["logits"] == last["widest"]["grad"] == 128
+    for case in ("centroid_step_-fp32-4096", "centroid_step_-fp32-4096-centroid_to_sample=True"):
+        (step,) = [k for k in compiled[case, target] if k["kernel"] == "centroid_grad_kernel"]
+        of_class = 32 * step["elements"]
+        passes = 2 if "centroid_to_sample" in case else 1
+        assert step["stores"] == {"logits": of_class, "momentum_buffer": of_class}
+        assert step["loads"]["logits"] == passes * of_class
+        assert step["loads"]["momentum_buffer"] == of_class
+        assert step["widest"]["logits"] == step["widest"]["momentum_buffer"] == 128
     kernels = {k["kernel"]: k for k in compiled["centroid_stats-fp32-4096", target]}
     rows = kernels["centroid_rows_kernel"]
     assert rows["stores"]["log_activation"] == 32 * rows["elements"]

@@ -89,6 +89,9 @@ def launches_of(operator: str, dtype: str, columns: int, options: dict[str, Any]
             ops.input_grad(z, y, center, *stats, saved, upstream, c2s, -100)
         elif operator == "centroid_grad":
             ops.centroid_grad(z, y, center, xi, *stats, saved, upstream, c2s, -100)
+        elif operator == "centroid_step_":
+            sgd = 0.1, 0.9, 5e-4, True
+            ops.centroid_step_(z, y, center, xi, torch.empty_like(xi), *stats, saved, softmax, c2s, -100, *sgd)
         elif operator == "scale_":
             ops.scale_(z, upstream)
     return launches

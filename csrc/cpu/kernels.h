@@ -119,17 +119,6 @@ struct TotalsArgs {
   double* totals;                 // [M]
 };
 
-// A step of torch.optim.SGD.
-template <class T>
-struct StepArgs {
-  T* logits;           // [C, M] contiguous
-  T* momentum_buffer;  // [C, M] contiguous, or null without momentum
-  double lr;
-  double momentum;
-  double weight_decay;
-  bool nesterov;
-};
-
 // `scratch` is [columns] elements, for terms and input_grad [4, columns].
 template <class T>
 struct Kernels {

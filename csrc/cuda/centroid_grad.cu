@@ -69,7 +69,7 @@ struct SumStorage {
   double factor[kWarps][2];           // of own_factor and of beta
 };
 
-// Leaves grad = sum_i own_factor_i (p_ik - q_ck), and for centroid_to_sample own_separation = sum_i beta_i (log a_ik -
+// Leaves own = sum_i own_factor_i (p_ik - q_ck), and for centroid_to_sample own_separation = sum_i beta_i (log a_ik -
 // log a_ck), for the classes that have rows; and for all classes of the chunk together sum_i beta_i p_ik, or
 // sum_i beta_i log a_ik.
 template <class In, class T, bool centroid_to_sample>
@@ -138,6 +138,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) class_grad_sums_kernel(const
       factor_sum[1] += storage.factor[w][1];
     }
     if (finishes) {
+      const int64_t at = args.own_offset(c) + column;
       double own_sum = 0, log_sum = 0;
       for (int w = 0; w < busy; ++w) {
         own_sum += storage.own[w][thread];
@@ -148,9 +149,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) class_grad_sums_kernel(const
       with_kind<T>(Kind(int(q.kind(c))), [&](auto tag) NCMI_INLINED {
         constexpr Kind kind = decltype(tag)::value;
         const Activation<T> a = activate<kind, false>(xi * argument_scale<kind, T>(1.0), T(q.shift(c)));
-        args.grad[c * q.columns + column] = T(own_sum - factor_sum[0] * (double(a.value) * inverse_norm));
-        if constexpr (centroid_to_sample)
-          args.own_separation[c * q.columns + column] = T(log_sum - factor_sum[1] * double(a.log));
+        args.own[at] = T(own_sum - factor_sum[0] * (double(a.value) * inverse_norm));
+        if constexpr (centroid_to_sample) args.own_separation[at] = T(log_sum - factor_sum[1] * double(a.log));
       });
     }
     if (tile == 0 && thread == 0) args.class_separation[c] = factor_sum[1];
@@ -249,13 +249,13 @@ __global__ void __launch_bounds__(kThreads, 1) fold_totals_kernel(const TotalsAr
   args.totals[k] = sum;
 }
 
-// By class.
+// By class: the gradient in the place of `own`, or for `with_step` none, but the step of SGD by it.
 //   sample_to_centroid: slope (-own - (1/C) sum_i beta_i (p_ik - q_ck)), own = sum over the rows of the class of
 //   own_factor_i (p_ik - q_ck);
 //   centroid_to_sample: slope (-own + (1/C) q (s - sum_k q s)), s_ck = sum over rows of other classes of
 //   beta_i (log q_ck - log p_ik), up to what is constant along the row.
-template <class T, bool centroid_to_sample>
-__global__ void __launch_bounds__(kThreads, 1) class_grad_kernel(const CentroidGradArgs<T> args) {
+template <class T, bool centroid_to_sample, bool with_step>
+__global__ void __launch_bounds__(kThreads, 1) class_grad_kernel(const CentroidGradArgs<T> args, const StepArgs<T> step) {
   const Centroids<T>& q = args.centroids;
   const int64_t c = blockIdx.x;
   Group group = group_of_thread(shared_storage<GroupStorage>());
@@ -263,12 +263,14 @@ __global__ void __launch_bounds__(kThreads, 1) class_grad_kernel(const CentroidG
   const double inverse_norm = ::exp(-q.log_norm(c)), inverse_classes = 1.0 / q.all().classes;
   const double separation_sum = args.totals[q.columns];
   const T shift = T(q.shift(c));
-  T* grad = args.grad + c * q.columns;
-  const T* own_separation = centroid_to_sample ? args.own_separation + c * q.columns : nullptr;
+  T* own_sums = args.own + args.own_offset(c);
+  const T* own_separation = centroid_to_sample ? args.own_separation + args.own_offset(c) : nullptr;
   with_kind<T>(Kind(int(q.kind(c))), [&](auto tag) NCMI_INLINED {
     constexpr Kind kind = decltype(tag)::value;
-    const auto activation_at = [&](int64_t k) NCMI_INLINED {
-      const T xi = load_any<T>(args.logits, c * args.logits.row_stride + k * args.logits.column_stride);
+    const auto logit_at = [&](int64_t k) NCMI_INLINED {
+      return load_any<T>(args.logits, c * args.logits.row_stride + k * args.logits.column_stride);
+    };
+    const auto activation_of = [&](T xi) NCMI_INLINED {
       return activate<kind, false>(xi * argument_scale<kind, T>(1.0), shift);
     };
     const auto separation_at = [&](int64_t k, const Activation<T>& a) NCMI_INLINED {
@@ -277,18 +279,32 @@ __global__ void __launch_bounds__(kThreads, 1) class_grad_kernel(const CentroidG
     [[maybe_unused]] double mean = 0;
     if constexpr (centroid_to_sample) {
       for (int64_t k = threadIdx.x; k < q.columns; k += blockDim.x) {
-        const Activation<T> a = activation_at(k);
+        const Activation<T> a = activation_of(logit_at(k));
         mean += double(a.value) * inverse_norm * separation_at(k, a);
       }
       mean = group.sum(mean);
     }
     for (int64_t k = threadIdx.x; k < q.columns; k += blockDim.x) {
-      const Activation<T> a = activation_at(k);
-      const double own = has_rows ? double(grad[k]) : 0.0, share = double(a.value) * inverse_norm;
+      const T xi = logit_at(k);
+      const Activation<T> a = activation_of(xi);
+      const double own = has_rows ? double(own_sums[k]) : 0.0, share = double(a.value) * inverse_norm;
+      T grad;
       if constexpr (centroid_to_sample)
-        grad[k] = T(double(a.slope) * (inverse_classes * share * (separation_at(k, a) - mean) - own));
+        grad = T(double(a.slope) * (inverse_classes * share * (separation_at(k, a) - mean) - own));
       else
-        grad[k] = T(-double(a.slope) * (own + inverse_classes * (args.totals[k] - separation_sum * share)));
+        grad = T(-double(a.slope) * (own + inverse_classes * (args.totals[k] - separation_sum * share)));
+      if constexpr (!with_step) {
+        own_sums[k] = grad;
+      } else {  // in place: this thread alone reads column k, and for the last time
+        const int64_t at = c * q.columns + k;
+        T moves_by = grad + T(step.weight_decay) * xi;
+        if (step.momentum_buffer) {
+          const T average = T(step.momentum) * step.momentum_buffer[at] + moves_by;
+          step.momentum_buffer[at] = average;
+          moves_by = step.nesterov ? moves_by + T(step.momentum) * average : average;
+        }
+        step.logits[at] = xi - T(step.lr) * moves_by;
+      }
     }
   });
 }
@@ -304,8 +320,10 @@ void launch_sort_keys(const Targets& target, int64_t rows, int64_t classes, int3
   launch(sort_keys_kernel, ceil_div(rows, kThreads), dim3(kThreads), stream, target, rows, classes, keys);
 }
 
-template <class T>
-void launch_centroid_grad(const CentroidGradArgs<T>& args, Stream stream) {
+namespace {
+
+template <bool with_step, class T>
+void launch_by_class(const CentroidGradArgs<T>& args, const StepArgs<T>& step, Stream stream) {
   const Centroids<T>& q = args.centroids;
   launch(class_begin_kernel, ceil_div(args.rows + 1, kThreads), dim3(kThreads), stream, args.sorted, args.rows,
          q.classes, args.class_begin);
@@ -320,9 +338,21 @@ void launch_centroid_grad(const CentroidGradArgs<T>& args, Stream stream) {
   if (!args.totals_given)
     launch(totals_kernel<T>, ceil_div(q.columns, kThreads) + 1, dim3(kThreads), stream, args);
   if (q.centroid_to_sample)
-    launch(class_grad_kernel<T, true>, q.classes, dim3(kThreads), stream, args);
+    launch(class_grad_kernel<T, true, with_step>, q.classes, dim3(kThreads), stream, args, step);
   else
-    launch(class_grad_kernel<T, false>, q.classes, dim3(kThreads), stream, args);
+    launch(class_grad_kernel<T, false, with_step>, q.classes, dim3(kThreads), stream, args, step);
+}
+
+}  // namespace
+
+template <class T>
+void launch_centroid_grad(const CentroidGradArgs<T>& args, Stream stream) {
+  launch_by_class<false>(args, StepArgs<T>{}, stream);
+}
+
+template <class T>
+void launch_centroid_step(const CentroidGradArgs<T>& args, const StepArgs<T>& step, Stream stream) {
+  launch_by_class<true>(args, step, stream);
 }
 
 int64_t total_chunks(int64_t rows, int64_t columns) {
@@ -346,5 +376,7 @@ template void launch_class_totals(const TotalsArgs<float>&, Stream);
 template void launch_class_totals(const TotalsArgs<double>&, Stream);
 template void launch_centroid_grad(const CentroidGradArgs<float>&, Stream);
 template void launch_centroid_grad(const CentroidGradArgs<double>&, Stream);
+template void launch_centroid_step(const CentroidGradArgs<float>&, const StepArgs<float>&, Stream);
+template void launch_centroid_step(const CentroidGradArgs<double>&, const StepArgs<double>&, Stream);
 
 }  // namespace ncmi::cuda

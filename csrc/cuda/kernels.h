@@ -159,8 +159,14 @@ struct CentroidGradArgs {
   double* totals;              // [M + 1], the last one sum_i beta_i: workspace, or
   bool totals_given;           // read only
   double* class_separation;    // [C] workspace: sums of beta over the rows of a class
-  T* own_separation;           // [C, M] workspace; centroid_to_sample only
-  T* grad;                     // [C, M]
+  // The sums of the classes that have rows, [C, M], or [B, M] where each is in the place of its first row in `order`.
+  bool by_first_row;
+  T* own;             // workspace, or [C, M] that becomes the gradient
+  T* own_separation;  // workspace; centroid_to_sample only
+
+  NCMI_INLINE_MEMBER int64_t own_offset(int64_t c) const {
+    return (by_first_row ? class_begin[c] : c) * centroids.columns;
+  }
 };
 int64_t grad_chunks(int64_t classes, int64_t columns);
 
@@ -197,6 +203,9 @@ void launch_centroid_stats(const CentroidStatsArgs<T>&, Stream);
 void launch_sort_keys(const Targets&, int64_t rows, int64_t classes, int32_t* keys, Stream);
 template <class T>
 void launch_centroid_grad(const CentroidGradArgs<T>&, Stream);
+// A step by the gradient, of the logits that it is of.
+template <class T>
+void launch_centroid_step(const CentroidGradArgs<T>&, const StepArgs<T>&, Stream);
 template <class T>
 void launch_class_totals(const TotalsArgs<T>&, Stream);
 template <class T>

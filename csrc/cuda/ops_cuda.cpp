@@ -109,6 +109,19 @@ Upstream upstream_of(const std::optional<Tensor>& t, const Tensor& input) {
   return {t->data_ptr(), t->scalar_type() == ScalarType::Double, by_row ? t->stride(0) : 0};
 }
 
+// What centroid_stats gives of the logits xi [C, M], to where it belongs.
+template <class T>
+void write_stats(const Device& device, const Matrix& xi, int64_t classes, int64_t columns, bool softmax,
+                 bool centroid_to_sample, T* log_activation, T* activation, T* reference, ClassStats* of) {
+  const int64_t chunks = class_chunks(classes, columns);
+  const int64_t sums = chunks * kClassSums * columns, lost = 2 * columns;
+  Workspace workspace(device, sums + lost);
+  launch_centroid_stats<T>({xi, classes, columns, softmax, centroid_to_sample, log_activation,
+                            centroid_to_sample ? activation : nullptr, reference, of, chunks, workspace.take(sums),
+                            workspace.take(lost)},
+                           device.stream());
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_stats(const Tensor& logits, bool softmax,
                                                           bool centroid_to_sample) {
   const Matrix xi = matrix(logits, "centroid_logits");
@@ -122,13 +135,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_stats(const Tensor& logits, 
     Tensor activation = empty(device, {centroid_to_sample ? classes : 0, columns}, dtype);
     Tensor reference = empty(device, {2, columns}, dtype);
     Tensor norms = empty(device, {classes + 1, kClassStats}, ScalarType::Double);
-    const int64_t chunks = class_chunks(classes, columns);
-    const int64_t sums = chunks * kClassSums * columns, lost = 2 * columns;
-    Workspace workspace(device, sums + lost);
-    launch_centroid_stats<T>({xi, classes, columns, softmax, centroid_to_sample, output<T>(log_activation),
-                              centroid_to_sample ? output<T>(activation) : nullptr, output<T>(reference),
-                              reinterpret_cast<ClassStats*>(output<double>(norms)), chunks, workspace.take(sums), workspace.take(lost)},
-                             device.stream());
+    write_stats<T>(device, xi, classes, columns, softmax, centroid_to_sample, output<T>(log_activation),
+                   output<T>(activation), output<T>(reference), output<ClassStats>(norms));
     return std::make_tuple(log_activation, activation, reference, norms);
   });
 }
@@ -286,35 +294,86 @@ std::tuple<Tensor, Tensor> stable_sort(const Tensor& keys) {
   return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
 }
 
+// The gradient to `grad` [C, M], or else a step by it.
+template <class T>
+void by_class(const Device& device, const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
+              const Tensor& centroid_logits, const Centroids<T>& q, const Tensor& row_stats,
+              const std::optional<Tensor>& upstream, int64_t ignore_index, const std::optional<Tensor>& totals, T* grad,
+              const StepArgs<T>* step) {
+  const Matrix z = rows_of<T>(input, q.columns), xi = matrix(centroid_logits, "centroid_logits");
+  check_device(centroid_logits, "centroid_logits", input);
+  check_shape(centroid_logits, "centroid_logits", {q.classes, q.columns});
+  STD_TORCH_CHECK(q.classes < 0x7fffffff, "ncmi_kernels: more classes than 2^31");
+  const int64_t rows = input.size(0), chunks = grad_chunks(q.classes, q.columns);
+  const Targets y = targets(target, input, ignore_index);
+  Tensor keys = empty(device, {rows}, ScalarType::Int);
+  launch_sort_keys(y, rows, q.classes, output<int32_t>(keys), device.stream());
+  auto [sorted, order] = stable_sort(keys);
+  double* given = const_cast<double*>(data_on<double>(totals, "totals", {q.columns + 1}, input));
+  const bool by_first_row = step && rows < q.classes;
+  const int64_t sums = ((by_first_row ? rows : q.classes) * q.columns * sizeof(T) + 7) / sizeof(double);
+  const int64_t own = step ? sums : 0, own_separation = q.centroid_to_sample ? sums : 0;
+  Workspace workspace(device, (q.classes + 1) + chunks * q.columns + (q.columns + 1) + q.classes + own + own_separation);
+  const CentroidGradArgs<T> args{z,
+                                 rows,
+                                 y,
+                                 data_on<T>(center, "center", {q.columns}, input),
+                                 q,
+                                 xi,
+                                 stats_on(row_stats, input),
+                                 upstream_of(upstream, input),
+                                 output<int32_t>(sorted),
+                                 output<int64_t>(order),
+                                 workspace.take<int64_t>(q.classes + 1),
+                                 chunks,
+                                 workspace.take(chunks * q.columns),
+                                 given ? given : workspace.take(q.columns + 1),
+                                 given != nullptr,
+                                 workspace.take(q.classes),
+                                 by_first_row,
+                                 step ? workspace.take<T>(own) : grad,
+                                 workspace.take<T>(own_separation)};
+  if (step)
+    launch_centroid_step(args, *step, device.stream());
+  else
+    launch_centroid_grad(args, device.stream());
+}
+
 Tensor centroid_grad(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
                      const Tensor& centroid_logits, const Tensor& log_activation, const Tensor& activation,
                      const Tensor& reference, const Tensor& norms, const Tensor& row_stats,
                      const std::optional<Tensor>& upstream, bool centroid_to_sample, int64_t ignore_index,
                      const std::optional<Tensor>& totals) {
   const Device device(input);
-  const Matrix xi = matrix(centroid_logits, "centroid_logits");
-  check_device(centroid_logits, "centroid_logits", input);
   return with_arithmetic_type(centroid_logits.scalar_type(), "centroid_logits", [&]<class T>() {
     const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample, input);
-    const Matrix z = rows_of<T>(input, q.columns);
-    check_shape(centroid_logits, "centroid_logits", {q.classes, q.columns});
-    STD_TORCH_CHECK(q.classes < 0x7fffffff, "ncmi_kernels: more classes than 2^31");
-    const int64_t rows = input.size(0), chunks = grad_chunks(q.classes, q.columns);
-    const Targets y = targets(target, input, ignore_index);
-    Tensor keys = empty(device, {rows}, ScalarType::Int);
-    launch_sort_keys(y, rows, q.classes, output<int32_t>(keys), device.stream());
-    auto [sorted, order] = stable_sort(keys);
-    const double* given = data_on<double>(totals, "totals", {q.columns + 1}, input);
-    const int64_t own_separation = centroid_to_sample ? q.classes * q.columns : 0;
-    Workspace workspace(device, (q.classes + 1) + chunks * q.columns + (q.columns + 1) + q.classes + own_separation);
     Tensor grad = empty(device, {q.classes, q.columns}, kScalarType<T>);
-    launch_centroid_grad<T>({z, rows, y, data_on<T>(center, "center", {q.columns}, input), q, xi,
-                             stats_on(row_stats, input), upstream_of(upstream, input), output<int32_t>(sorted),
-                             output<int64_t>(order), workspace.take<int64_t>(q.classes + 1), chunks,
-                             workspace.take(chunks * q.columns), given ? const_cast<double*>(given) : workspace.take(q.columns + 1), given != nullptr,
-                             workspace.take(q.classes), workspace.take<T>(own_separation), output<T>(grad)},
-                            device.stream());
+    by_class<T>(device, input, target, center, centroid_logits, q, row_stats, upstream, ignore_index, totals,
+                output<T>(grad), nullptr);
     return grad;
+  });
+}
+
+void centroid_step_(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
+                    const Tensor& centroid_logits, const std::optional<Tensor>& momentum_buffer,
+                    const Tensor& log_activation, const Tensor& activation, const Tensor& reference,
+                    const Tensor& norms, const Tensor& row_stats, bool softmax, bool centroid_to_sample,
+                    int64_t ignore_index, double lr, double momentum, double weight_decay, bool nesterov) {
+  const Device device(input);
+  with_arithmetic_type(centroid_logits.scalar_type(), "centroid_logits", [&]<class T>() {
+    const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample, input);
+    const StepArgs<T> step{
+        const_cast<T*>(data_on<T>(centroid_logits, "centroid_logits", {q.classes, q.columns}, input)),
+        const_cast<T*>(data_on<T>(momentum_buffer, "momentum_buffer", {q.classes, q.columns}, input)),
+        lr,
+        momentum,
+        weight_decay,
+        nesterov};
+    by_class<T>(device, input, target, center, centroid_logits, q, row_stats, std::nullopt, ignore_index, std::nullopt,
+                nullptr, &step);
+    write_stats<T>(device, matrix(centroid_logits, "centroid_logits"), q.classes, q.columns, softmax,
+                   centroid_to_sample, const_cast<T*>(q.log_activation), const_cast<T*>(q.activation),
+                   const_cast<T*>(q.reference), const_cast<ClassStats*>(q.of));
   });
 }
 
@@ -350,6 +409,7 @@ STABLE_TORCH_LIBRARY_IMPL(ncmi_kernels, CUDA, m) {
   m.impl("scale_", TORCH_BOX(&ncmi::cuda::scale_));
   m.impl("input_grad", TORCH_BOX(&ncmi::cuda::input_grad));
   m.impl("centroid_grad", TORCH_BOX(&ncmi::cuda::centroid_grad));
+  m.impl("centroid_step_", TORCH_BOX(&ncmi::cuda::centroid_step_));
   m.impl("class_totals", TORCH_BOX(&ncmi::cuda::class_totals));
   m.impl("update_center_", TORCH_BOX(&ncmi::cuda::update_center_));
 }

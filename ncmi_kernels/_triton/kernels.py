@@ -1355,17 +1355,19 @@ def class_sums_kernel(
         tl.store(factor_sums + classes + c, tl.sum(betas, axis=0))
 
 
-@triton.jit(do_not_specialize=["unit_stride", "column_stride", "classes"])
+@triton.jit(do_not_specialize=["unit_stride", "column_stride", "classes", "lr", "momentum", "weight_decay"])
 def centroid_grad_kernel(
-    logits, norms, own_sums, all_sums, factor_sums, totals, grad, unit_stride, column_stride, classes, M: tl.constexpr,
-    ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr, GIVEN: tl.constexpr,
-    COLUMNS: tl.constexpr, CLASSES: tl.constexpr,
+    logits, norms, own_sums, all_sums, factor_sums, totals, grad, momentum_buffer, unit_stride, column_stride, classes,
+    lr, momentum, weight_decay, M: tl.constexpr, ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr,
+    CENTROID_TO_SAMPLE: tl.constexpr, GIVEN: tl.constexpr, NESTEROV: tl.constexpr, COLUMNS: tl.constexpr,
+    CLASSES: tl.constexpr,
 ):  # fmt: skip
     """d loss / d xi [C, M], one class a program, from class_sums_kernel's sums and their `totals` [M] over classes.
 
-    GIVEN: `totals` [M + 1] are not of these sums, and the last of them is the sum of beta.
+    GIVEN: `totals` [M + 1] are not of these sums, and the last of them is the sum of beta. Without `grad` it goes into
+    a step of torch.optim.SGD on `logits` and, where there is one, `momentum_buffer`, both [C, M] and contiguous.
     """
-    dtype: tl.constexpr = grad.dtype.element_ty
+    dtype: tl.constexpr = logits.dtype.element_ty
     c = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     live = c < classes
     kind = tl.load(norms + tl.program_id(0) * RECORD + CLASS_KIND)
@@ -1409,4 +1411,17 @@ def centroid_grad_kernel(
                 by_log = (own_factor[:, None] + inverse_classes * beta_sum) * q - (own + inverse_classes * total)
             if step == PASSES - 1:
                 g = (slope.to(tl.float64) * by_log).to(dtype)
-                tl.store(grad + (c * M)[:, None] + k[None, :], g, mask=inside[None, :])
+                at = (c * M)[:, None] + k[None, :]
+                if grad is not None:
+                    tl.store(grad + at, g, mask=inside[None, :])
+                else:
+                    g += _double(weight_decay).to(dtype) * x
+                    if momentum_buffer is not None:
+                        keep = _double(momentum).to(dtype)
+                        average = keep * tl.load(momentum_buffer + at, mask=inside[None, :], other=0.0) + g
+                        g = g + keep * average if NESTEROV else average
+                    # A small tile has copies of its elements in several threads: all have read when one overwrites.
+                    tl.debug_barrier()
+                    tl.store(logits + at, x - _double(lr).to(dtype) * g, mask=inside[None, :])
+                    if momentum_buffer is not None:
+                        tl.store(momentum_buffer + at, average, mask=inside[None, :])

@@ -132,6 +132,70 @@ def _check_targets(target: Tensor, ignore_index: int, classes: int) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def _write_stats(
+    centroid_logits: Tensor,
+    softmax: bool,
+    centroid_to_sample: bool,
+    log_activation: Tensor,
+    activation: Tensor,
+    reference: Tensor,
+    norms: Tensor,
+) -> None:
+    """What centroid_stats gives of the logits [C, M], into these tensors."""
+    classes, columns = centroid_logits.shape
+    workspace = norms.new_empty((2, columns))
+    residual, weighted = workspace[0], workspace[1]
+    tile = row_tile(columns, centroid_logits.dtype, True)
+    strides = _strides(centroid_logits)
+    launch(
+        kernels.centroid_rows_kernel,
+        (-(-classes // tile.rows),),
+        centroid_logits,
+        log_activation,
+        activation,
+        norms,
+        strides.units,
+        strides.column,
+        classes,
+        columns,
+        strides.align,
+        strides.contiguous,
+        kernels.SOFTMAX if softmax else kernels.NSF,
+        centroid_to_sample,
+        tile.rows,
+        tile.columns,
+        tile.vec,
+        warps=tile.warps,
+    )
+    launch(
+        kernels.centroid_columns_kernel,
+        (-(-columns // 16),),
+        log_activation,
+        activation,
+        norms,
+        reference,
+        residual,
+        weighted,
+        classes,
+        columns,
+        centroid_to_sample,
+        128,
+        16,
+    )
+    launch(
+        kernels.centroid_constants_kernel,
+        (1,),
+        reference,
+        residual,
+        weighted,
+        norms,
+        classes,
+        columns,
+        centroid_to_sample,
+        512,
+    )
+
+
 def centroid_stats(
     centroid_logits: Tensor, softmax: bool, centroid_to_sample: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -141,58 +205,8 @@ def centroid_stats(
     activation = centroid_logits.new_empty((classes if centroid_to_sample else 0, columns))
     reference = centroid_logits.new_empty((2, columns))
     norms = centroid_logits.new_empty((classes + 1, _ops.CLASS_STATS), dtype=torch.float64)
-    workspace = norms.new_empty((2, columns))
-    residual, weighted = workspace[0], workspace[1]
-    tile = row_tile(columns, centroid_logits.dtype, True)
-    strides = _strides(centroid_logits)
     with _on(centroid_logits):
-        launch(
-            kernels.centroid_rows_kernel,
-            (-(-classes // tile.rows),),
-            centroid_logits,
-            log_activation,
-            activation,
-            norms,
-            strides.units,
-            strides.column,
-            classes,
-            columns,
-            strides.align,
-            strides.contiguous,
-            kernels.SOFTMAX if softmax else kernels.NSF,
-            centroid_to_sample,
-            tile.rows,
-            tile.columns,
-            tile.vec,
-            warps=tile.warps,
-        )
-        launch(
-            kernels.centroid_columns_kernel,
-            (-(-columns // 16),),
-            log_activation,
-            activation,
-            norms,
-            reference,
-            residual,
-            weighted,
-            classes,
-            columns,
-            centroid_to_sample,
-            128,
-            16,
-        )
-        launch(
-            kernels.centroid_constants_kernel,
-            (1,),
-            reference,
-            residual,
-            weighted,
-            norms,
-            classes,
-            columns,
-            centroid_to_sample,
-            512,
-        )
+        _write_stats(centroid_logits, softmax, centroid_to_sample, log_activation, activation, reference, norms)
     return log_activation, activation, reference, norms
 
 
@@ -675,6 +689,65 @@ def _fold(sums: Tensor, totals: Tensor) -> None:
     launch(kernels.fold_kernel, (-(-columns // 64),), sums, totals, chunks, columns, 32, 64)
 
 
+def _launch_centroid_grad(
+    input: Tensor,
+    target: Tensor,
+    center: Tensor | None,
+    centroid_logits: Tensor,
+    norms: Tensor,
+    rows: Tensor,
+    upstream: Tensor | None,
+    centroid_to_sample: bool,
+    ignore_index: int,
+    totals: Tensor | None,
+    grad: Tensor | None,
+    momentum_buffer: Tensor | None = None,
+    lr: float = 0.0,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+) -> None:
+    """The gradient of the centroids to `grad` [C, M]; without it they take a step of SGD by it."""
+    classes, columns = centroid_logits.shape
+    dtype = centroid_logits.dtype
+    # Rows by class in the order of the batch, ignored ones last. No count is read on the host.
+    of_class = torch.where(target == ignore_index, classes, target)
+    of_class, order = torch.sort(of_class, stable=True)
+    begin = torch.searchsorted(of_class, torch.arange(classes + 1, device=target.device))
+    of_centroids = _strides(centroid_logits)
+    sums, factor_sums = _class_sums(input, center, norms, rows, upstream, order, begin, dtype, centroid_to_sample)
+    folded = totals
+    if folded is None:
+        folded = norms.new_empty((columns,))
+        _fold(sums[1], folded)
+    launch(
+        kernels.centroid_grad_kernel,
+        (classes,),
+        centroid_logits,
+        norms,
+        sums[0],
+        sums[1],
+        factor_sums,
+        folded,
+        grad,
+        momentum_buffer,
+        of_centroids.units,
+        of_centroids.column,
+        classes,
+        _bits(lr),
+        _bits(momentum),
+        _bits(weight_decay),
+        columns,
+        of_centroids.align,
+        of_centroids.contiguous,
+        centroid_to_sample,
+        totals is not None,
+        nesterov,
+        _power_of_two(columns, 2048),
+        1024,
+    )
+
+
 def centroid_grad(
     input: Tensor,
     target: Tensor,
@@ -693,41 +766,68 @@ def centroid_grad(
     """d loss / d centroid_logits [C, M]; `totals` [M + 1] float64 are for the sums over all rows, as class_totals."""
     classes, columns = centroid_logits.shape
     _check_targets(target, ignore_index, classes)
-    dtype = centroid_logits.dtype
-    grad = torch.empty((classes, columns), dtype=dtype, device=centroid_logits.device)
-    # Rows by class in the order of the batch, ignored ones last. No count is read on the host.
-    of_class = torch.where(target == ignore_index, classes, target)
-    of_class, order = torch.sort(of_class, stable=True)
-    begin = torch.searchsorted(of_class, torch.arange(classes + 1, device=target.device))
-    of_centroids = _strides(centroid_logits)
+    grad = torch.empty((classes, columns), dtype=centroid_logits.dtype, device=centroid_logits.device)
     with _on(input):
-        sums, factor_sums = _class_sums(input, center, norms, rows, upstream, order, begin, dtype, centroid_to_sample)
-        folded = totals
-        if folded is None:
-            folded = norms.new_empty((columns,))
-            _fold(sums[1], folded)
-        launch(
-            kernels.centroid_grad_kernel,
-            (classes,),
+        _launch_centroid_grad(
+            input,
+            target,
+            center,
             centroid_logits,
             norms,
-            sums[0],
-            sums[1],
-            factor_sums,
-            folded,
-            grad,
-            of_centroids.units,
-            of_centroids.column,
-            classes,
-            columns,
-            of_centroids.align,
-            of_centroids.contiguous,
+            rows,
+            upstream,
             centroid_to_sample,
-            totals is not None,
-            _power_of_two(columns, 2048),
-            1024,
+            ignore_index,
+            totals,
+            grad,
         )
     return grad
+
+
+def centroid_step_(
+    input: Tensor,
+    target: Tensor,
+    center: Tensor | None,
+    centroid_logits: Tensor,
+    momentum_buffer: Tensor | None,
+    log_activation: Tensor,
+    activation: Tensor,
+    reference: Tensor,
+    norms: Tensor,
+    rows: Tensor,
+    softmax: bool,
+    centroid_to_sample: bool,
+    ignore_index: int,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+) -> None:
+    """A step of SGD on contiguous `centroid_logits` and `momentum_buffer` [C, M]; the statistics follow."""
+    for name, tensor in (("centroid_logits", centroid_logits), ("momentum_buffer", momentum_buffer)):
+        if tensor is not None and not tensor.is_contiguous():
+            raise RuntimeError(f"ncmi_kernels: {name} must be contiguous")
+    _check_targets(target, ignore_index, centroid_logits.shape[0])
+    with _on(input):
+        _launch_centroid_grad(
+            input,
+            target,
+            center,
+            centroid_logits,
+            norms,
+            rows,
+            None,
+            centroid_to_sample,
+            ignore_index,
+            None,
+            None,
+            momentum_buffer,
+            lr,
+            momentum,
+            weight_decay,
+            nesterov,
+        )
+        _write_stats(centroid_logits, softmax, centroid_to_sample, log_activation, activation, reference, norms)
 
 
 def class_totals(
@@ -781,6 +881,10 @@ SCHEMAS = (
     " bool centroid_to_sample, int ignore_index, Tensor? totals=None) -> Tensor",
     "class_totals(Tensor input, Tensor target, Tensor? center, Tensor rows, Tensor? upstream,"
     " bool centroid_to_sample, int ignore_index) -> Tensor",
+    "centroid_step_(Tensor input, Tensor target, Tensor? center, Tensor(a!) centroid_logits,"
+    " Tensor(b!)? momentum_buffer, Tensor(c!) log_activation, Tensor(d!) activation, Tensor(e!) reference,"
+    " Tensor(f!) norms, Tensor rows, bool softmax, bool centroid_to_sample, int ignore_index, float lr,"
+    " float momentum, float weight_decay, bool nesterov) -> ()",
     "update_center_(Tensor(a!) center, Tensor(b!) num_batches_tracked, Tensor input, Tensor target,"
     " float momentum, int num_classes, int ignore_index) -> Tensor",
 )
