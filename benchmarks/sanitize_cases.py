@@ -64,6 +64,12 @@ def run_case(
     totals = run.class_totals(*batch, of_rows, None, options.centroid_to_sample, -100)
     gradient = run.centroid_grad(*batch, logits, *stats, of_rows, None, options.centroid_to_sample, -100, totals)
     results += [totals, gradient]
+    for momentum, buffer in ((0.9, torch.zeros_like(logits)), (0.0, None)):
+        moved, stats = logits.detach().clone(), _ops.centroid_stats(logits, options, backend)
+        sgd = (0.1, momentum, 1e-3, momentum > 0)
+        stepping = options.softmax, options.centroid_to_sample, -100, *sgd
+        run.centroid_step_(*batch, moved, buffer, *stats, of_rows, *stepping)
+        results += [moved, *stats]
     update = (criterion.num_batches_tracked, 0.9)
     results.append(_ops.update_center_(criterion.center, update, z.detach(), y, classes, -100, backend))
     return results

@@ -23,8 +23,8 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
 REGISTERS = {
     "centroid_rows_kernel": 80,
     "class_begin_kernel": 18,
-    "class_grad_kernel": 82,
-    "class_grad_sums_kernel": 143,
+    "class_grad_kernel": 84,
+    "class_grad_sums_kernel": 146,
     "class_sums_kernel": 42,
     "column_sums_kernel": 120,
     "columns_kernel": 62,

@@ -15,7 +15,7 @@ import torch
 from conftest import REQUIRED, relative
 from torch import nn
 
-from ncmi_kernels import NCMILoss, available_backends, ncmi_loss, reference
+from ncmi_kernels import CentroidSGD, NCMILoss, _ops, available_backends, ncmi_loss, reference
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -388,6 +388,41 @@ def test_training_follows_float64(backend, ratio):
     for a, e in zip(actual, expected, strict=True):
         assert relative(a, e) < 1e-5
     assert relative(actual[1] - start, expected[1] - start) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
+@pytest.mark.parametrize("separation", ["sample_to_centroid", "centroid_to_sample"])
+# A warp a row; several kilobytes; more classes than rows.
+@pytest.mark.parametrize("shape", [(64, 5, 40), (300, 10, 4096), (33, 700, 257)])
+def test_steps_of_the_centroids_are_those_of_torch_sgd(backend, dtype, separation, shape, monkeypatch):
+    rows, classes, columns = shape
+    expected = NCMILoss(classes, columns, separation=separation, backend=backend, device="cuda")
+    actual = copy.deepcopy(expected)
+    logits, start = expected.centroid_logits, expected.centroid_logits.detach().clone()
+    sgd = {"lr": 30.0, "momentum": 0.9, "weight_decay": 1e-3, "nesterov": True}
+    theirs, ours = torch.optim.SGD([logits], **sgd), CentroidSGD(actual, **sgd)
+    monkeypatch.setattr(actual, "centroid_gradient", lambda *_: pytest.fail("formed a gradient"))
+    for number in range(5):
+        z, y = problem(rows, classes, columns, dtype)
+        y[::5] = -100
+        for criterion in (expected.train(), actual):
+            criterion(z, y)  # moves the centre, which then stays
+        theirs.zero_grad()
+        expected.eval()(z, y).backward()
+        theirs.step()
+        try:
+            if number == 3:  # all is compiled by then
+                torch.cuda.set_sync_debug_mode("error")
+            ours.step(z, y)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        moved = logits.detach() - start
+        assert moved.norm() > 0
+        bound = 1e-6 * max(1.0, (start.norm() / moved.norm()).item())
+        assert relative(actual.centroid_logits - start, moved) <= bound
+        kept = actual._stats_cache[-1]
+        fresh = _ops.centroid_stats(actual.centroid_logits, actual.options, backend)
+        assert all(torch.equal(a, e) for a, e in zip(kept, fresh, strict=True))
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)

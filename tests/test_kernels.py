@@ -979,6 +979,8 @@ def test_every_element_of_every_output_is_written(separation, backend, interpret
             fill()
             for result in evaluate(problem, options, backend):
                 assert bool(result.isfinite().all())
+        if interpreted and columns > 100:
+            continue  # seconds
         stats = _ops.centroid_stats(xi, options, backend)
         of_rows = run.loss(z, target, center, None, None, 0.0, *stats, weight, *options.for_loss, False)[1]
         fill()
