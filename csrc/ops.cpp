@@ -61,7 +61,7 @@ STABLE_TORCH_LIBRARY(ncmi_kernels, m) {
 
   // A step of torch.optim.SGD on centroid_logits, by the gradient that centroid_grad would give and that is formed a row
   // at a time; momentum_buffer goes with a momentum. The statistics, those that centroid_stats gave of the centroids,
-  // become those of the new ones, in place.
+  // become those of the new ones, in place. A batch with terms that are not finite moves nothing.
   m.def(
       "centroid_step_(Tensor input, Tensor target, Tensor? center, Tensor(a!) centroid_logits,"
       " Tensor(b!)? momentum_buffer, Tensor(c!) log_activation, Tensor(d!) activation, Tensor(e!) reference,"

@@ -169,6 +169,9 @@ class _Loss(torch.autograd.Function):
         ],
     ) -> Tensor:
         target, center, weight, options, backend, stats, update, one_pass, seen = others
+        # Statistics that were given, a step of the centroids overwrites. Autograd sees that it moves the centroids, but
+        # not where hooks on saved tensors put copies in their place.
+        ctx.given = None if stats is None else (centroid_logits, centroid_logits._version)
         if stats is None:
             stats = centroid_stats(centroid_logits, options, backend)
         moving = (center, None, None, 0.0) if update is None else (None, center, *update)
@@ -187,15 +190,20 @@ class _Loss(torch.autograd.Function):
             seen.append(means_of_terms)
             if not torch.compiler.is_compiling():
                 seen.append(rows)
-        ctx.save_for_backward(input, target, centroid_logits)
-        ctx.kept = center, weight, stats, rows, options, backend
+        ctx.save_for_backward(input, target, centroid_logits, center)
+        ctx.kept = weight, stats, rows, options, backend
         ctx.made = [grad] if one_pass else None
         return result
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        input, target, centroid_logits = ctx.saved_tensors
-        center, weight, stats, rows, options, backend = ctx.kept
+        input, target, centroid_logits, center = ctx.saved_tensors
+        weight, stats, rows, options, backend = ctx.kept
+        if ctx.given is not None and ctx.given[0]._version != ctx.given[1]:
+            raise RuntimeError(
+                "centroid_logits: modified by an inplace operation since the forward pass, expected the backward pass "
+                "before a step of the centroids"
+            )
         if _plain_backward():
             grads = _grads(
                 ctx.needs_input_grad,
@@ -234,14 +242,14 @@ class _Terms(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         stats = centroid_stats(centroid_logits, options, backend)
         values, rows = operators(backend).terms(input, target, center, *stats, *options.for_terms)
-        ctx.save_for_backward(input, target, centroid_logits)
-        ctx.kept = center, stats, rows, options, backend
+        ctx.save_for_backward(input, target, centroid_logits, center)
+        ctx.kept = stats, rows, options, backend
         return values[0].clone(), values[1].clone()
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        input, target, centroid_logits = ctx.saved_tensors
-        center, stats, rows, options, backend = ctx.kept
+        input, target, centroid_logits, center = ctx.saved_tensors
+        stats, rows, options, backend = ctx.kept
         wanted = ctx.needs_input_grad[:2]
         if _plain_backward():
             rows = rows.clone()
@@ -494,9 +502,9 @@ def centroid_step_(
 
     `rows` are what :func:`loss` gave of the same batch at the same centroids and centre, or None.
 
-    No graph can miss the old `stats`: all that have them have the centroids too, which autograd sees to have changed.
+    No graph uses the old `stats` unnoticed: all that have them see that the centroids have changed.
     `sgd` is learning rate, momentum, weight decay and whether the momentum is Nesterov's; `momentum_buffer` goes with a
-    momentum.
+    momentum. A batch with terms that are not finite moves nothing.
     """
     run = operators(backend)
     if rows is None:

@@ -6,11 +6,17 @@ import warnings
 import torch
 from torch import Tensor
 
+from ncmi_kernels._options import Options
+
 CUDA_INTERVAL = 16  # batches from one look to the next where a look is a copy and an event
 
 
 class DivergenceWarning(RuntimeWarning):
     """A training batch had a loss that is not finite, or hardly any separation."""
+
+
+def _is_trouble(concentration: float, separation: float, options: Options) -> bool:
+    return not math.isfinite(concentration + separation) or separation < 10 * options.eps
 
 
 class Watch:
@@ -22,35 +28,40 @@ class Watch:
         self._copy: Tensor | None = None  # in pinned memory; there once _event has passed
         self._event: torch.cuda.Event | None = None
 
-    def look(self, means: Tensor, eps: float) -> None:
-        """Warn if `means` [2] float64, CMI and Gamma of a batch, or on CUDA those of an earlier batch, tell to."""
+    def look(self, means: Tensor, options: Options, target: Tensor) -> None:
+        """Warn if `means` [2] float64, CMI and Gamma of a batch, or on CUDA those of an earlier batch, tell to.
+
+        Without a target that counts they are NaN, which is no trouble.
+        """
         if self.warned:
             return
         if means.device.type == "cpu":
-            self._judge(means, eps)
+            concentration, separation = means.tolist()
+            if _is_trouble(concentration, separation, options) and (target != options.ignore_index).any():
+                self._warn(concentration, separation, options.eps)
         elif means.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
             if self._event is not None and self._event.query():
                 assert self._copy is not None
                 self._event = None
-                self._judge(self._copy, eps)
+                concentration, separation, counts = self._copy.tolist()
+                if _is_trouble(concentration, separation, options) and counts:
+                    self._warn(concentration, separation, options.eps)
             if self._event is None and self._batches % CUDA_INTERVAL == 0:
-                self._copy = torch.empty_like(means, device="cpu", pin_memory=True)
-                self._copy.copy_(means, non_blocking=True)
+                counts_too = torch.cat([means, (target != options.ignore_index).any().double().view(1)])
+                self._copy = torch.empty_like(counts_too, device="cpu", pin_memory=True)
+                self._copy.copy_(counts_too, non_blocking=True)
                 self._event = torch.cuda.Event()
                 self._event.record()
             self._batches += 1
 
-    def _judge(self, means: Tensor, eps: float) -> None:
-        concentration, separation = means.tolist()
-        if not math.isfinite(concentration + separation):
-            trouble = "the loss of a batch is not finite; look at the features and at the learning rate"
-        elif separation < 10 * eps:
+    def _warn(self, concentration: float, separation: float, eps: float) -> None:
+        if math.isfinite(concentration + separation):
             trouble = (
                 "the separation of a batch is next to nothing, so eps decides the loss; the features or the centroids "
                 "of all classes have become alike"
             )
         else:
-            return
+            trouble = "the loss of a batch is not finite; look at the features and at the learning rate"
         self.warned = True
         warnings.warn(
             f"NCMILoss: {trouble} (CMI {concentration:.3g}, Gamma {separation:.3g}, eps {eps:.3g}). "

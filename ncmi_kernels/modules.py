@@ -212,28 +212,33 @@ class NCMILoss(nn.Module):
 
     def _keep(self, seen: list[Tensor], input: Tensor, target: Tensor, backend: str) -> None:
         """Keep what was seen of a batch (:func:`_ops.loss`): for `last_terms`, and for the step of the centroids."""
-        if _ops.transforming():
+        if _ops.transforming() or torch.compiler.is_exporting():
             return  # the tensors would outlive the transform
         self._last_terms = seen[0]
-        if self._keeps_rows:
-            # Kept alive, so that no other tensors get their addresses.
-            alive = input.detach(), target, self.centroid_logits, self.center, self.weight
-            kept = self._state_of_rows(input, target, backend), seen[1] if seen[1:] else None, alive
-            self._last_rows = None if torch.compiler.is_compiling() else kept
-        if self.training and not torch.compiler.is_compiling():
-            self._watch.look(seen[0], self.options.eps)
+        if self._last_rows is not None:
+            self._last_rows = None
+        if torch.compiler.is_compiling():
+            return
+        if self._keeps_rows and seen[1:]:
+            state = self._state_of_rows(input, target, backend)
+            if state is not None:
+                # Kept alive, so that no other tensors get their addresses.
+                alive = [t.detach() for t in self._told_rows_apart_by(input, target)]
+                self._last_rows = state, seen[1], alive
+        if self.training:
+            self._watch.look(seen[0], self.options, target)
 
-    def _state_of_rows(self, input: Tensor, target: Tensor, backend: str) -> tuple[Any, ...]:
-        """What the statistics of a batch's rows depend on, as numbers and identities."""
-        logits, center, weight = self.centroid_logits, self.center, self.weight
-        return (
-            *((t.data_ptr(), t._version, t.shape, t.stride(), t.dtype) for t in (input, target)),
-            *((id(t), t._version) for t in (logits, center)),
-            None if weight is None else (id(weight), weight._version),
-            self.options,
-            self.center_momentum is None,
-            backend,
-        )
+    def _told_rows_apart_by(self, input: Tensor, target: Tensor) -> list[Tensor]:
+        tensors = (input, target, self.centroid_logits, self.center, self.weight)
+        return [t for t in tensors if t is not None]
+
+    def _state_of_rows(self, input: Tensor, target: Tensor, backend: str) -> tuple[Any, ...] | None:
+        """What the statistics of a batch's rows depend on; None where no version counter would tell of a change."""
+        tensors = self._told_rows_apart_by(input, target)
+        if any(t.is_inference() for t in tensors):
+            return None
+        states = [(t.data_ptr(), t._version, t.shape, t.stride(), t.dtype) for t in tensors]
+        return states, self.options, self.center_momentum is None, backend
 
     def _rows_of(self, input: Tensor, target: Tensor, backend: str) -> Tensor | None:
         """The statistics of a batch's rows from the last forward pass, if that had this batch and nothing moved since.
@@ -242,7 +247,13 @@ class NCMILoss(nn.Module):
         """
         if self._last_rows is None or self._last_rows[0] != self._state_of_rows(input, target, backend):
             return None
-        return self._last_rows[1]
+        rows: Tensor = self._last_rows[1]
+        return rows
+
+    def _forget(self) -> None:
+        """Drop what was computed of the centroids and kept, for changes that no version counter sees."""
+        self._stats_cache = None
+        self._last_rows = None
 
     @property
     def process_group(self) -> Any:
@@ -273,12 +284,12 @@ class NCMILoss(nn.Module):
             TypeError, ValueError, IndexError, RuntimeError: as :func:`ncmi_loss`.
         """
         logits = self._whole_centroids()
-        if self.options.reduction == "none":
-            raise ValueError("reduction: got 'none', expected 'mean' or 'sum' where the centroids take a step")
+        self._check_one_loss()
         functional.check_batch(features, target, logits)
         backend = _backends.resolve(self.backend, features)
         center = None if self.center_momentum is None else self.center
         stats = None if logits.requires_grad else self._fixed_stats(features, logits, backend)
+        self._forget()  # what comes now is a step, perhaps of a fused optimiser, which moves no version counter
         if self._group is not None:
             return _distributed.centroid_gradient(
                 features, target, logits, center, self.weight, self.options, backend, stats, self._group
@@ -431,7 +442,8 @@ class NCMILoss(nn.Module):
         center = self.center
         if not self.training:
             # The graph keeps the centre, and a batch in training mode may move it before the backward pass.
-            return center.clone() if input.requires_grad and torch.is_grad_enabled() else center, None
+            graph = torch.is_grad_enabled() and (input.requires_grad or logits.requires_grad)
+            return center.clone() if graph else center, None
         if _ops.transforming():
             raise RuntimeError(
                 "training: got True inside a torch.func transform, expected criterion.eval() or center_momentum=None: "
@@ -477,7 +489,8 @@ class NCMILoss(nn.Module):
 
         Keyed on the tensor, its memory (kept alive, so no other tensor can get the address) and its version
         counter, which every in-place operation, optimiser step and load_state_dict moves. Fused optimisers do not;
-        they need a forward pass with centroids that require a gradient, which drops the cache. Writing through
+        they need a gradient, and what gives one drops the cache: a forward pass with centroids that require it, and
+        `centroid_gradient`. Writing through
         `.data`, NumPy or a bare collective of torch.distributed moves no counter, here as in autograd; `train()` and
         `eval()` drop the cache for that.
         """
@@ -516,10 +529,12 @@ class NCMILoss(nn.Module):
         logits = self.centroid_logits
         self._stats_cache = (logits, self.options, backend, logits._version, logits.detach(), stats)
 
-    def _stats_for_step(self, features: Tensor) -> tuple[_ops.CentroidStats | None, str]:
-        """The backend of a step of the centroids, with the statistics of these if it can take the step in one pass."""
+    def _check_one_loss(self) -> None:
         if self.options.reduction == "none":
             raise ValueError("reduction: got 'none', expected 'mean' or 'sum' where the centroids take a step")
+
+    def _stats_for_step(self, features: Tensor) -> tuple[_ops.CentroidStats | None, str]:
+        """The backend of a step of the centroids, with the statistics of these if it can take the step in one pass."""
         backend = _backends.resolve(self.backend, features)
         logits = self.centroid_logits
         one_pass = self._group is None and logits.is_contiguous()
@@ -527,14 +542,14 @@ class NCMILoss(nn.Module):
 
     def train(self, mode: bool = True) -> "NCMILoss":
         """As `nn.Module.train`; also forgets what was computed of fixed centroids."""
-        self._stats_cache = None
+        self._forget()
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_stats_cache": None, "_last_terms": None, "_last_rows": None, "_watch": Watch()}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self._stats_cache = None
+        self._forget()
         # class_means is there only once fitted, on either side.
         saved = state_dict.get(prefix + "class_means")
         self.class_means = (

@@ -30,12 +30,16 @@ class CentroidSGD(torch.optim.Optimizer):
     kernels run it is one pass over [C, M]: each class's gradient is formed, applied and dropped while it is in cache,
     and the statistics that the next forward pass needs of the new centroids come out of the same pass. The centre
     that the criterion has at the moment is used and does not move. What the criterion's forward pass found of the
-    same features, at the same centroids and centre, is used again: so step the centroids right after it or after
-    `backward`, with the features that it had.
+    same features, at the same centroids and centre, is used again: so step with the features that it had. Step after
+    `backward`, which needs the centroids of the forward pass and raises otherwise.
+
+    A batch whose loss is not finite moves nothing, as the centre: half-precision features that overflow are skipped, as
+    a `torch.amp.GradScaler` skips the network's step.
 
     The constructor sets `criterion.centroid_logits.requires_grad` to False, so that `backward` forms no gradient that
-    nobody takes. Learning-rate schedulers, `state_dict` and step hooks work as with any optimiser. No
-    `torch.amp.GradScaler` is needed: nothing here is scaled. To train the centroids jointly with the network
+    nobody takes. Learning-rate schedulers, `state_dict` and step hooks work as with any optimiser. With several
+    processes give the criterion their `process_group`: without one, each moves its centroids by its own batches. To
+    train the centroids jointly with the network
     instead, give `criterion.parameters()` to the network's optimiser and leave this one out.
 
     Args:
@@ -48,7 +52,7 @@ class CentroidSGD(torch.optim.Optimizer):
             around the initial centroids first.
 
     Raises:
-        TypeError, ValueError: an argument is not as above.
+        TypeError, ValueError: an argument is not as above; or `criterion.reduction` is "none".
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class CentroidSGD(torch.optim.Optimizer):
             raise TypeError(f"start_step: got {start_step!r}, expected an integer >= 0")
         if start_step < 0:
             raise ValueError(f"start_step: got {start_step!r}, expected an integer >= 0")
+        criterion._check_one_loss()
         self.criterion = criterion
         criterion._keeps_rows = True
         defaults = {
@@ -110,11 +115,17 @@ class CentroidSGD(torch.optim.Optimizer):
         (logits,) = group["params"]
         if logits is not self.criterion.centroid_logits:
             raise RuntimeError("criterion: its centroid_logits is another parameter now, expected a new CentroidSGD")
+        self.criterion._check_one_loss()
         state = self.state[logits]
         count = state.get("step", 0)
         functional.check_batch(features, target, logits)
         if count >= group["start_step"]:
             buffer = state.get("momentum_buffer")
+            if buffer is not None and (buffer.dtype, buffer.device) != (logits.dtype, logits.device):
+                raise RuntimeError(
+                    f"momentum_buffer: got {buffer.dtype} on {buffer.device}, expected {logits.dtype} on "
+                    f"{logits.device} as the centroids: load its state_dict again after moving the criterion"
+                )
             if buffer is None and group["momentum"] != 0:
                 buffer = torch.zeros_like(logits)
             self._move(logits, features, target, group, buffer)
@@ -148,10 +159,13 @@ class CentroidSGD(torch.optim.Optimizer):
             criterion._keep_stats(backend, stats)
             return
         step = criterion.centroid_gradient(features, target)
+        # Without waiting for a device: where the batch is unusable, everything stays as it is.
+        usable = step.sum().isfinite()
         if weight_decay:
             step = step.add(logits, alpha=weight_decay)
         if momentum:
             assert buffer is not None
-            buffer.mul_(momentum).add_(step)
-            step = step.add(buffer, alpha=momentum) if group["nesterov"] else buffer
-        logits.add_(step, alpha=-lr)
+            average = buffer.mul(momentum).add_(step)
+            step = step.add(average, alpha=momentum) if group["nesterov"] else average
+            buffer.copy_(torch.where(usable, average, buffer))
+        logits.copy_(torch.where(usable, logits.add(step, alpha=-lr), logits))

@@ -134,6 +134,7 @@ def weighted_terms(
     """:func:`terms`, and what each row counts for: the weight of its class. All three [B], and 0 for ignored rows."""
     kept = target != options.ignore_index
     classes = target.masked_fill(~kept, 0)
+    input = torch.where(kept[:, None], input, 0)  # an ignored row may hold NaN, which zero times anything would keep
     concentration, separation = terms(input, classes, centroid_logits, center, options, literal=literal)
     return weigh(concentration, separation, kept, classes, weight)
 
@@ -142,7 +143,6 @@ def weigh(
     concentration: Tensor, separation: Tensor, kept: Tensor, classes: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`weighted_terms` from the terms; of rows that are not `kept`, `classes` has any class."""
-    # torch.where, not a product: an ignored row may hold NaN, and must leave neither value nor gradient.
     concentration = torch.where(kept, concentration, 0)
     separation = torch.where(kept, separation, 0)
     w = kept.to(concentration.dtype)

@@ -152,9 +152,9 @@ class ShardedNCMILoss(NCMILoss):
     @torch.no_grad()
     def centroid_gradient(self, features: Tensor, target: Tensor) -> Tensor:
         """As of :class:`NCMILoss` with a process group; a DTensor [C, M] like `centroid_logits`."""
-        if self.options.reduction == "none":
-            raise ValueError("reduction: got 'none', expected 'mean' or 'sum' where the centroids take a step")
+        self._check_one_loss()
         arguments = self._arguments(features, target)
+        self._forget()
         center = None if self.center_momentum is None else self.center
         local = self._own(self.centroid_logits)
         rows, classes = functional.flatten(features, target)
@@ -231,7 +231,7 @@ class ShardedNCMILoss(NCMILoss):
     # --------------------------------------------------------------------------------------------------------
 
     def _own(self, table: Tensor) -> Tensor:
-        return _to_local(table.detach())
+        return _to_local(table).detach()
 
     def _arguments(self, input: Tensor, target: Tensor) -> "_Arguments":
         functional.check_batch(input, target, self.centroid_logits)

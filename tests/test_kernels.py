@@ -324,6 +324,18 @@ def test_ignored_rows_leave_no_trace(backend):
         assert torch.equal(clean[2], without[2])
 
 
+def test_ignored_rows_leave_no_trace_in_the_reference():
+    z, target, xi, _, _ = make(10, 4, 33, ignore=True, dtype=torch.float64)
+    dirty = z.clone()
+    dirty[target == -100] = float("nan")
+    for ratio in RATIOS:
+        clean = evaluate((z, target, xi, None, None), Options(ratio=ratio), "reference")
+        for a, e in zip(
+            evaluate((dirty, target, xi, None, None), Options(ratio=ratio), "reference"), clean, strict=True
+        ):
+            assert torch.equal(a, e)
+
+
 @every_backend
 @pytest.mark.parametrize(
     "layout", ["transposed", "every other column", "expanded", "offset", "reversed rows", "column stride 3"]

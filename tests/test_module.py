@@ -209,10 +209,24 @@ def test_centre_that_moves_before_the_backward_pass_of_an_evaluation(backend, ra
     input, target = batch()
     criterion(*batch(1))
     expected = loss_and_grads(lambda x: criterion.eval()(x, target), input)
+    by_centroids = torch.autograd.grad(criterion(input, target), criterion.centroid_logits)
     input.requires_grad_()
-    loss = criterion(input, target)
+    loss, of_frozen_features = criterion(input, target), criterion(input.detach(), target)
     criterion.train()(*batch(2))
     exactly((loss.detach(), *torch.autograd.grad(loss, input)), expected)
+    exactly(torch.autograd.grad(of_frozen_features, criterion.centroid_logits), by_centroids)
+
+
+@pytest.mark.parametrize("ratio", ["batch", "sample"])
+def test_centre_edited_before_the_backward_pass_of_the_function(ratio):
+    input, target = batch()
+    center, logits = torch.zeros(M), torch.randn(C, M, requires_grad=True)
+    losses = [ncmi_loss(input, target, logits, center=center, ratio=ratio)]
+    losses.append(ncmi_terms(input, target, logits, center=center)[0].sum())
+    center.add_(1)
+    for loss in losses:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -748,6 +762,8 @@ def test_warns_once_when_training_has_failed(backend, trouble):
         criterion(input, target)
         criterion.eval()(input * torch.nan, target)  # seen by whoever evaluates
         criterion.train()
+        nothing = NCMILoss(C, M, backend=backend, ratio="sample", reduction="sum")
+        assert nothing(input, torch.full_like(target, -100)) == 0
     if trouble == "no separation":
         with torch.no_grad():
             criterion.centroid_logits.fill_(0.5)

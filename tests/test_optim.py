@@ -187,6 +187,67 @@ def test_a_step_is_seen_by_version_counters():
         loss.backward()
 
 
+def test_a_step_is_seen_through_hooks_on_saved_tensors():
+    criterion = pair()[1]
+    optimizer = CentroidSGD(criterion, 30.0)
+    (features, target), *_ = batches(1)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda tensor: tensor):
+        criterion(features, target)
+        loss = criterion(features.requires_grad_(), target)
+    optimizer.step(features, target)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_inference_mode(first):
+    """Its tensors have no version counters: what was found of them is not kept."""
+    criterion, other = pair()
+    optimizer, of_other = CentroidSGD(criterion, 30.0), CentroidSGD(other, 30.0)
+    given = list(batches(2))
+    if first:
+        criterion(*given[0]), other(*given[0])
+    with torch.inference_mode():
+        features = given[1][0] * 1
+        criterion.eval()(features, given[1][1])
+    criterion.train()
+    optimizer.step(features, given[1][1])
+    of_other.step(*given[1])
+    assert torch.equal(criterion.centroid_logits, other.centroid_logits)
+
+
+@pytest.mark.parametrize("sgd", SGD)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("ratio", ["batch", "sample"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.filterwarnings("ignore::ncmi_kernels.DivergenceWarning")
+def test_a_batch_that_is_not_finite_moves_nothing(backend, ratio, value, sgd):
+    criterion = pair(backend=backend, ratio=ratio)[1]
+    optimizer = CentroidSGD(criterion, **SGD[sgd])
+    given = list(batches(3))
+    criterion(*given[0]), optimizer.step(*given[0])
+    before = criterion.centroid_logits.clone()
+    buffer = optimizer.state[criterion.centroid_logits].get("momentum_buffer")
+    momentum = None if buffer is None else buffer.clone()
+    bad = given[1][0].half()
+    bad[3, 4] = value
+    criterion(bad, given[1][1]), optimizer.step(bad, given[1][1])
+    assert torch.equal(criterion.centroid_logits, before)
+    assert buffer is None or torch.equal(buffer, momentum)
+    criterion(*given[2]), optimizer.step(*given[2])
+    assert criterion.centroid_logits.isfinite().all()
+    assert not torch.equal(criterion.centroid_logits, before)
+
+
+def test_export_with_an_optimiser_of_the_centroids():
+    criterion = pair()[1].eval()
+    CentroidSGD(criterion, 30.0)
+    (features, target), *_ = batches(1)
+    for strict in (True, False):
+        exported = torch.export.export(criterion, (features, target), strict=strict).module()
+        assert torch.equal(exported(features, target), criterion(features, target))
+
+
 def test_other_edits_between_steps_count():
     edited, fresh = pair()
     optimizer = CentroidSGD(edited, 30.0)
@@ -225,6 +286,14 @@ def test_what_the_forward_pass_found_is_used_again(setting, detached, monkeypatc
         assert torch.equal(criterion.centroid_logits, other.centroid_logits)
 
 
+def fused_step(criterion, features, target):
+    """Fused optimisers move no version counter."""
+    logits = criterion.centroid_logits
+    logits.grad = criterion.centroid_gradient(features, target)
+    torch.optim.SGD([logits], lr=50.0, fused=True).step()
+    logits.grad = None
+
+
 BETWEEN = {
     "features": lambda criterion, features, target: features.mul_(1.5),
     "target": lambda criterion, features, target: target.copy_(target.flip(0)),
@@ -238,6 +307,18 @@ BETWEEN = {
     "no centre": lambda criterion, features, target: setattr(criterion, "center_momentum", None),
     "weight": lambda criterion, features, target: criterion.weight.mul_(torch.arange(1.0, C + 1)),
     "option": lambda criterion, features, target: setattr(criterion, "temperature", 0.5),
+    "centroids, .data": lambda criterion, features, target: setattr(
+        criterion.centroid_logits, "data", criterion.centroid_logits * 0.9
+    ),
+    "centroids, vector_to_parameters": lambda criterion, features, target: nn.utils.vector_to_parameters(
+        0.9 * criterion.centroid_logits.flatten(), [criterion.centroid_logits]
+    ),
+    "centroids in .data, then train()": lambda criterion, features, target: (
+        criterion.centroid_logits.data.mul_(0.9),
+        criterion.train(),
+    ),
+    "centre, .data": lambda criterion, features, target: setattr(criterion.center, "data", criterion.center + 0.3),
+    "a fused optimiser": lambda criterion, features, target: fused_step(criterion, features, target),
     "a step": lambda criterion, features, target: CentroidSGD(criterion, 30.0).step(features, target),
     "state_dict": lambda criterion, features, target: criterion.load_state_dict(
         {name: 1.1 * value for name, value in criterion.state_dict().items()}
@@ -429,13 +510,21 @@ def test_a_refused_batch_changes_nothing(backend):
 
 
 def test_reduction_none_and_a_replaced_parameter_are_refused():
-    criterion = NCMILoss(C, M, ratio="sample", reduction="none")
+    criterion = NCMILoss(C, M, ratio="sample")
     (features, target), *_ = batches(1)
-    optimizer = CentroidSGD(criterion, 0.1)
+    optimizer = CentroidSGD(criterion, 0.1, 0.9, start_step=1)
+    criterion.reduction = "none"
     with pytest.raises(ValueError, match="reduction: got 'none'"):
         optimizer.step(features, target)
     with pytest.raises(ValueError, match="reduction: got 'none'"):
+        CentroidSGD(criterion, 0.1)
+    with pytest.raises(ValueError, match="reduction: got 'none'"):
         criterion.centroid_gradient(features, target)
+    criterion.reduction = "mean"
+    for _ in range(2):
+        optimizer.step(features, target)
+    with pytest.raises(RuntimeError, match=r"momentum_buffer: got torch\.float32 on cpu"):
+        criterion.double() and optimizer.step(features.double(), target)
     criterion.centroid_logits = nn.Parameter(torch.zeros(C, M))
     with pytest.raises(RuntimeError, match="centroid_logits is another parameter"):
         optimizer.step(features, target)

@@ -235,6 +235,10 @@ def check_prediction():
         expected = plain.predict(whole[0]).split(rows)[rank]
         assert torch.equal(sharded.predict(each[rank][0]), expected)
         assert sharded.predict(each[rank][0][:0]).shape == (0,)
+        with torch.inference_mode():
+            assert torch.equal(sharded.predict(each[rank][0]), expected)
+            gradient = sharded.centroid_gradient(*each[rank])
+            close(own(gradient), part(plain.centroid_gradient(*whole)), 1e-11)
         # Processes with different numbers of batches.
         mine = [each[rank]] * (1 + (rank == size - 1))
         close(own(sharded.fit_class_means(mine)), part(plain.fit_class_means([*each, each[-1]])), 1e-11)

@@ -560,6 +560,8 @@ void centroid_step_(const Tensor& input, const Tensor& target, const std::option
                            nesterov};
     const BatchSums<T> sums(input, target, center, centroid_logits, q, row_stats, std::nullopt, ignore_index,
                             std::nullopt, nullptr);
+    // A row whose terms are not finite has derivatives that are not: such a batch moves nothing, for good, as the centre.
+    if (!std::isfinite(sums.args().separation_grad_sum)) return;
     // In place: what a class's gradient needs of its own statistics is read before they are overwritten, and it needs
     // none of other classes; what it needs of all of them, their number, does not change.
     StatsOf<T> stats(matrix(centroid_logits, "centroid_logits"), q.classes, columns, softmax, centroid_to_sample,

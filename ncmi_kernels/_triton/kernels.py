@@ -1415,6 +1415,8 @@ def centroid_grad_kernel(
                 if grad is not None:
                     tl.store(grad + at, g, mask=inside[None, :])
                 else:
+                    # A row whose terms are not finite has a beta that is not: such a batch moves nothing.
+                    moved = (inside & (tl.abs(beta_sum) < float("inf")))[None, :]
                     g += _double(weight_decay).to(dtype) * x
                     if momentum_buffer is not None:
                         keep = _double(momentum).to(dtype)
@@ -1422,6 +1424,6 @@ def centroid_grad_kernel(
                         g = g + keep * average if NESTEROV else average
                     # A small tile has copies of its elements in several threads: all have read when one overwrites.
                     tl.debug_barrier()
-                    tl.store(logits + at, x - _double(lr).to(dtype) * g, mask=inside[None, :])
+                    tl.store(logits + at, x - _double(lr).to(dtype) * g, mask=moved)
                     if momentum_buffer is not None:
-                        tl.store(momentum_buffer + at, average, mask=inside[None, :])
+                        tl.store(momentum_buffer + at, average, mask=moved)
