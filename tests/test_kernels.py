@@ -891,6 +891,15 @@ def check_step(run, dtype, separation, activation, sgd):
             assert relative(buffer, optimizer.state[expected]["momentum_buffer"]) < rounding
         for actual, fresh in zip(stats, run.centroid_stats(xi, softmax, c2s), strict=True):
             assert torch.equal(actual, fresh)
+    # A batch that is not finite moves nothing.
+    z[0, 0], target[0] = float("inf"), 0
+    stats = run.centroid_stats(xi, softmax, c2s)
+    of_rows = run.loss(z, target, center, None, None, 0.0, *stats, weight, *options)[1]
+    changing = (xi, *stats) if buffer is None else (xi, buffer, *stats)
+    before = [t.clone() for t in changing]
+    run.centroid_step_(z, target, center, xi, buffer, *stats, of_rows, softmax, c2s, -100, *rate.values())
+    for t, old in zip(changing, before, strict=True):
+        assert torch.equal(t, old)
 
 
 def check_step_refuses_strides(run):

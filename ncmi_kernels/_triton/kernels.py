@@ -1416,7 +1416,8 @@ def centroid_grad_kernel(
                     tl.store(grad + at, g, mask=inside[None, :])
                 else:
                     # A row whose terms are not finite has a beta that is not: such a batch moves nothing.
-                    moved = (inside & (tl.abs(beta_sum) < float("inf")))[None, :]
+                    usable = tl.full([COLUMNS], 0.0, tl.float64) + (beta_sum - beta_sum) == 0.0
+                    moved = (inside & usable)[None, :]
                     g += _double(weight_decay).to(dtype) * x
                     if momentum_buffer is not None:
                         keep = _double(momentum).to(dtype)
