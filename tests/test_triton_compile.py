@@ -65,7 +65,6 @@ def compiled():
 STACK = {
     ("input_grad-bf16-16384", 100): 40,
     ("input_grad-fp32-16384", 100): 32,
-    ("loss-fp32-16384-ratio=sample", 90): 8,
     ("loss-fp32-16384-ratio=sample", 100): 32,
 }
 

@@ -282,7 +282,7 @@ def _launch_rows(
         tile.columns,
         tile.stretches,
         tile.vec,
-        LARGEST_CHUNKS,
+        2 * LARGEST_CHUNKS,  # not RESCUE_COLUMNS: an index of both would be kept in between, and spill
         tile.keep,
         warps=tile.warps,
     )
