@@ -214,11 +214,13 @@ class NCMILoss(nn.Module):
         """Keep what was seen of a batch (:func:`_ops.loss`): for `last_terms`, and for the step of the centroids."""
         if _ops.transforming() or torch.compiler.is_exporting():
             return  # the tensors would outlive the transform
-        self._last_terms = seen[0]
+        if torch.compiler.is_compiling():
+            self._last_terms = seen[0]
+            self._last_rows = None
+            return
+        self.__dict__["_last_terms"] = seen[0]  # past Module.__setattr__, which takes a microsecond
         if self._last_rows is not None:
             self._last_rows = None
-        if torch.compiler.is_compiling():
-            return
         if self._keeps_rows and seen[1:]:
             state = self._state_of_rows(input, target, backend)
             if state is not None:
