@@ -133,15 +133,15 @@ class _GroupLoss(torch.autograd.Function):
         by_terms = by_terms * group.size
         if rows is not None:
             rows[:, -2:] = by_terms.T
-        ctx.save_for_backward(input, target, centroid_logits, center)
-        ctx.kept = weight, stats, rows, by_terms, options, backend
+        ctx.save_for_backward(input, target, centroid_logits)
+        ctx.kept = center, weight, stats, rows, by_terms, options, backend
         return result.to(centroid_logits.dtype)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward("process_group")
-        input, target, centroid_logits, center = ctx.saved_tensors
-        weight, stats, rows, by_terms, options, backend = ctx.kept
+        input, target, centroid_logits = ctx.saved_tensors
+        center, weight, stats, rows, by_terms, options, backend = ctx.kept
         if backend != "reference":
             wanted = ctx.needs_input_grad
             return *_ops._grads(

@@ -172,6 +172,10 @@ class _Loss(torch.autograd.Function):
         # Statistics that were given, a step of the centroids overwrites. Autograd sees that it moves the centroids, but
         # not where hooks on saved tensors put copies in their place.
         ctx.given = None if stats is None else (centroid_logits, centroid_logits._version)
+        # Not saved as the others are: a forward pass that torch.utils.checkpoint repeats finds a centre that moved on.
+        ctx.given_center = None
+        if not (center is None or update is not None or torch.compiler.is_compiling() or center.is_inference()):
+            ctx.given_center = center, center._version
         if stats is None:
             stats = centroid_stats(centroid_logits, options, backend)
         moving = (center, None, None, 0.0) if update is None else (None, center, *update)
@@ -190,20 +194,20 @@ class _Loss(torch.autograd.Function):
             seen.append(means_of_terms)
             if not torch.compiler.is_compiling():
                 seen.append(rows)
-        ctx.save_for_backward(input, target, centroid_logits, center)
-        ctx.kept = weight, stats, rows, options, backend
+        ctx.save_for_backward(input, target, centroid_logits)
+        ctx.kept = center, weight, stats, rows, options, backend
         ctx.made = [grad] if one_pass else None
         return result
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        input, target, centroid_logits, center = ctx.saved_tensors
-        weight, stats, rows, options, backend = ctx.kept
-        if ctx.given is not None and ctx.given[0]._version != ctx.given[1]:
-            raise RuntimeError(
-                "centroid_logits: modified by an inplace operation since the forward pass, expected the backward pass "
-                "before a step of the centroids"
-            )
+        input, target, centroid_logits = ctx.saved_tensors
+        center, weight, stats, rows, options, backend = ctx.kept
+        for name, given in (("centroid_logits", ctx.given), ("center", ctx.given_center)):
+            if given is not None and given[0]._version != given[1]:
+                raise RuntimeError(
+                    f"{name}: modified by an inplace operation since the forward pass, expected the backward pass first"
+                )
         if _plain_backward():
             grads = _grads(
                 ctx.needs_input_grad,
