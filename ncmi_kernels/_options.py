@@ -23,6 +23,7 @@ class Options:
     ignore_index: int = -100
     reduction: str = "mean"
     eps: float = 1e-8
+    separation_focus: float = 0.0
 
     softmax: bool = field(init=False, repr=False)
     centroid_to_sample: bool = field(init=False, repr=False)
@@ -34,6 +35,9 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("temperature", "eps"):
             object.__setattr__(self, name, check_positive(name, getattr(self, name)))
+        object.__setattr__(
+            self, "separation_focus", check_positive("separation_focus", self.separation_focus, zero=True)
+        )
         for name, choices in (
             ("activation", ACTIVATIONS),
             ("separation", SEPARATIONS),
@@ -80,15 +84,16 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
-def check_positive(name: str, value: Any) -> float:
-    """`value` as a float; raises TypeError or ValueError unless it is a finite number above zero."""
+def check_positive(name: str, value: Any, *, zero: bool = False) -> float:
+    """`value` as a float; raises TypeError or ValueError unless it is a finite number above zero (or `zero`)."""
     number: Any = value
+    bound = ">= 0" if zero else "> 0"
     if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{name}: got {value!r}, expected a number > 0")
+        raise TypeError(f"{name}: got {value!r}, expected a number {bound}")
     try:
         number = float(number)
     except OverflowError:
         number = math.inf
-    if not 0 < number < math.inf:
-        raise ValueError(f"{name}: got {value!r}, expected a finite number > 0")
+    if not 0 < number < math.inf and not (zero and number == 0):
+        raise ValueError(f"{name}: got {value!r}, expected a finite number {bound}")
     return float(number)

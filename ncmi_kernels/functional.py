@@ -32,6 +32,7 @@ def ncmi_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     eps: float = 1e-8,
+    separation_focus: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
     r"""Normalized conditional mutual information of a batch, the ratio CMI / Gamma (arXiv 2601.02543).
@@ -44,7 +45,8 @@ def ncmi_loss(
         A_i = KL(p_i \| q_{y_i}), \qquad G_i = \frac{1}{C} \sum_{v \ne y_i} KL(p_i \| q_v)
 
     and the loss is the ratio of their means, or the mean of their ratios. Costs O((B + C) M); nothing of size
-    B C is formed. Sums and normalisers are float64, everything else float32 (float64 for float64 arguments).
+    B C is formed (but with `separation_focus`). Sums and normalisers are float64, everything else float32 (float64 for
+    float64 arguments).
 
     Differentiable any number of times, and by torch.func's grad, vmap, jacrev, jvp and hessian: values and reverse-mode
     first derivatives come from the backend, others from PyTorch. vmap makes one batch of what it maps, unless it maps
@@ -65,6 +67,16 @@ def ncmi_loss(
         ignore_index: samples with this target count for nothing and get a zero gradient.
         reduction: "mean" (weighted; NaN where no sample counts), and for ratio "sample" also "sum" and "none".
         eps: added to the separation; > 0.
+        separation_focus: >= 0. Above 0 the other classes no longer count alike in the separation but the more, the
+            nearer they are to the sample. With D_iv the divergence of the separation and minimum and softmax over
+            v != y_i:
+
+            .. math::
+                G_i = \frac{C - 1}{C} \sum_{v \ne y_i} w_{iv} D_{iv}, \qquad
+                w_i = softmax_v(-focus \, D_{iv} / \min_u D_{iu})
+
+            where w is not differentiated. 0 is the paper's G, 10 trains networks for many classes better. The sum no
+            longer factorises: this costs O(B C M) operations and O(B C) memory, and only "reference" has it.
         backend: None for the fastest that can run, or one by name: "cpu" (C++), "cuda" (CUDA C++), "triton" or
             "reference" (PyTorch).
 
@@ -86,11 +98,13 @@ def ncmi_loss(
         >>> round(loss.item(), 4)
         0.7143
     """
-    options = Options(temperature, l2_normalize, activation, separation, ratio, ignore_index, reduction, eps)
+    options = Options(
+        temperature, l2_normalize, activation, separation, ratio, ignore_index, reduction, eps, separation_focus
+    )
     warn_if_degenerate(options)
     check_parameters(centroid_logits, center, weight)
     check_batch(input, target, centroid_logits)
-    return loss(input, target, centroid_logits, center, weight, options, _backends.resolve(backend, input))
+    return loss(input, target, centroid_logits, center, weight, options, _backends.resolve(backend, input, options))
 
 
 def ncmi_terms(
@@ -103,6 +117,7 @@ def ncmi_terms(
     l2_normalize: bool = False,
     activation: str = "nsf",
     separation: str = "sample_to_centroid",
+    separation_focus: float = 0.0,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The two terms of :func:`ncmi_loss` by sample, to be combined otherwise; both are differentiable.
@@ -116,6 +131,7 @@ def ncmi_terms(
         l2_normalize: divide the centred features by their length.
         activation: "nsf" or "softmax".
         separation: "sample_to_centroid" or "centroid_to_sample".
+        separation_focus: >= 0.
         backend: None, "cpu", "cuda", "triton" or "reference".
 
     Returns:
@@ -124,13 +140,20 @@ def ncmi_terms(
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as :func:`ncmi_loss`.
     """
-    options = Options(temperature, l2_normalize, activation, separation, ignore_index=_NOTHING_IGNORED)
+    options = Options(
+        temperature,
+        l2_normalize,
+        activation,
+        separation,
+        ignore_index=_NOTHING_IGNORED,
+        separation_focus=separation_focus,
+    )
     check_parameters(centroid_logits, center, None)
     check_batch(input, target, centroid_logits)
     rows, classes = flatten(input, target)
     rows, centroid_logits, center, _ = to_arithmetic_dtype(rows, centroid_logits, center, None)
     check_range(classes, len(centroid_logits), None)
-    backend = _backends.resolve(backend, input)
+    backend = _backends.resolve(backend, input, options)
     if backend == "reference":
         concentration, separated = reference.terms(rows, classes, centroid_logits, center, options)
     else:

@@ -46,6 +46,8 @@ class NCMILoss(nn.Module):
         ignore_index: samples with this target count for nothing, in the centre too.
         reduction: "mean", and for ratio "sample" also "sum" and "none".
         eps: added to the separation; > 0.
+        separation_focus: >= 0; above 0 near classes count for more in the separation (:func:`ncmi_loss`). 10 trains
+            better where there are many classes, with `learn_centroids`; runs in PyTorch, not in the kernels.
         backend: None, "cpu", "cuda", "triton" or "reference".
         process_group: a `torch.distributed.ProcessGroup` whose processes share the loss in training mode, each with a
             batch of its own; None for this process alone. See below.
@@ -125,13 +127,16 @@ class NCMILoss(nn.Module):
         ignore_index: int = -100,
         reduction: str = "mean",
         eps: float = 1e-8,
+        separation_focus: float = 0.0,
         backend: str | None = None,
         process_group: Any = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.options = Options(temperature, l2_normalize, activation, separation, ratio, ignore_index, reduction, eps)
+        self.options = Options(
+            temperature, l2_normalize, activation, separation, ratio, ignore_index, reduction, eps, separation_focus
+        )
         functional.warn_if_degenerate(self.options)
         self.num_classes = _check_count("num_classes", num_classes)
         self.feature_dim = num_classes if feature_dim is None else _check_count("feature_dim", feature_dim)
@@ -184,7 +189,7 @@ class NCMILoss(nn.Module):
         """The loss of features [B, M] (or [M], [B, M, d1, ...]) for targets [B] (or [], [B, d1, ...])."""
         logits = self._whole_centroids()
         functional.check_batch(input, target, logits)
-        backend = _backends.resolve(self.backend, input)  # raises before anything has moved
+        backend = _backends.resolve(self.backend, input, self.options)  # raises before anything has moved
         center, update = self._moved_center(input, target, logits, backend)
         if logits.requires_grad:
             stats = None
@@ -288,7 +293,7 @@ class NCMILoss(nn.Module):
         logits = self._whole_centroids()
         self._check_one_loss()
         functional.check_batch(features, target, logits)
-        backend = _backends.resolve(self.backend, features)
+        backend = _backends.resolve(self.backend, features, self.options)
         center = None if self.center_momentum is None else self.center
         stats = None if logits.requires_grad else self._fixed_stats(features, logits, backend)
         self._forget()  # what comes now is a step, perhaps of a fused optimiser, which moves no version counter
@@ -537,7 +542,7 @@ class NCMILoss(nn.Module):
 
     def _stats_for_step(self, features: Tensor) -> tuple[_ops.CentroidStats | None, str]:
         """The backend of a step of the centroids, with the statistics of these if it can take the step in one pass."""
-        backend = _backends.resolve(self.backend, features)
+        backend = _backends.resolve(self.backend, features, self.options)
         logits = self.centroid_logits
         one_pass = self._group is None and logits.is_contiguous()
         return self._fixed_stats(features, logits, backend) if one_pass else None, backend

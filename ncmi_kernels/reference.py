@@ -54,7 +54,9 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
 
 
-def literal_terms(log_p: Tensor, target: Tensor, log_q: Tensor, separation: str) -> tuple[Tensor, Tensor]:
+def literal_terms(
+    log_p: Tensor, target: Tensor, log_q: Tensor, separation: str, focus: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Concentration and separation as they are defined.
 
         A_i = KL(p_i || q_{y_i})
@@ -66,6 +68,7 @@ def literal_terms(log_p: Tensor, target: Tensor, log_q: Tensor, separation: str)
         target: [B] classes, int64.
         log_q: [C, M] log-probabilities of the centroids.
         separation: which divergence.
+        focus: above 0 near classes count for more: :func:`weigh_classes`.
 
     Returns:
         A [B] and G [B].
@@ -77,18 +80,55 @@ def literal_terms(log_p: Tensor, target: Tensor, log_q: Tensor, separation: str)
         divergence = kl_divergence(samples, centroids)  # [B, C]
     else:
         divergence = kl_divergence(centroids, samples)
-    own = F.one_hot(target, len(log_q)).bool()
-    return concentration, divergence.masked_fill(own, 0).sum(dim=1) / len(log_q)
+    return concentration, mean_of_other_classes(divergence, target, focus)
 
 
-def collapsed_terms(log_p: Tensor, target: Tensor, log_q: Tensor, separation: str) -> tuple[Tensor, Tensor]:
+def mean_of_other_classes(divergence: Tensor, target: Tensor, focus: float) -> Tensor:
+    """G [B] from the divergences [B, C]: the sum over the other classes, each 1 / C, or weighed by nearness.
+
+    With focus > 0 the weights are (C - 1) / C softmax_v(-focus D_iv / min_u D_iu) over v, u != y_i: they add up to what
+    equal ones do. They are not differentiated; if they were, a sample could raise G by looking at far classes.
+    """
+    classes = divergence.shape[1]
+    own = F.one_hot(target, classes).bool()
+    if focus == 0:
+        return divergence.masked_fill(own, 0).sum(dim=1) / classes
+    distance = divergence.detach().masked_fill(own, torch.inf)
+    nearest = distance.amin(dim=1, keepdim=True).clamp(min=torch.finfo(divergence.dtype).tiny)
+    weight = torch.softmax(-focus * (distance / nearest), dim=1)
+    return (weight * divergence.masked_fill(own, 0)).sum(dim=1) * ((classes - 1) / classes)
+
+
+def divergences(log_p: Tensor, log_q: Tensor, separation: str) -> Tensor:
+    """All divergences [B, C] of samples and centroids, by a matrix product in place of a [B, C, M] tensor.
+
+    Logarithms are taken relative to the mean over the classes: they are then as small as the divergences, which the
+    entropies, equal in both terms, would drown.
+    """
+    mean = log_q.mean(dim=0)
+    p, q = log_p.exp(), log_q.exp()
+    log_p, log_q = log_p - mean, log_q - mean
+    if separation == "sample_to_centroid":
+        divergence = (p * log_p).sum(dim=1, keepdim=True) - p @ log_q.T
+    else:
+        divergence = (q * log_q).sum(dim=1) - log_p @ q.T
+    return divergence.clamp(min=0)  # rounding may leave less
+
+
+def collapsed_terms(
+    log_p: Tensor, target: Tensor, log_q: Tensor, separation: str, focus: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """:func:`literal_terms` in O((B + C) M): the sums over samples and classes factorise.
 
     sample_to_centroid: G_i = sum_k p_k (log p_k - mean_c log q_ck) - A_i / C
     centroid_to_sample: G_i = mean_c sum_k q_ck log q_ck - sum_k mean_c q_ck log p_k - KL(q_{y_i} || p_i) / C
+
+    With focus > 0 they do not: O(B C M) operations then, but still no [B, C, M].
     """
     own_log_q = log_q[target]
     concentration = kl_divergence(log_p, own_log_q)
+    if focus:
+        return concentration, mean_of_other_classes(divergences(log_p, log_q, separation), target, focus)
     if separation == "sample_to_centroid":
         return concentration, kl_divergence(log_p, log_q.mean(dim=0)) - concentration / len(log_q)
     q = log_q.exp()
@@ -118,7 +158,7 @@ def terms(
         )
         log_q = log_probabilities(centroid_logits.to(dtype), None, 1.0, False, options.activation)
         compute = literal_terms if literal else collapsed_terms
-        return compute(log_p, target, log_q, options.separation)
+        return compute(log_p, target, log_q, options.separation, options.separation_focus)
 
 
 def weighted_terms(

@@ -30,7 +30,8 @@ class ShardedNCMILoss(NCMILoss):
         feature_dim: M >= 2; None for `num_classes`.
         device_mesh: a `torch.distributed.device_mesh.DeviceMesh` of one dimension. Its group is the `process_group`,
             its devices those of the parameters and buffers.
-        options: as of :class:`NCMILoss`, but for `process_group` and `device`. `backend` cannot be "reference".
+        options: as of :class:`NCMILoss`, but for `process_group` and `device`. `backend` cannot be "reference", and
+            `separation_focus` is 0.
 
     Attributes:
         centroid_logits: Parameter, a DTensor [C, M] with placement Shard(0), for torch.optim, `clip_grad_norm_` and
@@ -163,7 +164,7 @@ class ShardedNCMILoss(NCMILoss):
         return self._as_dtensor(step.centroid_grad(rows, logits, None).to(local.dtype))
 
     def _stats_for_step(self, features: Tensor) -> tuple[_ops.CentroidStats | None, str]:
-        return None, _backends.resolve(self.backend, features)
+        return None, _backends.resolve(self.backend, features, self.options)
 
     def centroids(self) -> Tensor:
         """The centroids as distributions, a DTensor [C, M] like `centroid_logits`. Differentiable."""
@@ -236,7 +237,12 @@ class ShardedNCMILoss(NCMILoss):
     def _arguments(self, input: Tensor, target: Tensor) -> "_Arguments":
         functional.check_batch(input, target, self.centroid_logits)
         functional.check_range(target, self.num_classes, self.options.ignore_index)
-        backend = _backends.resolve(self.backend, input)
+        if self.options.separation_focus:
+            raise ValueError(
+                f"separation_focus: got {self.options.separation_focus}, expected 0: with centroids on several "
+                "processes all classes count alike"
+            )
+        backend = _backends.resolve(self.backend, input, self.options)
         if backend == "reference":
             raise RuntimeError(
                 "backend: got 'reference', expected one with kernels: there is no reference for centroids on several "

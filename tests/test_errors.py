@@ -292,6 +292,10 @@ def bad_options():
             yield name, value, ValueError, (f"{name}: got {value!r}", "expected a finite number > 0")
         for value in ("1", None, True, [1.0], 1j, torch.tensor(1.0)):
             yield name, value, TypeError, (f"{name}: got {value!r}", "expected a number > 0")
+    for value in (-1, -1e-9, 10**400, math.nan, math.inf):
+        yield "separation_focus", value, ValueError, ("separation_focus: got", "expected a finite number >= 0")
+    for value in ("1", None, False, torch.tensor(1.0)):
+        yield "separation_focus", value, TypeError, ("separation_focus: got", "expected a number >= 0")
     for name, choices in CHOICES.items():
         for value in ("", "other", choices[0].upper(), None, 0, True, [choices[0]]):
             expected = (f"{name}: got {value!r}", "expected one of", *map(repr, choices))
