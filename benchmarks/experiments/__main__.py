@@ -1,0 +1,80 @@
+"""The experiments, one command each; what is done already is not done again.
+
+    python benchmarks/experiments compare
+    python benchmarks/experiments ablation --data fashion-pairs --jobs 2
+
+Every network that was trained is a line of the CSV file. `report.py` makes tables and figures of it.
+"""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import images
+import plans
+from runner import append, load_images, missing, read_rows, results
+from tqdm import tqdm
+
+RESULTS = Path(__file__).resolve().parent.parent / "results" / "experiments.csv"
+# By experiment: its runs, and the data sets that it takes when none are named.
+EXPERIMENTS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "compare": (plans.compare, (plans.DIGITS, plans.FASHION, plans.PAIRS)),
+    "ablation": (plans.ablation, (plans.DIGITS, plans.PAIRS)),
+    "supcon-rate": (plans.supcon_rate, (plans.DIGITS, plans.FASHION, plans.PAIRS)),
+    "batch-size": (plans.batch_size, (plans.DIGITS, plans.FASHION, plans.PAIRS)),
+    "networks": (plans.networks, (plans.DIGITS, plans.FASHION)),
+    "checkpoints": (plans.checkpoints, (plans.DIGITS, plans.PAIRS)),
+    "search": (plans.search, (plans.PAIRS,)),
+    "final": (plans.final, (plans.PAIRS,)),
+}
+
+
+def positive(text: str) -> int:
+    """An integer from 1, for argparse."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"got {value}, expected at least 1")
+    return value
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="experiments", description="Train what an experiment compares, and measure it."
+    )
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument(
+        "--data", nargs="+", choices=images.DATASETS, help="data sets (default: those that need no download)"
+    )
+    parser.add_argument("--data-dir", type=Path, help="where the files of Fashion-MNIST or CIFAR-100 are")
+    parser.add_argument("--seeds", type=positive, help="runs of each setting (default: 3, one for a search)")
+    parser.add_argument("--epochs", type=positive, help="how long (default: by data set)")
+    parser.add_argument("--jobs", type=positive, default=1, help="networks at a time, each on one thread (default: 1)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="the CSV file, added to (default: %(default)s)")
+    parser.add_argument("--work-dir", type=Path, help="keep the state of unfinished runs there, to go on from")
+    options = parser.parse_args(arguments)
+    if not options.output.absolute().parent.is_dir():
+        parser.error(f"--output: {options.output.absolute().parent} is not a directory")
+    plan, usual = EXPERIMENTS[options.experiment]
+    datasets = options.data or usual
+    seeds = options.seeds or (1 if options.experiment in ("search", "supcon-rate") else 3)
+    try:
+        rows = read_rows(options.output)
+        if plan is plans.final:
+            plan = partial(plan, rows=rows)
+        runs = missing(plan(datasets, seeds, options.epochs), rows)
+        for dataset in dict.fromkeys(run.dataset for run in runs):
+            load_images(dataset, options.data_dir)  # a missing file is told before anything is trained
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    with tqdm(total=sum(run.epochs for run in runs), unit="epoch", smoothing=0.1) as bar:
+        for run, made in results(runs, options.jobs, options.data_dir, options.work_dir):
+            append(options.output, made)
+            bar.set_postfix_str(f"{run.dataset}, {run.name}: {made[-1].accuracy:.1f}%")
+            bar.update(run.epochs)
+    print(f"{len(runs)} networks trained; {options.output} has them", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The networks of the experiments: a small convolutional one for CPUs, a perceptron, and ResNet-18 for CIFAR."""
+
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def convolutional(channels: int, outputs: int, width: int = 32) -> nn.Module:
+    """Three convolutions, the mean over the quarters of the image, a linear layer to the features or logits."""
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 3, padding=1, bias=False),
+        nn.MaxPool2d(2),  # before the normalisation, which costs a quarter of the time then
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Conv2d(width, 2 * width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(2 * width),
+        nn.ReLU(),
+        nn.AdaptiveMaxPool2d(4),
+        nn.Conv2d(2 * width, 2 * width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(2 * width),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),  # not 1: of two images side by side, left and right must stay apart
+        nn.Flatten(),
+        nn.Linear(8 * width, outputs),
+    )
+
+
+def perceptron(channels: int, outputs: int) -> nn.Module:
+    """Two hidden layers of 256 on the pixels, whatever their number."""
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.LazyLinear(256, bias=False),
+        nn.BatchNorm1d(256),
+        nn.ReLU(),
+        nn.Linear(256, 256, bias=False),
+        nn.BatchNorm1d(256),
+        nn.ReLU(),
+        nn.Linear(256, outputs),
+    )
+
+
+class Block(nn.Module):
+    """Two convolutions and a shortcut (He et al., arXiv 1512.03385)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, inputs, H, W] to [B, outputs, H / stride, W / stride]."""
+        y = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+
+
+def resnet18(channels: int, outputs: int) -> nn.Module:
+    """ResNet-18 with the stem for small images: a 3 x 3 convolution without stride, and no pooling."""
+    widths = (64, 64, 128, 256, 512)
+    layers: list[nn.Module] = [nn.Conv2d(channels, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    for stage, (inputs, width) in enumerate(pairwise(widths)):
+        layers += [Block(inputs, width, 1 if stage == 0 else 2), Block(width, width, 1)]
+    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, outputs))
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return network
+
+
+NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
+    "cnn": convolutional,
+    **{f"cnn-{width}": partial(convolutional, width=width) for width in (4, 8, 16, 64)},
+    "perceptron": perceptron,
+    "resnet18": resnet18,
+}
+
+
+def build(name: str, example: Tensor, outputs: int) -> nn.Module:
+    """The network of that name for images like `example` [1, channels, H, W]."""
+    network = NETWORKS[name](example.shape[1], outputs)
+    network.eval()
+    with torch.no_grad():
+        network(example)  # lazy layers take their sizes, before there are optimizers
+    channels_last: nn.Module = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return channels_last

@@ -1,0 +1,70 @@
+"""Runs what an experiment plans, less what is done already, and keeps the results in a CSV file."""
+
+import csv
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache, partial
+from pathlib import Path
+
+import images
+import torch
+from training import STEP, Row, Run, train
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The lines of a CSV file of results; none where there is no file.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != Row._fields:
+            raise ValueError(f"{path}: got columns {reader.fieldnames}, expected {list(Row._fields)}")
+        return list(reader)
+
+
+def append(path: Path, rows: list[Row]) -> None:
+    """Add lines to the CSV file, which begins with the names of the columns."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if new:
+            writer.writerow(Row._fields)
+        writer.writerows([[f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows])
+
+
+def missing(runs: list[Run], rows: list[dict[str, str]]) -> list[Run]:
+    """The runs without their lines in the file; those of all checkpoints of a run are written together."""
+    done = {tuple(row[name].partition(STEP)[0] for name in Row._fields[:7]) for row in rows}
+    return [run for run in runs if run.key not in done]
+
+
+@cache
+def load_images(name: str, directory: Path | None) -> images.Images:
+    """`images.load`, once in a process."""
+    return images.load(name, directory)
+
+
+def _train(run: Run, directory: Path | None, work: Path | None) -> list[Row]:
+    file = work and work / ("-".join(run.key).replace(" ", "_").replace("/", "_") + ".pt")
+    return train(run, load_images(run.dataset, directory), file)
+
+
+def results(runs: list[Run], jobs: int, directory: Path | None, work: Path | None) -> Iterator[tuple[Run, list[Row]]]:
+    """Train the networks, so many at a time, each on one thread; one after the other on all of them for one job."""
+    if jobs == 1:
+        for run in runs:
+            yield run, _train(run, directory, work)
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=partial(torch.set_num_threads, 1))
+    try:
+        futures = {pool.submit(_train, run, directory, work): run for run in runs}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,416 @@
+"""The experiments: data, networks, training runs that can be killed, what is measured, and the plans."""
+
+import csv
+import dataclasses
+import importlib.util
+import pickle
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ncmi_kernels import _backends
+
+if importlib.util.find_spec("torchmetrics") is None or importlib.util.find_spec("pytorch_metric_learning") is None:
+    pytest.skip("the experiments need requirements-dev.txt", allow_module_level=True)
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks" / "experiments"))
+
+import data
+import images
+import networks
+import plans
+import report
+import runner
+import training
+from training import Run, Setting
+
+EXPERIMENTS = Path(training.__file__).parent
+
+pytestmark = pytest.mark.skipif(_backends.load_library() is not None, reason="no C++ kernels")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# CIFAR-100
+# ------------------------------------------------------------------------------------------------------------
+
+
+def cifar_content(count, seed):
+    generator = np.random.default_rng(seed)
+    return {
+        b"batch_label": b"training batch 1 of 1",
+        b"filenames": [b"a.png"] * count,
+        b"coarse_labels": [0] * count,
+        b"fine_labels": [int(label) for label in generator.integers(100, size=count)],
+        b"data": generator.integers(256, size=(count, 3072), dtype=np.uint8),
+    }
+
+
+def write_cifar(directory, train=24, test=8):
+    directory.mkdir(parents=True)
+    contents = {"train": cifar_content(train, 0), "test": cifar_content(test, 1)}
+    for name, content in contents.items():
+        (directory / name).write_bytes(pickle.dumps(content, protocol=2))  # as the official files
+    return contents
+
+
+def test_cifar_100(tmp_path):
+    contents = write_cifar(tmp_path / "cifar-100-python")
+    for directory in (tmp_path, tmp_path / "cifar-100-python"):
+        found = images.load("cifar-100", directory)
+        assert found.classes == 100
+        for x, y, part in ((found.train_x, found.train_y, "train"), (found.test_x, found.test_y, "test")):
+            assert y.tolist() == contents[part][b"fine_labels"]
+            # A line of the file is 1024 bytes of red, 32 of each row of pixels, then green and blue.
+            assert x[3, 1, 5, 7] == contents[part][b"data"][3, 1024 + 5 * 32 + 7]
+    seen = found.prepare(found.test_x, False)
+    pixel = (int(found.test_x[3, 1, 5, 7]) / 255 - 0.4865) / 0.2564
+    assert seen[3, 1, 5, 7].item() == pytest.approx(pixel, abs=1e-5)
+    torch.manual_seed(0)
+    assert not torch.equal(found.prepare(found.test_x, True), seen)
+    assert len(images.load("cifar-100:validation", tmp_path).test_x) == 4
+
+
+def test_cifar_100_refuses(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"--data-dir: got none, expected the directory of CIFAR-100"):
+        images.load("cifar-100")
+    with pytest.raises(FileNotFoundError, match=r"train: not there. Unpack cifar-100-python.tar.gz"):
+        images.load("cifar-100", tmp_path)
+    good = cifar_content(4, 0)
+    bad = {
+        "KeyError": {b"data": good[b"data"]},
+        r"got data \(4, 3071\)": {**good, b"data": good[b"data"][:, 1:]},
+        r"torch.float64, expected \[N, 3072\] torch.uint8": {**good, b"data": good[b"data"].astype(np.float64)},
+        "expected 4 labels": {**good, b"fine_labels": [0, 1, 2]},
+        "labels in": {**good, b"fine_labels": [0, 1, 2, 100]},
+        "not a file of CIFAR-100": [1, 2],
+    }
+    for message, content in bad.items():
+        (tmp_path / "train").write_bytes(pickle.dumps(content, protocol=2))
+        with pytest.raises(ValueError, match=message):
+            images.load("cifar-100", tmp_path)
+    (tmp_path / "train").write_bytes(pickle.dumps(good)[:-9])
+    with pytest.raises(ValueError, match="not a file of CIFAR-100"):
+        images.load("cifar-100", tmp_path)
+
+
+class Malicious:
+    def __reduce__(self):
+        return (sys.exit, (7,))
+
+
+def test_cifar_100_runs_no_code(tmp_path):
+    (tmp_path / "train").write_bytes(pickle.dumps({**cifar_content(4, 0), b"x": Malicious()}, protocol=2))
+    with pytest.raises(ValueError, match=r"it names sys.exit, expected nothing but arrays"):
+        images.load("cifar-100", tmp_path)
+
+
+def test_crop():
+    torch.manual_seed(0)
+    x = 1 + torch.rand(200, 2, 5, 6)
+    moved = images.crop(x, 2)
+    padded = nn.functional.pad(x, (2, 2, 2, 2))
+    offsets = set()
+    for image, around in zip(moved, padded, strict=True):
+        found = [(i, j) for i in range(5) for j in range(5) if torch.equal(image, around[:, i : i + 5, j : j + 6])]
+        assert len(found) == 1
+        offsets |= set(found)
+    assert len(offsets) == 25
+
+
+def test_flip():
+    torch.manual_seed(0)
+    x = torch.rand(200, 1, 3, 4)
+    flipped = [torch.equal(a, b.flip(2)) for a, b in zip(images.flip(x), x, strict=True)]
+    assert 60 < sum(flipped) < 140
+    assert sum(torch.equal(a, b) for a, b in zip(images.flip(x), x, strict=True)) > 60
+
+
+@pytest.mark.parametrize("size", [(7, 7), (6, 6)])
+def test_rotate(size, monkeypatch):
+    x = torch.rand(3, 2, *size)
+    monkeypatch.setattr(torch, "rand", torch.ones)  # the largest angle
+    assert torch.allclose(images.rotate(x, 90.0), x.rot90(dims=(2, 3)), atol=1e-5)
+    assert torch.allclose(images.rotate(x, 0.0), x, atol=1e-5)
+
+
+def test_rotate_keeps_angles_of_other_shapes(monkeypatch):
+    """A pixel above the centre of a wide image comes to lie beside it, as far away."""
+    x = torch.zeros(1, 1, 9, 17)
+    x[0, 0, 1, 8] = 1.0  # three above the centre
+    monkeypatch.setattr(torch, "rand", torch.ones)
+    turned = images.rotate(x, 90.0)[0, 0]
+    assert turned[4, 5] == pytest.approx(1, abs=1e-4)
+    assert turned.sum() == pytest.approx(1, abs=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The other data sets
+# ------------------------------------------------------------------------------------------------------------
+
+
+def small_fashion():
+    """Each image is of one value, its number; of the test set a thousand more."""
+    x = torch.arange(40.0).view(40, 1, 1, 1).expand(40, 1, 4, 4)
+    y = torch.arange(40) % 10
+    return data.Dataset(x, y, 1000 + x[:20], y[:20])
+
+
+def test_fashion_pairs():
+    found = images.fashion_pairs(small_fashion())
+    assert found.classes == 100
+    for x, y, first, count in ((found.train_x, found.train_y, 0, 20), (found.test_x, found.test_y, 1000, 10)):
+        assert x.shape == (count, 1, 4, 8)
+        left, right = x[:, 0, 0, 0], x[:, 0, 0, -1]
+        assert torch.equal(x[:, 0, 2, :4], left[:, None].expand(-1, 4))
+        assert sorted(torch.cat([left, right]).tolist()) == list(range(first, first + 2 * count))
+        assert torch.equal(y, (10 * (left % 10) + right % 10).long())
+    again = images.fashion_pairs(small_fashion())
+    assert torch.equal(again.train_x, found.train_x)
+
+
+def test_held_out():
+    x = torch.arange(30.0).view(30, 1, 1, 1)
+    whole = images.Images(x, torch.arange(30), 100 + x, torch.arange(30), 30)
+    part = images.held_out(whole)
+    assert (len(part.train_x), len(part.test_x)) == (25, 5)
+    assert sorted(torch.cat([part.train_y, part.test_y]).tolist()) == list(range(30))
+    assert torch.equal(part.test_x.flatten().long(), part.test_y)
+
+
+def test_unknown_data():
+    for name in ("mnist", "digits:test", "digits:validation:validation"):
+        with pytest.raises(ValueError, match="expected one of digits, fashion-mnist"):
+            images.load(name)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Networks and training
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", networks.NETWORKS)
+def test_networks(name):
+    for shape in ((1, 8, 8), (3, 32, 32)):
+        network = networks.build(name, torch.zeros(1, *shape), 13)
+        assert network(torch.randn(2, *shape)).shape == (2, 13)
+    if name == "resnet18":
+        network = networks.build(name, torch.zeros(1, 3, 32, 32), 10)
+        assert sum(parameter.numel() for parameter in network.parameters()) == 11_173_962
+
+
+def test_left_and_right_stay_apart():
+    torch.manual_seed(0)
+    network = networks.build("cnn", torch.zeros(1, 1, 14, 28), 5)
+    x = torch.randn(4, 1, 14, 28)
+    swapped = torch.cat(x.chunk(2, dim=3)[::-1], dim=3)
+    assert (network(x) - network(swapped)).abs().max() > 1e-3
+
+
+SETTINGS = {
+    "ce": Setting("ce", 0.1, batch_size=64),
+    "ncmi": Setting("ncmi", 2.0, batch_size=64, features=32),
+    "focus": Setting("ncmi", 2.0, batch_size=64, features=32, options=plans.FOCUS, centroid_lr=0.1, centroid_scale=4.0),
+    "alternating": Setting("ncmi", 2.0, batch_size=64, features=32, centroid_sgd={"lr": 0.1, "start_epoch": 1}),
+    "supcon": Setting("supcon", 0.2, batch_size=64, features=32),
+    "steps": Setting("ce", 0.1, batch_size=64, milestones=(1,)),
+}
+
+
+def a_run(name, epochs=2, **others):
+    return Run("test", "digits", "cnn", name, SETTINGS[name], 0, epochs, **others)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return images.load("digits")
+
+
+def without_seconds(rows):
+    return [row._replace(seconds=0.0) for row in rows]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_killed_run_goes_on(name, digits, tmp_path):
+    """It learns, and stopped after an epoch it ends with the numbers of a run that was not stopped."""
+    run = a_run(name)
+    (row,) = whole = training.train(run, digits)
+    assert 80 < row.accuracy < 100
+    assert 80 < row.train_accuracy <= 100
+    assert row.ncmi == pytest.approx(row.cmi / row.gamma)
+    assert 0 < row.ece < 30
+    assert row.seconds > 0
+
+    class Killed(Exception):
+        pass
+
+    def kill():
+        raise Killed
+
+    work = tmp_path / "work" / "state.pt"
+    with pytest.raises(Killed):
+        training.train(run, digits, work, kill)
+    assert work.exists()
+    torch.manual_seed(123)
+    assert without_seconds(training.train(run, digits, work)) == without_seconds(whole)
+    assert not work.exists()
+
+
+def test_checkpoints(digits):
+    run = a_run("ncmi", checkpoints=5)
+    rows = training.train(run, digits)
+    steps = [int(row.setting.removeprefix("ncmi, step ")) for row in rows]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 2 * 22
+    assert rows[-1].accuracy > rows[0].accuracy
+    # Measuring on the way changes nothing.
+    (whole,) = training.train(a_run("ncmi"), digits)
+    assert without_seconds(rows[-1:]) == without_seconds([whole._replace(setting=rows[-1].setting)])
+
+
+def test_the_papers_recipe(tmp_path):
+    """ResNet-18 on files of CIFAR-100's format, with the preset that the paper gives."""
+    write_cifar(tmp_path / "files")
+    found = images.load("cifar-100", tmp_path / "files")
+    paper = plans.TASKS["cifar-100"].settings["NCMI, paper"]
+    assert (paper.lr, paper.weight_decay, paper.batch_size, paper.milestones) == (0.1, 5e-4, 128, (60, 120, 160))
+    assert paper.centroid_sgd == {"lr": 1.0, "momentum": 0.999999, "start_epoch": 30}
+    assert paper.options["temperature"] == 0.2
+    assert plans.TASKS["cifar-100"].epochs == 200
+    run = Run("test", "cifar-100", "resnet18", "paper", dataclasses.replace(paper, batch_size=8), 0, 1)
+    factors = training._schedule(dataclasses.replace(run, epochs=200), 10)
+    assert [factors(step) for step in (0, 599, 600, 1199, 1200, 1600)] == pytest.approx([1, 1, 0.2, 0.2, 0.04, 0.008])
+    (row,) = training.train(run, found)
+    assert 0 <= row.accuracy <= 100
+    assert row.gamma > 0
+
+
+def test_what_does_not_go(digits):
+    with pytest.raises(ValueError, match="features: got 5 for cross-entropy, expected 10"):
+        training.train(dataclasses.replace(a_run("ce"), setting=Setting("ce", 0.1, features=5)), digits)
+    with pytest.raises(ValueError, match="loss: got 'hinge', expected one of ce, ncmi, supcon"):
+        training.train(dataclasses.replace(a_run("ce"), setting=Setting("hinge", 0.1)), digits)
+
+
+def test_calibration_error():
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(20_000, 10)
+    target = torch.distributions.Categorical(logits=logits).sample()
+    error = training.calibration_error(logits, target)
+    assert error < 1.5  # of which most is the noise of a bin
+    for factor in (1e-3, 50.0):  # another temperature is not another calibration
+        assert training.calibration_error(factor * logits, target) == pytest.approx(error, abs=0.05)
+    # Sure of all, right about half: no temperature mends what is sure of the wrong ones in particular.
+    sure = torch.where(torch.arange(20_000)[:, None] % 4 < 2, 10 * logits, 0.1 * logits)
+    assert training.calibration_error(sure, target) > 5
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Plans, the file of results, the command line
+# ------------------------------------------------------------------------------------------------------------
+
+
+def rows_of(runs, accuracy=lambda run: 50.0):
+    measured = dict(zip(training.Row._fields[7:], map(str, (60, 0, 0.01, 0.1, 0.1, 2, 3)), strict=True))
+    names = training.Row._fields[:7]
+    return [dict(zip(names, run.key, strict=True)) | measured | {"accuracy": str(accuracy(run))} for run in runs]
+
+
+def test_plans():
+    command = runpy.run_path(str(EXPERIMENTS / "__main__.py"))
+    searched = plans.search(["fashion-pairs"], 1, None)
+    rows = rows_of(searched, lambda run: 90.0 if run.name.endswith("trial 7") else 50.0)
+    for experiment, (plan, usual) in command["EXPERIMENTS"].items():
+        others = {"rows": rows} if experiment == "final" else {}
+        runs = plan(usual, 2, None, **others)
+        assert len({run.key for run in runs}) == len(runs)
+        assert {run.seed for run in runs} == {0, 1}
+        assert {run.network for run in runs} <= set(networks.NETWORKS)
+        assert {run.epochs for run in plan(usual, 1, 3, **others)} == {3}
+    arms = [run.name.partition(":")[0] for run in searched]
+    assert {arm: arms.count(arm) for arm in arms} == dict.fromkeys(plans.ARMS, plans.TRIALS)
+    assert plans.trials() == plans.trials()
+    assert {name for name, _ in plans.chosen(rows, "fashion-pairs").values()} == {f"{a}: trial 7" for a in plans.ARMS}
+    with pytest.raises(ValueError, match="search: 1 of 60 trials on fashion-pairs are missing"):
+        plans.chosen(rows[1:], "fashion-pairs")
+
+
+def test_command_line(tmp_path, capsys):
+    main = runpy.run_path(str(EXPERIMENTS / "__main__.py"))["main"]
+    file = tmp_path / "out.csv"
+    arguments = ["compare", "--data", "digits", "--epochs", "2", "--output", str(file)]
+    main([*arguments, "--seeds", "1", "--jobs", "2"])
+    with file.open(newline="") as opened:
+        reader = csv.DictReader(opened)
+        first = list(reader)
+    columns = "experiment dataset network loss setting seed epochs train_accuracy accuracy cmi gamma ncmi ece seconds"
+    assert reader.fieldnames == columns.split()
+    assert {(row["loss"], row["setting"]) for row in first} == {
+        ("ce", "cross-entropy"),
+        ("ncmi", "NCMI"),
+        ("ncmi", "NCMI, focus"),
+    }
+    before = file.read_bytes()
+    main([*arguments, "--seeds", "1"])  # nothing is left to do
+    assert file.read_bytes() == before
+    assert "0 networks trained" in capsys.readouterr().err
+    main([*arguments, "--seeds", "2", "--work-dir", str(tmp_path / "work")])
+    assert file.read_bytes().startswith(before)
+    assert [row["seed"] for row in runner.read_rows(file)] == ["0"] * 3 + ["1"] * 3
+    assert not list((tmp_path / "work").iterdir())
+    for bad, message in (
+        (["--data-dir", str(tmp_path), "--data", "cifar-100"], "train: not there"),
+        (["--output", str(tmp_path / "none" / "x.csv")], "is not a directory"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["compare", *bad])
+        assert message in capsys.readouterr().err
+    file.write_text("a,b\n")
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "out.csv: got columns ['a', 'b']" in capsys.readouterr().err
+
+
+def test_report():
+    """Every table and figure from made-up rows, in which accuracy goes with the seed and NCMI with the error."""
+    rows = []
+    for experiment in ("compare", "ablation", "batch_size", "networks", "search"):
+        runs = getattr(plans, experiment)(["fashion-pairs"], 3, None)
+        rows += rows_of(runs, lambda run: 50.0 + run.seed)
+    for epochs in plans.FINAL_EPOCHS:
+        rows += rows_of(plans.final(["fashion-pairs"], 3, epochs, rows), lambda run: 50.0 + run.seed)
+    for run in plans.checkpoints(["fashion-pairs"], 2, None):
+        rows += [
+            row | {"setting": f"{run.name}, step {step}", "accuracy": str(10 * step), "ncmi": str(1 / step)}
+            for step in range(1, 9)
+            for row in rows_of([run])
+        ]
+    for index, row in enumerate(row for row in rows if row["experiment"] == "networks"):
+        row["ncmi"], row["accuracy"] = str(0.1 + index / 1000), str(90 - index)
+    tables = {name: table(rows) for name, table in report.TABLES.items()}
+    for table in tables.values():
+        widths = {line.count("|") for line in table.splitlines()}
+        assert len(widths) == 1
+        assert len(table.splitlines()) > 4
+    assert "51.00 ± 1.00" in tables["compare"]
+    assert "51.00 ± 1.00" in tables["final"]
+    assert "51.0 ± 1.0" in tables["ablation"]
+    assert tables["batch-size"].count("51.0 ± 1.0") == 4 * len(plans.BATCH_SIZES)
+    assert tables["networks"].count("-1.00") == 3
+    assert tables["checkpoints"].count("| -1.00 | -1.00 |") == 3
+    for draw in report.FIGURES.values():
+        figure = draw(rows)
+        assert all(axes.lines for axes in figure.axes)
