@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import relative
 from torch import nn
 
-from ncmi_kernels import _backends
+from ncmi_kernels import NCMILoss, _backends, reference
 
 if importlib.util.find_spec("torchmetrics") is None or importlib.util.find_spec("pytorch_metric_learning") is None:
     pytest.skip("the experiments need requirements-dev.txt", allow_module_level=True)
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks" / "experiments"))
 
 import data
+import gradients
 import images
 import networks
 import plans
@@ -303,6 +305,42 @@ def test_what_does_not_go(digits):
         training.train(dataclasses.replace(a_run("ce"), setting=Setting("ce", 0.1, features=5)), digits)
     with pytest.raises(ValueError, match="loss: got 'hinge', expected one of ce, ncmi, supcon"):
         training.train(dataclasses.replace(a_run("ce"), setting=Setting("hinge", 0.1)), digits)
+
+
+@pytest.mark.parametrize("focus", [0.0, 10.0])
+def test_which_samples_a_loss_pulls_at(focus):
+    """The pull away from each class is its weight in the separation: what the derivative by the divergence is."""
+    torch.manual_seed(0)
+    outputs, target = torch.randn(6, 9, dtype=torch.float64), torch.randint(5, (6,))
+    criterion = NCMILoss(5, 9, separation_focus=focus, dtype=torch.float64)
+    criterion(outputs, target)
+    criterion.eval()
+    log_p, log_q = criterion._log_probabilities(outputs), criterion._log_centroids(False)
+    divergence = reference.divergences(log_p, log_q, "sample_to_centroid").detach().requires_grad_()
+    separation = reference.mean_of_other_classes(divergence, target, focus).sum()
+    expected = torch.autograd.grad(separation, divergence)[0]
+    pushes = gradients.pushes(criterion, outputs, target)
+    assert relative(pushes, expected * 5 / 4) < 1e-9
+    entropy = gradients.pushes(nn.CrossEntropyLoss(), outputs[:, :5], target)
+    leaf = outputs[:, :5].clone().requires_grad_()
+    (grad,) = torch.autograd.grad(nn.functional.cross_entropy(leaf, target, reduction="sum"), leaf)
+    grad = grad.scatter(1, target[:, None], 0)  # by the other logits it is their probability
+    assert relative(entropy, grad / grad.sum(dim=1, keepdim=True)) < 1e-9
+
+
+def test_the_pull_of_wrong_samples(digits):
+    lines = []
+
+    def note(network, criterion):
+        outputs = training.outputs_of(network, digits, digits.test_x)
+        lines.append(gradients.measure("ce", 0, 1, criterion, outputs, digits.test_y))
+
+    (row,) = training.train(a_run("ce", epochs=1), digits, on_end=note)
+    (line,) = lines
+    assert line.wrong_samples == pytest.approx(100 - row.accuracy)
+    assert line.wrong_over_secure > 2
+    assert line.wrong_samples < line.wrong_pull < 100
+    assert 100 / 9 < line.away_from_nearest < 100
 
 
 def test_calibration_error():

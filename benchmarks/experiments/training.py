@@ -101,7 +101,11 @@ class Row(NamedTuple):
 
 
 def train(
-    run: Run, images: Images, work: Path | None = None, on_epoch: Callable[[], object] = lambda: None
+    run: Run,
+    images: Images,
+    work: Path | None = None,
+    on_epoch: Callable[[], object] = lambda: None,
+    on_end: Callable[[nn.Module, nn.Module], object] = lambda network, criterion: None,
 ) -> list[Row]:
     """Train a network and measure it.
 
@@ -111,6 +115,7 @@ def train(
         work: a file to keep the state in at the end of each epoch, so that a run that was killed goes on from there;
             removed at the end. None to keep nothing.
         on_epoch: called after each epoch.
+        on_end: called with the trained network and the criterion, both in evaluation mode.
 
     Returns:
         One row; with checkpoints, one for each of them.
@@ -155,6 +160,7 @@ def train(
         rows = [_row(run, run.name, network, criterion, images, seconds)]
     if work is not None:
         work.unlink(missing_ok=True)
+    on_end(network, criterion)
     return rows
 
 
@@ -233,8 +239,8 @@ def _see(images: Images, x: Tensor, *, augment: bool) -> Tensor:
 def _row(run: Run, name: str, network: nn.Module, criterion: nn.Module, images: Images, seconds: float) -> Row:
     """Measure a network; leaves it in evaluation mode."""
     network.eval(), criterion.eval()
-    known, known_y = _outputs(network, images, images.train_x[:SAMPLE]), images.train_y[:SAMPLE]
-    outputs = _outputs(network, images, images.test_x)
+    known, known_y = outputs_of(network, images, images.train_x[:SAMPLE]), images.train_y[:SAMPLE]
+    outputs = outputs_of(network, images, images.test_x)
     score = _scorer(criterion, known, known_y, images.classes)
     scores = score(outputs)
     # One definition for all losses: NSF of the outputs, centred by their own mean and at length one, around the means
@@ -259,7 +265,8 @@ def _row(run: Run, name: str, network: nn.Module, criterion: nn.Module, images: 
 
 
 @torch.no_grad()
-def _outputs(network: nn.Module, images: Images, x: Tensor) -> Tensor:
+def outputs_of(network: nn.Module, images: Images, x: Tensor) -> Tensor:
+    """What an evaluated network makes of images [N, channels, H, W]: [N, M]."""
     return torch.cat([network(_see(images, part, augment=False)) for part in x.split(EVALUATION_BATCH)])
 
 
