@@ -3,8 +3,8 @@
     python benchmarks/experiments/gradients.py
 
 Trains the small network with each loss on fashion-pairs, and takes the gradient of the loss by the outputs for each
-held out sample, times the length of the output, so that scales compare. A loss that tells hard samples from easy ones pulls
-harder at those that the network takes for another class, and away from the class that it takes them for.
+held out sample, times the length of the output, so that scales compare. A loss that tells hard samples from easy ones
+pulls harder at those that the network takes for another class, and away from the class that it takes them for.
 """
 
 import argparse
