@@ -6,7 +6,7 @@ DATA ?= digits
 OUT ?= benchmarks/results/gpu
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench gpu-report wheel clean
+.PHONY: demo test lint bench gpu-report figures wheel clean
 
 demo: $(VENV)/.built  ## train with cross-entropy and with NCMI, print a table, draw the curves (DATA=fashion-mnist)
 	$(BIN)/python benchmarks/demo.py --data $(DATA) $(ARGS)
@@ -24,6 +24,9 @@ bench: $(VENV)/.built  ## the loss's speed, saved by pytest-benchmark (compare: 
 
 gpu-report:  ## on a machine with a CUDA GPU and torch: build, test, sanitise and measure in nine minutes, into OUT
 	$(PYTHON) benchmarks/gpu_report.py --out "$(OUT)" $(ARGS)
+
+figures: $(VENV)/.built  ## tables and figures of the README and of the pages, from the measurements
+	$(BIN)/python benchmarks/figures.py $(ARGS)
 
 wheel: $(VENV)/.dependencies  ## an abi3 wheel in dist/, tried in a second virtual environment
 	rm -rf build dist

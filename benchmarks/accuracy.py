@@ -1,0 +1,84 @@
+"""How far loss and gradients are from float64, by the kernels and by autograd of the collapsed formula.
+
+    python benchmarks/accuracy.py
+
+The authors' setting: features of length one and one-hot centroids, B = 128, C = 100, M = 512, float32. There p and q
+differ by a percent, so that the loss is of second order in their difference and every inconsistent rounding shows.
+Errors are ||a - b|| / ||b||, b in float64 by the collapsed form on the same float32 inputs; the worst of the seeds.
+"""
+
+import argparse
+import csv
+import itertools
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from bench_loss import describe_machine
+from torch import Tensor
+from tqdm import tqdm
+
+from ncmi_kernels import available_backends, ncmi_loss
+
+RESULTS = Path(__file__).parent / "results" / "cpu" / "accuracy.csv"
+ROWS, CLASSES, COLUMNS = 128, 100, 512
+QUANTITIES = ("loss", "input gradient", "centroid gradient")
+
+
+class Case(NamedTuple):
+    """One setting of the loss."""
+
+    temperature: float
+    separation: str
+    ratio: str
+
+
+CASES = [
+    Case(*values)
+    for values in itertools.product((0.2, 1.0), ("sample_to_centroid", "centroid_to_sample"), ("batch", "sample"))
+]
+
+
+def evaluate(z: Tensor, target: Tensor, xi: Tensor, center: Tensor, case: Case, backend: str) -> tuple[Tensor, ...]:
+    """The loss and its gradients by the features and by the centroids."""
+    z, xi = z.clone().requires_grad_(), xi.clone().requires_grad_()
+    loss = ncmi_loss(z, target, xi, center=center, l2_normalize=True, backend=backend, **case._asdict())
+    return loss.detach(), *torch.autograd.grad(loss, (z, xi))
+
+
+def errors(case: Case, seed: int, device: str, backend: str) -> list[float]:
+    """Relative errors of the three quantities."""
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(ROWS, COLUMNS, generator=generator).to(device)
+    target = torch.randint(CLASSES, (ROWS,), generator=generator).to(device)
+    xi = 10 * torch.eye(CLASSES, COLUMNS, device=device)
+    center = z.mean(dim=0)
+    found = evaluate(z, target, xi, center, case, backend)
+    exact = evaluate(z.double(), target, xi.double(), center.double(), case, "reference")
+    return [((a - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Errors of loss and gradients against float64.")
+    runnable = [name for name, reason in available_backends().items() if reason is None and name != "reference"]
+    parser.add_argument("--backend", choices=runnable, default="cpu", help="(default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=5, help="random problems, of which the worst (default: 5)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="the CSV file (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    device = "cpu" if options.backend == "cpu" else "cuda"
+    machine = describe_machine()
+    with options.output.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*machine, "B", "C", "M", *Case._fields, "path", "seeds", "quantity", "relative_error"])
+        for case in tqdm(CASES):
+            for path, backend in ((options.backend, options.backend), ("autograd", "reference")):
+                each = [errors(case, seed, device, backend) for seed in range(options.seeds)]
+                for quantity, values in zip(QUANTITIES, zip(*each, strict=True), strict=True):
+                    sizes = (ROWS, CLASSES, COLUMNS)
+                    error = f"{max(values):.3g}"
+                    writer.writerow([*machine.values(), *sizes, *case, path, options.seeds, quantity, error])
+
+
+if __name__ == "__main__":
+    main()
