@@ -6,7 +6,7 @@ DATA ?= digits
 OUT ?= benchmarks/results/gpu
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench gpu-report figures wheel clean
+.PHONY: demo test lint bench bench-compare gpu-report figures wheel clean
 
 demo: $(VENV)/.built  ## train with cross-entropy and with NCMI, print a table, draw the curves (DATA=fashion-mnist)
 	$(BIN)/python benchmarks/demo.py --data $(DATA) $(ARGS)
@@ -21,6 +21,10 @@ lint: $(VENV)/.dependencies  ## formatting, lint, types
 
 bench: $(VENV)/.built  ## the loss's speed, saved by pytest-benchmark (compare: make bench ARGS=--benchmark-compare)
 	$(BIN)/python -m pytest tests/test_benchmarks.py --benchmark-only --benchmark-autosave $(ARGS)
+
+bench-compare: $(VENV)/.built  ## whether the working tree is slower than another revision (BASE=main~1)
+	@test -n "$(BASE)" || { echo 'BASE: got none, expected a revision, as in make bench-compare BASE=main~1'; exit 2; }
+	$(BIN)/python benchmarks/compare.py --base "$(BASE)" $(ARGS)
 
 gpu-report:  ## on a machine with a CUDA GPU and torch: build, test, sanitise and measure in nine minutes, into OUT
 	$(PYTHON) benchmarks/gpu_report.py --out "$(OUT)" $(ARGS)
