@@ -199,7 +199,7 @@ def checkpoints(datasets: Iterable[str], seeds: int, epochs: int | None) -> list
 
 TRIALS = 20
 SEARCH_EPOCHS = 8
-FINAL_EPOCHS = (8, 24)
+FINAL_EPOCHS = (8, 20)
 
 
 def _cross_entropy_trial(draw: random.Random) -> Setting:
