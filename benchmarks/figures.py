@@ -18,7 +18,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from matplotlib.collections import PathCollection
+import ncmi_accuracy as checkpoints
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
@@ -71,6 +71,33 @@ def _time(row: Row) -> str:
     return f"{float(row['median_us']):.0f} ({float(row['ratio_to_cross_entropy']):.2f})"
 
 
+LOSS_SPEEDS = ("bench_loss_avx512_intel.csv", "bench_loss_avx512.csv", "bench_loss_avx2.csv")
+
+
+def loss_speed_range() -> str:
+    """The range over shapes and threads on each machine, forward and backward, with fixed one-hot centroids."""
+    lines = []
+    for name in LOSS_SPEEDS:
+        measured = [row for row in rows(f"cpu/{name}") if row["mode"] == "forward+backward"]
+        cases = [
+            {row["implementation"]: row for row in group}
+            for group in report.grouped(measured, "B", "C", "M", "threads").values()
+        ]
+        to_cross_entropy = (
+            [float(case[path]["ratio_to_cross_entropy"]) for case in cases] for path in ("ncmi batch", "ncmi sample")
+        )
+        eager = [float(case["collapsed eager"]["median_us"]) / float(case["ncmi batch"]["median_us"]) for case in cases]
+        ranges = [f"{min(ratios):.2f} to {max(ratios):.2f}" for ratios in to_cross_entropy]
+        lines.append([f"{machine(measured)} (`{name}`)", *ranges, f"{min(eager):.0f} to {max(eager):.0f}"])
+    header = (
+        "machine",
+        '`ratio="batch"` / cross_entropy',
+        '`ratio="sample"` / cross_entropy',
+        'collapsed eager / `ratio="batch"`',
+    )
+    return report.markdown(header, lines)
+
+
 def training_step() -> str:
     """A whole training step, milliseconds, and the share of the loss and of the centroids' step."""
     measured = [row for row in rows("cpu/bench_step.csv") if row["phase"] == "step" and row["share"]]
@@ -96,7 +123,8 @@ def centroid_step() -> str:
         cells = {row["method"]: row for row in group}
         shown = [f"{float(cells[m]['median_us']):.0f} ({float(cells[m]['ratio']):.2f})" for m in methods]
         lines.append([", ".join(key[:3]), key[3], *shown])
-    return report.markdown(("B, C, M", "threads", *methods), lines)
+    command = "`python benchmarks/bench_step.py --csv FILE`"
+    return f"{command} ({machine(measured)}):\n\n" + report.markdown(("B, C, M", "threads", *methods), lines)
 
 
 def accuracy() -> str:
@@ -130,6 +158,32 @@ def sharded_bytes() -> str:
     return command + report.markdown(("C", *methods), lines)
 
 
+def ncmi_accuracy() -> str:
+    """NCMI and accuracy of the checkpoints of training runs, and their rank correlation."""
+    lines = rows("cpu/ncmi_accuracy.csv")
+    found = checkpoints.series(checkpoints.read(lines))
+    ((data,),) = report.grouped(lines, "data")
+    (runs, *_) = found.values()
+    about = f"{data}, {len(runs)} seeds, {len(runs[0])} checkpoints a run; {machine(lines)}"
+    cells = [[", ".join(key), *checkpoints.summary(runs)] for key, runs in found.items()]
+    header = (
+        "loss, distribution",
+        "accuracy first, %",
+        "last, %",
+        "NCMI first",
+        "NCMI last",
+        "rank correlation",
+        "of the later half",
+    )
+    return f"`python benchmarks/ncmi_accuracy.py` ({about}):\n\n" + report.markdown(header, cells)
+
+
+def draw_ncmi_accuracy() -> Figure:
+    """The error over NCMI."""
+    lines = rows("cpu/ncmi_accuracy.csv")
+    return checkpoints.draw(checkpoints.read(lines), checkpoints.title(lines[0]["data"]))
+
+
 def gradients() -> str:
     """Which samples a loss pulls at: mean and deviation over the seeds."""
     lines = []
@@ -156,15 +210,18 @@ def _drawn_experiment(draw: Callable[[list[Row]], Figure]) -> Figure:
 
 TABLES: dict[str, Callable[[], str]] = {
     "loss-speed": loss_speed,
+    "loss-speed-range": loss_speed_range,
     "training-step": training_step,
     "centroid-step": centroid_step,
     "accuracy": accuracy,
     "sharded-bytes": sharded_bytes,
+    "ncmi-accuracy": ncmi_accuracy,
     "gradients": gradients,
     **{name: partial(_experiment, table) for name, table in report.TABLES.items()},
 }
 FIGURES: dict[str, Callable[[], Figure]] = {
-    f"figures/{name}.png": partial(_drawn_experiment, draw) for name, draw in report.FIGURES.items()
+    "cpu/ncmi_accuracy.png": draw_ncmi_accuracy,
+    **{f"figures/{name}.png": partial(_drawn_experiment, draw) for name, draw in report.FIGURES.items()},
 }
 
 
@@ -179,7 +236,7 @@ def renewed(page: str) -> str:
 
 def fingerprint(figure: Figure) -> str:
     """What is drawn: all data and texts of a figure, to six digits."""
-    parts = []
+    parts = [text.get_text() for text in figure.texts] + [figure.get_suptitle()]
     for axes in figure.axes:
         parts += [axes.get_title(), axes.get_xlabel(), axes.get_ylabel(), axes.get_xscale(), axes.get_yscale()]
         parts += [text.get_text() for text in axes.texts]
@@ -189,8 +246,8 @@ def fingerprint(figure: Figure) -> str:
             if isinstance(patch, Rectangle):  # a bar
                 parts.append(_digits([patch.get_bbox().bounds]))
         for collection in axes.collections:
-            if isinstance(collection, PathCollection):
-                parts.append(_digits(collection.get_offsets()))
+            parts.append(_digits(collection.get_offsets()))  # of points
+            parts += [_digits(path.vertices) for path in collection.get_paths()]  # of bands and segments
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

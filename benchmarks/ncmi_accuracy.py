@@ -14,7 +14,7 @@ import csv
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +22,7 @@ from typing import NamedTuple
 import data
 import demo
 import torch
+from bench_loss import describe_machine
 from data import CLASSES, Dataset
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
@@ -49,6 +50,12 @@ class Row(NamedTuple):
     cmi: float
     gamma: float
     ncmi: float
+
+
+def read(lines: Iterable[dict[str, str]]) -> list[Row]:
+    """The rows of lines of the CSV file."""
+    kinds = Row.__annotations__
+    return [Row(**{name: kind(line[name]) for name, kind in kinds.items()}) for line in lines]
 
 
 def checkpoint_steps(steps: int, count: int) -> list[int]:
@@ -133,6 +140,16 @@ def correlations(run: list[Row]) -> tuple[float, float]:
     return rank_correlation(ncmi, accuracy), rank_correlation(ncmi[half:], accuracy[half:])
 
 
+COLUMNS = ("accuracy\nfirst, %", "\nlast, %", "NCMI\nfirst", "\nlast", "rank corr.\nall", "\n2nd half")
+
+
+def summary(runs: list[list[Row]]) -> list[str]:
+    """The cells of COLUMNS: means over the runs, the rank correlation within each."""
+    cells = [f"{statistics.mean(run[at].accuracy for run in runs):.1f}" for at in (0, -1)]
+    cells += [f"{statistics.mean(run[at].ncmi for run in runs):.3g}" for at in (0, -1)]
+    return cells + [f"{statistics.mean(values):.2f}" for values in zip(*map(correlations, runs), strict=True)]
+
+
 def show_table(rows: list[Row]) -> None:
     """Print one row for each loss and distribution: means over the runs, the rank correlation within each."""
     table = Table(
@@ -142,18 +159,20 @@ def show_table(rows: list[Row]) -> None:
         pad_edge=False,
     )
     table.add_column("loss, distribution", no_wrap=True)
-    for column in ("accuracy\nfirst, %", "\nlast, %", "NCMI\nfirst", "\nlast", "rank corr.\nall", "\n2nd half"):
+    for column in COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)
     for key, runs in series(rows).items():
-        cells = [f"{statistics.mean(run[at].accuracy for run in runs):.1f}" for at in (0, -1)]
-        cells += [f"{statistics.mean(run[at].ncmi for run in runs):.3g}" for at in (0, -1)]
-        cells += [f"{statistics.mean(values):.2f}" for values in zip(*map(correlations, runs), strict=True)]
-        table.add_row(", ".join(key), *cells)
+        table.add_row(", ".join(key), *summary(runs))
     Console().print(table)
 
 
-def draw(rows: list[Row], title: str, path: Path) -> None:
-    """Draw the error over NCMI as PNG: a panel for each loss and distribution, a colour and marker for each run."""
+def title(data: str) -> str:
+    """That of the figure."""
+    return f"{data}: the checkpoints of each training run in a colour of its own"
+
+
+def draw(rows: list[Row], title: str) -> Figure:
+    """The error over NCMI: a panel for each loss and distribution, a colour and marker for each run."""
     grouped = series(rows)
     figure = Figure(figsize=(3.6 * len(grouped), 3.8), layout="constrained")
     figure.suptitle(title)
@@ -169,7 +188,7 @@ def draw(rows: list[Row], title: str, path: Path) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set(ylabel="test error (%)", ylim=(0, 100))
-    figure.savefig(path, format="png", dpi=150)
+    return figure
 
 
 def main() -> None:
@@ -209,15 +228,13 @@ def main() -> None:
                     accuracy, measured = measure(network, criterion, dataset)
                     rows += [Row(loss, name, seed, step, accuracy, *values) for name, values in measured.items()]
     with output.with_suffix(".csv").open("w", newline="") as file:
+        machine = {**describe_machine(), "data": arguments.data}
         writer = csv.writer(file)
-        writer.writerow(Row._fields)
-        writer.writerows([[f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows])
+        writer.writerow([*machine, *Row._fields])
+        for row in rows:
+            writer.writerow([*machine.values(), *(f"{c:.6g}" if isinstance(c, float) else c for c in row)])
     show_table(rows)
-    draw(
-        rows,
-        f"{arguments.data}: the checkpoints of each training run in a colour of its own",
-        output.with_suffix(".png"),
-    )
+    draw(rows, title(arguments.data)).savefig(output.with_suffix(".png"), format="png", dpi=130)
     print(f"{output}.csv and .png are written")
 
 

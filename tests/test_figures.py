@@ -35,14 +35,16 @@ def test_a_changed_number_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "PAGES", (page,))
     monkeypatch.setattr(figures, "ROOT", tmp_path)
     monkeypatch.setattr(figures, "RESULTS", tmp_path)
-    numbers = [1.0, 2.0, 3.0]
+    numbers = [1.0, 2.0, 3.0, 4.0, 5.0]
 
     def draw():
         figure = Figure()
         axes = figure.subplots()
-        axes.plot([1, 2, 3], numbers)
-        axes.bar([1, 2], numbers[:2])
-        axes.scatter([1, 2], numbers[1:])
+        figure.suptitle(str(numbers[4]))
+        axes.plot([1], numbers[:1])
+        axes.bar([1], numbers[1:2])
+        axes.scatter([1], numbers[2:3])
+        axes.fill_between([1, 2], [0, 1], numbers[3])
         return figure
 
     monkeypatch.setattr(figures, "FIGURES", {"a.png": draw})
@@ -50,7 +52,7 @@ def test_a_changed_number_is_found(tmp_path, monkeypatch):
     assert figures.stale() == [tmp_path / "a.png"]
     figures.main()
     assert figures.stale() == []
-    for index in range(3):  # each is in another kind of mark, too
+    for index in range(len(numbers)):  # each in a kind of mark of its own
         numbers[index] += 0.001
         assert figures.stale() == [tmp_path / "a.png"]
         numbers[index] -= 0.001
