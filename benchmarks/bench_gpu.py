@@ -290,7 +290,7 @@ def _warm_up(timed: Timed, device: Device) -> None:
         timed.peak = device.peak(step.run)
 
 
-def run_rounds(timed: Sequence[Timed], device: Device, deadline: float) -> None:
+def run_rounds(timed: Sequence[Timed], device: Device, deadline: float, max_share: float = MAX_SHARE) -> None:
     """Fill in the samples until the deadline, a reading of time.perf_counter; at least MIN_ROUNDS of each."""
     order = random.Random(0)
     began = time.perf_counter()
@@ -301,7 +301,7 @@ def run_rounds(timed: Sequence[Timed], device: Device, deadline: float) -> None:
             if number >= MIN_ROUNDS and time.perf_counter() > deadline:
                 break
             elapsed = time.perf_counter() - began
-            due = [each for each in timed if number < MIN_ROUNDS or each.spent <= MAX_SHARE * elapsed]
+            due = [each for each in timed if number < MIN_ROUNDS or each.spent <= max_share * elapsed]
             order.shuffle(due)
             for each in due:
                 if each.step is not None:

@@ -18,7 +18,7 @@ from devices import CPU
 from gpu_results import Traffic
 from torch import Tensor, nn
 
-from ncmi_kernels import CentroidSGD, NCMILoss, available_backends, reference
+from ncmi_kernels import CentroidSGD, NCMILoss, _backends, _ops, available_backends, reference
 
 DTYPE = torch.float32
 
@@ -63,6 +63,13 @@ GPU_SHAPES = (
     Shape(2048, 10, 131072),
 )
 MEMORY_SHAPE = Shape(256, 1000, 2048)
+# Over one size each, the others as in the base.
+SCALING_BASE = Shape(128, 1000, 512)
+SCALING_AXES = {
+    "C": (10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000),
+    "M": (32, 128, 512, 2_048, 8_192, 32_768),
+    "B": (8, 32, 128, 512, 2_048, 8_192, 32_768),
+}
 
 
 def batch(shape: Shape, seed: int = 0, dtype: torch.dtype = DTYPE, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
@@ -209,6 +216,19 @@ def _collapsed(
 _compiled = torch.compile(_collapsed, dynamic=False, fullgraph=True)
 
 
+class CentroidStatistics(nn.Module):
+    """What the loss needs of fixed centroids, computed once for each change of them."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.criterion = ncmi(shape, learnt=True)
+
+    def forward(self, z: Tensor, y: Tensor) -> Any:
+        """The statistics; of the batch only the place counts."""
+        logits, options = self.criterion.centroid_logits, self.criterion.options
+        return _ops.centroid_stats(logits, options, _backends.resolve(None, z, options))
+
+
 class CentroidStep(nn.Module):
     """A step of the centroids, with momentum, from features z [B, M] that have no graph.
 
@@ -348,6 +368,7 @@ OTHER_CROSS_ENTROPIES = (
 _OURS = kernels()
 NCMI_BATCH, NCMI_SAMPLE = _OURS["batch"], _OURS["sample"]
 NCMI_LEARNT, NCMI_CENTROIDS = _OURS["batch, learnt"], _OURS["batch + centroids"]
+NCMI_STATISTICS = Implementation("ncmi statistics", CentroidStatistics, kernels=True)
 KERNELS = (NCMI_BATCH, NCMI_SAMPLE, NCMI_LEARNT, NCMI_CENTROIDS)
 
 _PLAIN = NCMI_BATCH.traffic

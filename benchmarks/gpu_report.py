@@ -116,6 +116,12 @@ def all_parts(out: Path, python: str = sys.executable) -> list[Part]:
 
         return Part(part, command, limit, least, background=background, measures=not background)
 
+    def scaling(seconds: float) -> list[str]:
+        files = ["--csv", str(out / "bench_scaling.csv")]
+        files += ["--png", str(out / "scaling.png")] if importlib.util.find_spec("matplotlib") else []
+        budget = f"{max(0.8 * seconds - 15, 1):.0f}"
+        return script("bench_scaling.py", "--device", "cuda", *files, "--budget", budget, "--step-seconds", "0.5")
+
     def sanitizer(tool: str) -> Part:
         def command(seconds: float) -> list[str]:
             program = find_tool("compute-sanitizer") or "compute-sanitizer"
@@ -151,6 +157,7 @@ def all_parts(out: Path, python: str = sys.executable) -> list[Part]:
         bench("memory", 30, 15),
         bench("profile", 40, 15),
         bench("centroids", 40, 15),
+        Part("scaling", scaling, 70, least=30, measures=True),
         bench("times", 300, 40),
         Part("plots", lambda seconds: script("gpu_plots.py", str(out)), 30, gpu=False, modules=("matplotlib",)),
     ]
@@ -394,6 +401,8 @@ def write_report(out: Path, outcomes: Sequence[Outcome], facts: Mapping[str, Any
             "## Memory\n",
             gpu_results.memory_table(rows),
         ]
+        if (out / "scaling.png").exists():
+            text += ["## Growth over C, M and B\n", "![time and memory of a step](scaling.png)\n"]
         text += ["## Not measured\n", *(f"- {note}" for note in gpu_results.notes(rows)), ""]
     path = out / "report.md"
     path.write_text("\n".join(text))
@@ -419,6 +428,8 @@ OUTPUTS = {
     "environment.json": ("environment",),
     "copy.json": ("copy",),
     "profile.csv": ("profile",),
+    "bench_scaling.csv": ("scaling",),
+    "scaling.png": ("scaling",),
     "bench_gpu.csv": ("small", "memory", "centroids", "times"),
 }
 

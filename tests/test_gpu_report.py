@@ -15,6 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import bench_gpu
+import bench_scaling
 import cases
 import gpu_report
 import gpu_results
@@ -279,7 +280,8 @@ def test_nothing_runs_beside_a_measurement(tmp_path):
     ]
 
 
-def test_the_parts(tmp_path):
+def test_the_parts(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     parts = {each.name: each for each in gpu_report.all_parts(tmp_path, "python3")}
     assert sum(each.least for each in parts.values()) < gpu_report.SECONDS / 2, "one slow part must not starve the rest"
     for each in parts.values():
@@ -290,8 +292,12 @@ def test_the_parts(tmp_path):
         if scripts and scripts[0].endswith("bench_gpu.py"):
             assert command[2] in bench_gpu.PARTS
             assert command[-2:] == ["--budget", "65"]
-    assert {"copy", "times", "small", "memory", "centroids", "profile"} <= set(parts)
-    assert all(parts[name].measures for name in ("copy", "times", "small"))
+    assert {"copy", "times", "small", "memory", "centroids", "scaling", "profile"} <= set(parts)
+    assert all(parts[name].measures for name in ("copy", "times", "small", "scaling"))
+    # Its options are known to bench_scaling.py, which there stops for want of a device alone.
+    with pytest.raises(SystemExit):
+        bench_scaling.main(parts["scaling"].command(100.0)[2:])
+    assert "finds no CUDA device" in capsys.readouterr().err
 
 
 def test_the_environment_of_the_parts(tmp_path, monkeypatch):
