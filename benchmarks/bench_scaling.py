@@ -313,9 +313,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device: got cuda, and torch {torch.__version__} finds no CUDA device")
+    for axis, least in zip("BCM", (1, 2, 2), strict=True):
+        if any(size < least for size in getattr(options, axis)):
+            parser.error(f"--{axis}: got {min(getattr(options, axis))}, expected at least {least}")
     points = points_of(options.base, {axis: getattr(options, axis) for axis in SCALING_AXES})
-    for point in points:
-        Shape.parse(str(point.shape))
+    if not points:
+        parser.error("--C, --M, --B: got no sizes, expected at least one")
     torch.set_num_threads(options.threads)
     device: Device = Cuda() if options.device == "cuda" else Cpu()
     backend = _backends.resolve(None, torch.empty(0, device=device.torch_device), ncmi(TINY).options)
@@ -349,7 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for row in rows
         if row.note and row.implementation in kernels and not row.note.startswith(CAPS)
     ]
-    print("\n".join(failures))
+    print(*failures, sep="\n", end="\n" * bool(failures))
     return 1 if failures else 0
 
 

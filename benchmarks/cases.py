@@ -2,6 +2,8 @@
 
 Every implementation is a criterion, `criterion(z, y) -> loss`, with z [B, M] and y [B]. The NCMI ones use the
 defaults of :class:`NCMILoss` in training mode, so each of them also moves the running centre in every step.
+
+compare.py runs this with older revisions of the package, too: what these may lack is looked up where it is used.
 """
 
 import importlib.util
@@ -18,7 +20,8 @@ from devices import CPU
 from gpu_results import Traffic
 from torch import Tensor, nn
 
-from ncmi_kernels import CentroidSGD, NCMILoss, _backends, _ops, available_backends, reference
+import ncmi_kernels
+from ncmi_kernels import NCMILoss, available_backends, reference
 
 DTYPE = torch.float32
 
@@ -50,7 +53,7 @@ class Shape(NamedTuple):
         return int(LITERAL_TENSORS * self.B * self.C * self.M * DTYPE.itemsize)
 
 
-TINY = Shape(6, 4, 10)  # to try a program
+TINY = Shape(6, 4, 10)  # all of its time is the cost of a call; and to try a program
 SHAPES = (Shape(128, 100, 512), Shape(256, 1000, 1000), Shape(1024, 1000, 2048), Shape(4096, 1000, 1000))
 CENTROID_SHAPES = (Shape(128, 100, 512), Shape(128, 1000, 2048), Shape(256, 1000, 2048), Shape(1024, 1000, 2048))
 # A GPU is full from larger batches on only; the small ones are bound by the cost of a call.
@@ -226,7 +229,8 @@ class CentroidStatistics(nn.Module):
     def forward(self, z: Tensor, y: Tensor) -> Any:
         """The statistics; of the batch only the place counts."""
         logits, options = self.criterion.centroid_logits, self.criterion.options
-        return _ops.centroid_stats(logits, options, _backends.resolve(None, z, options))
+        backend = ncmi_kernels._backends.resolve(None, z, options)
+        return ncmi_kernels._ops.centroid_stats(logits, options, backend)
 
 
 class CentroidStep(nn.Module):
@@ -249,7 +253,7 @@ class CentroidStep(nn.Module):
         self.optimizer: Any = (
             torch.optim.SGD(self.criterion.parameters(), CENTROID_LR, momentum=CENTROID_MOMENTUM)
             if autograd
-            else CentroidSGD(self.criterion, CENTROID_LR, CENTROID_MOMENTUM)
+            else ncmi_kernels.CentroidSGD(self.criterion, CENTROID_LR, CENTROID_MOMENTUM)
         )
 
     def prepare(self, z: Tensor, y: Tensor) -> None:

@@ -192,11 +192,20 @@ def row_values(implementation, note):
     return {"axis": "C", "B": 16, "C": 16, "M": 32, "implementation": implementation.name, "mode": "x", "note": note}
 
 
-def test_without_a_device(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "cuda"], "--device: got cuda, and torch"),
+        (["--C", "1", "10"], "--C: got 1, expected at least 2"),
+        (["--C", "--M", "--B"], "--C, --M, --B: got no sizes"),
+        (["--base", "3x4"], "--base"),
+    ],
+)
+def test_options_are_checked(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
-        bench_scaling.main(["--device", "cuda"])
-    assert "--device: got cuda" in capsys.readouterr().err
+        bench_scaling.main(arguments)
+    assert message in capsys.readouterr().err
 
 
 class Gpu(devices.Cpu):
