@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from bench_loss import describe_machine
+from devices import describe_machine
 from torch import Tensor
 from tqdm import tqdm
 

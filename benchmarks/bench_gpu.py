@@ -3,20 +3,19 @@
     python benchmarks/bench_gpu.py PART --out DIR [--budget SECONDS] [--shapes 256x1000x1000 ...] [--dtypes bfloat16]
 
 `make gpu-report` runs all parts, each in a process of its own. They add rows to DIR/bench_gpu.csv as they go, so a
-part that runs out of time leaves what it has measured:
+part that runs out of time leaves what it has measured (bench_scaling.py has the cost over B, C and M):
 - copy: the bandwidth of a device-to-device copy (also in DIR/copy.json), what the GB/s of the others are a share of;
 - compile: nothing but fill the caches on disk with what torch.compile and Triton make for `times`;
 - times: every implementation and mode at every shape, and the peak memory of a step;
 - small: the small shapes by wall time, replayed from a CUDA graph, and in launches;
 - memory: the peak at one shape where the literal form fits;
-- classes: a full step over the number of classes;
+- centroids: a step of the centroids, by CentroidSGD and by what it replaces;
 - profile: the kernels of a step and the time of each, in DIR/profile.csv.
 
-Time. CUDA events around one step. Before it a buffer larger than the L2 cache is overwritten, as triton's do_bench
-does, so the features come from memory; then a kernel that only waits keeps the device busy until the host has queued
-the step (its host time was measured in the warm-up), so that the time is the device's. What the host costs is the
-wall time of `small`. The implementations run interleaved, a round being one step of each in each mode in random
-order; slow ones sit out rounds while they have used more than their share. Median, 20th and 80th percentile.
+Time. CUDA events around one step, cold and without the host's part (devices.Cuda.time; the host's time of a step was
+measured in the warm-up). What the host costs is the wall time of `small`. The implementations run interleaved, a round
+being one step of each in each mode in random order; slow ones sit out rounds while they have used more than their
+share. Median, 20th and 80th percentile.
 
 A step in training mode moves the running centre, in no-grad forwards too, as in bench_loss.py; "no centre" leaves
 that out. Gradients are asked for with torch.autograd.grad and an upstream gradient that is there already. GB/s are
@@ -28,28 +27,41 @@ import argparse
 import csv
 import gc
 import importlib.metadata
-import importlib.util
 import json
-import os
 import random
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from cases import COMPILED, CROSS_ENTROPY, EAGER, LITERAL, Shape
+from cases import (
+    CENTROID_SHAPES,
+    CENTROID_STEPS,
+    COMPILED,
+    CROSS_ENTROPY,
+    EAGER,
+    GPU_SHAPES,
+    LITERAL,
+    MEMORY_SHAPE,
+    OTHER_CROSS_ENTROPIES,
+    PLAIN_CENTROID_STEP,
+    SMALL_SHAPES,
+    CentroidStep,
+    Implementation,
+    Shape,
+    batch,
+    kernels,
+)
+from devices import Cpu, Cuda, Device, describe_machine, driver_version, free_bytes
 from gpu_results import (
     BACKWARD,
+    CENTROID_STEP,
     FORWARD,
     FULL,
     FULL_SCALED,
@@ -60,274 +72,43 @@ from gpu_results import (
     NO_GRAD,
     WALL,
     Row,
-    Traffic,
-    append_rows,
     model_bytes,
-    quantile,
 )
+from records import spread, write_rows
 from torch import Tensor, nn
 
-import ncmi_kernels
-from ncmi_kernels import NCMILoss
-
-SMALL_SHAPES = (Shape(128, 100, 512), Shape(256, 1000, 1000), Shape(4096, 100, 128))
-SHAPES = (
-    *SMALL_SHAPES,
-    Shape(32768, 1000, 1024),
-    Shape(32768, 1000, 4096),
-    Shape(16384, 100, 16384),
-    Shape(2048, 10, 131072),
-)
-MEMORY_SHAPE = Shape(256, 1000, 2048)
-CLASSES_SHAPES = tuple(Shape(256, C, 256) for C in (10, 30, 100, 300, 1000, 4000))
 DTYPES = (torch.bfloat16, torch.float32)
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
 MAX_SHARE = 0.05  # of the time of the rounds, for one implementation in one mode
 COMPILE_SECONDS = 40.0
 COPY_BYTES = 2**30
-FLUSH_BYTES = 2**28
-# The clock that torch.cuda._sleep counts is at most about 2 GHz.
-CYCLES_PER_US = 2000
 MAX_LEAD_US = 5000.0
-# B C M float32 tensors of the literal form that have to fit at once, with room to spare (about 4 are alive).
-LITERAL_TENSORS = 6
 WALL_STEPS, WALL_SAMPLES = 50, 9
 REPLAYS, REPLAY_SAMPLES = 20, 15
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Devices: what is measured with. The CPU's is there to try all the rest without a GPU.
-# ------------------------------------------------------------------------------------------------------------
-
-
-class Device(Protocol):
-    """Where the steps run, and how they are measured there."""
-
-    torch_device: torch.device
-    cache_bytes: int
-
-    def time(self, run: Callable[[], object], lead_us: float) -> float:
-        """Microseconds that the device needs for `run`, which the host queues in less than `lead_us`."""
-
-    def peak(self, run: Callable[[], object]) -> int | None:
-        """Bytes that `run` allocates at once, at most; None if unknown."""
-
-    def synchronize(self) -> None:
-        """Wait for all that was queued."""
-
-    def free_bytes(self) -> int:
-        """Memory that is left."""
-
-    def name(self) -> str:
-        """The model."""
-
-
-class Cuda:
-    """The current CUDA device."""
-
-    def __init__(self) -> None:
-        self.torch_device = torch.device("cuda", torch.cuda.current_device())
-        self.cache_bytes: int = torch.cuda.get_device_properties(self.torch_device).L2_cache_size
-        self._flush = torch.empty(max(FLUSH_BYTES, 2 * self.cache_bytes), dtype=torch.int8, device=self.torch_device)
-        self._start, self._stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def time(self, run: Callable[[], object], lead_us: float) -> float:
-        """As the docstring of this file says."""
-        self._flush.zero_()
-        torch.cuda._sleep(int(lead_us * CYCLES_PER_US))
-        self._start.record()
-        run()
-        self._stop.record()
-        self._stop.synchronize()
-        return 1e3 * self._start.elapsed_time(self._stop)
-
-    def peak(self, run: Callable[[], object]) -> int | None:
-        """By torch's caching allocator, which counts in blocks of 512 bytes."""
-        gc.collect()
-        self.synchronize()
-        torch.cuda.reset_peak_memory_stats(self.torch_device)
-        before = torch.cuda.memory_allocated(self.torch_device)
-        run()
-        self.synchronize()
-        return torch.cuda.max_memory_allocated(self.torch_device) - before
-
-    def synchronize(self) -> None:
-        """Wait for all that was queued."""
-        torch.cuda.synchronize(self.torch_device)
-
-    def free_bytes(self) -> int:
-        """What the device has, and what torch holds of it unused."""
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(self.torch_device)[0]
-
-    def name(self) -> str:
-        """The model."""
-        return torch.cuda.get_device_name(self.torch_device)
-
-
-class Cpu:
-    """The CPU, by wall time."""
-
-    def __init__(self) -> None:
-        self.torch_device = torch.device("cpu")
-        self.cache_bytes = 0
-
-    def time(self, run: Callable[[], object], lead_us: float) -> float:
-        """The host is the device."""
-        start = time.perf_counter_ns()
-        run()
-        return (time.perf_counter_ns() - start) / 1e3
-
-    def peak(self, run: Callable[[], object]) -> int | None:
-        """Unknown; bench_loss.py measures it."""
-        run()
-        return None
-
-    def synchronize(self) -> None:
-        """Nothing is queued."""
-
-    def free_bytes(self) -> int:
-        """Enough for a try."""
-        return 2**28
-
-    def name(self) -> str:
-        """The kind."""
-        return "cpu"
 
 
 # ------------------------------------------------------------------------------------------------------------
 # What is compared
 # ------------------------------------------------------------------------------------------------------------
 
-
-CROSS_ENTROPY_TRAFFIC = Traffic()
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One thing to measure: a criterion of features [B, M] and targets [B].
-
-    Attributes:
-        name: in tables and CSV files.
-        build: makes a fresh criterion for a shape, on the CPU.
-        traffic: what a step has to move.
-        obstacle: why it cannot be measured at a shape, or None.
-        kernels: one of this package's.
-        compiled: its first step runs torch.compile.
-        overwrites: its input does not survive a step.
-    """
-
-    name: str
-    build: Callable[[Shape], nn.Module]
-    traffic: Traffic = CROSS_ENTROPY_TRAFFIC
-    obstacle: Callable[[Shape, Device], str | None] = lambda shape, device: None
-    kernels: bool = False
-    compiled: bool = False
-    overwrites: bool = False
+OURS = ("batch", "sample", "batch + centroids", "batch, no centre")
 
 
-class CompiledCrossEntropy(nn.Module):
-    """cross_entropy by torch.compile."""
-
-    def forward(self, z: Tensor, y: Tensor) -> Tensor:
-        """The loss of logits z [B, M] and targets y [B]."""
-        return _compiled_cross_entropy(z, y)
+def candidates(backends: Sequence[str]) -> list[Implementation]:
+    """The losses, cross_entropy first. On a GPU the kernels read centroids whether or not they are one-hot."""
+    ours = [kernels(backend)[name] for backend in backends for name in OURS]
+    return [CROSS_ENTROPY, *OTHER_CROSS_ENTROPIES, *ours, EAGER, COMPILED, LITERAL]
 
 
-def _cross_entropy(z: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(z, y)
-
-
-_compiled_cross_entropy = torch.compile(_cross_entropy, dynamic=False, fullgraph=True)
-
-
-class QuackCrossEntropy(nn.Module):
-    """quack's cross-entropy; the mean is taken here where a version gives the losses by row."""
-
-    def forward(self, z: Tensor, y: Tensor) -> Tensor:
-        """The loss of logits z [B, M] and targets y [B]."""
-        from quack.cross_entropy import cross_entropy
-
-        result: Tensor = cross_entropy(z, y)
-        return result.mean() if result.dim() else result
-
-
-def _liger(shape: Shape) -> nn.Module:
-    from liger_kernel.transformers import LigerCrossEntropyLoss
-
-    criterion: nn.Module = LigerCrossEntropyLoss()
-    return criterion
-
-
-def _needs(module: str) -> Callable[[Shape, Device], str | None]:
-    return lambda shape, device: None if importlib.util.find_spec(module) else f"{module} is not installed"
-
-
-def _no_compiler(shape: Shape, device: Device) -> str | None:
-    if device.torch_device.type == "cuda" and not importlib.util.find_spec("triton"):
-        return "torch.compile needs triton, which is not installed"
-    compilers = [name for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name]
-    return None if any(map(shutil.which, compilers)) else "torch.compile needs a C compiler, and none was found"
-
-
-def _literal_fits(shape: Shape, device: Device) -> str | None:
-    needed = 4 * LITERAL_TENSORS * shape.B * shape.C * shape.M
-    free = device.free_bytes()
-    return None if needed <= free else f"about {needed / 2**30:.0f} GiB, and {free / 2**30:.0f} GiB are free"
-
-
-def kernels(backend: str) -> tuple[Candidate, ...]:
-    """What of one backend is measured."""
-
-    def candidate(name: str, traffic: Traffic, **options: Any) -> Candidate:
-        def build(shape: Shape) -> nn.Module:
-            return NCMILoss(shape.C, shape.M, backend=backend, **{"learn_centroids": False, **options})
-
-        def obstacle(shape: Shape, device: Device) -> str | None:
-            return ncmi_kernels.available_backends()[backend]
-
-        return Candidate(f"{backend} {name}", build, traffic, obstacle, kernels=True)
-
-    batch = Traffic(table=True, centre=True)
-    return (
-        candidate("batch", batch),
-        candidate("sample", batch._replace(one_pass=True), ratio="sample"),
-        candidate("batch + centroids", batch._replace(centroids=True), learn_centroids=True),
-        candidate("batch, no centre", batch._replace(centre=False), center_momentum=None),
-    )
-
-
-_NCMI = Traffic(table=True, centre=True)
-CROSS_ENTROPIES = (
-    Candidate("cross_entropy", CROSS_ENTROPY.build),
-    Candidate("cross_entropy compiled", lambda shape: CompiledCrossEntropy(), obstacle=_no_compiler, compiled=True),
-    Candidate("liger cross_entropy", _liger, obstacle=_needs("liger_kernel"), overwrites=True),
-    Candidate("quack cross_entropy", lambda shape: QuackCrossEntropy(), obstacle=_needs("quack")),
-)
-LITERAL_FORM = Candidate("literal", LITERAL.build, _NCMI, _literal_fits)
-PLAIN = (
-    Candidate("collapsed eager", EAGER.build, _NCMI),
-    Candidate("collapsed compiled", COMPILED.build, _NCMI, _no_compiler, compiled=True),
-    LITERAL_FORM,
-)
-
-
-def candidates(backends: Sequence[str]) -> list[Candidate]:
-    """All of them, cross_entropy first."""
-    return [*CROSS_ENTROPIES, *(each for backend in backends for each in kernels(backend)), *PLAIN]
+def centroid_steps(backends: Sequence[str]) -> list[Implementation]:
+    """Those of this package, and what they replace."""
+    return [*(kernels(backend)[name] for backend in backends for name in CENTROID_STEPS), PLAIN_CENTROID_STEP]
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Steps
 # ------------------------------------------------------------------------------------------------------------
-
-
-def make_batch(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Features [B, M], which require a gradient, and targets [B] that suit cross-entropy too."""
-    generator = torch.Generator(device).manual_seed(0)
-    z = torch.randn(shape.B, shape.M, dtype=dtype, device=device, generator=generator).requires_grad_()
-    return z, torch.randint(min(shape.C, shape.M), (shape.B,), device=device, generator=generator)
 
 
 class Step:
@@ -340,12 +121,17 @@ class Step:
         self._upstream: Tensor | None = None
 
     def prepare(self) -> None:
-        """What a backward step needs."""
+        """What a backward step needs, or one of the centroids."""
         if self.mode == BACKWARD:
             self._forward()
+        elif isinstance(self.criterion, CentroidStep):
+            self.criterion.prepare(self.z, self.y)
 
     def run(self) -> None:
         """What is timed."""
+        if self.mode == CENTROID_STEP:
+            self.criterion(self.z, self.y)
+            return
         if self.mode != BACKWARD:
             self._forward()
         if self.mode not in (FORWARD, NO_GRAD):
@@ -426,7 +212,7 @@ def reason_of(error: BaseException) -> str:
 class Timed:
     """One implementation in one mode at one shape, and what was measured of it."""
 
-    candidate: Candidate
+    candidate: Implementation
     mode: str
     step: Step | None = None
     note: str = ""
@@ -440,23 +226,29 @@ class Timed:
         self.note, self.step = reason_of(error), None
 
 
-def modes_of(candidate: Candidate, wanted: Iterable[str]) -> list[str]:
+def modes_of(candidate: Implementation, wanted: Iterable[str]) -> list[str]:
     """The modes of an implementation: an upstream gradient other than 1 is measured of this package's alone."""
     return [mode for mode in wanted if candidate.kernels or mode != FULL_SCALED]
 
 
-def build(candidate: Candidate, shape: Shape, z: Tensor) -> tuple[nn.Module, Tensor]:
+def build(candidate: Implementation, shape: Shape, z: Tensor) -> tuple[nn.Module, Tensor]:
     """A fresh criterion on the device of z, and its features."""
     own = z.detach().clone().requires_grad_() if candidate.overwrites else z
     return candidate.build(shape).to(z.device), own
 
 
 def prepare(
-    candidate: Candidate, shape: Shape, z: Tensor, y: Tensor, wanted: Iterable[str], device: Device, spare: CompileTime
+    candidate: Implementation,
+    shape: Shape,
+    z: Tensor,
+    y: Tensor,
+    wanted: Iterable[str],
+    device: Device,
+    spare: CompileTime,
 ) -> list[Timed]:
     """Compile and warm up; measure the peak memory of a full step, and the host's time for each mode."""
     timed = [Timed(candidate, mode) for mode in modes_of(candidate, wanted)]
-    note = candidate.obstacle(shape, device)
+    note = candidate.obstacle(shape, device.torch_device)
     if note:
         for each in timed:
             each.note = note
@@ -493,11 +285,12 @@ def _warm_up(timed: Timed, device: Device) -> None:
         device.synchronize()
         step.release()
     timed.lead_us = min(1.5e6 * host + 20, MAX_LEAD_US)
-    if timed.mode == FULL:
+    if timed.mode in (FULL, CENTROID_STEP):
+        step.prepare()
         timed.peak = device.peak(step.run)
 
 
-def run_rounds(timed: Sequence[Timed], device: Device, deadline: float) -> None:
+def run_rounds(timed: Sequence[Timed], device: Device, deadline: float, max_share: float = MAX_SHARE) -> None:
     """Fill in the samples until the deadline, a reading of time.perf_counter; at least MIN_ROUNDS of each."""
     order = random.Random(0)
     began = time.perf_counter()
@@ -508,7 +301,7 @@ def run_rounds(timed: Sequence[Timed], device: Device, deadline: float) -> None:
             if number >= MIN_ROUNDS and time.perf_counter() > deadline:
                 break
             elapsed = time.perf_counter() - began
-            due = [each for each in timed if number < MIN_ROUNDS or each.spent <= MAX_SHARE * elapsed]
+            due = [each for each in timed if number < MIN_ROUNDS or each.spent <= max_share * elapsed]
             order.shuffle(due)
             for each in due:
                 if each.step is not None:
@@ -533,7 +326,7 @@ class Bench:
 
     def __init__(self, device: Device, out: Path, backends: Sequence[str], budget: float) -> None:
         self.device, self.out, self.budget = device, out, budget
-        self.candidates = candidates(backends)
+        self.candidates, self.centroid_steps = candidates(backends), centroid_steps(backends)
         self.failures: list[str] = []  # of this package's kernels; that others cannot be measured is no failure
         self.common = describe(device)
         copy = out / "copy.json"
@@ -548,8 +341,8 @@ class Bench:
 
     def write(self, *rows: Row) -> None:
         """Keep rows at once, and show that something goes on."""
-        append_rows(self.out / "bench_gpu.csv", rows)
-        ours = [each.name for each in self.candidates if each.kernels]
+        write_rows(self.out / "bench_gpu.csv", rows, append=True)
+        ours = [each.name for each in (*self.candidates, *self.centroid_steps) if each.kernels]
         for row in rows:
             if row.note and row.implementation in ours:
                 self.failures.append(f"{row.implementation}, {row.mode}: {row.note}")
@@ -570,32 +363,14 @@ class Bench:
         return self.row(shape, dtype, timed.candidate.name, timed.mode, **values)
 
 
-def spread(samples: Sequence[float]) -> dict[str, Any]:
-    """Number, median, and 20th and 80th percentile of times in microseconds."""
-    p20, median, p80 = (round(quantile(samples, level), 3) for level in (0.2, 0.5, 0.8))
-    return {"repetitions": len(samples), "median_us": median, "p20_us": p20, "p80_us": p80}
-
-
 def describe(device: Device) -> dict[str, Any]:
     """What the numbers depend on, for the columns of the same names."""
     return {
-        "device": device.name(),
-        "driver": _driver(),
-        "torch": torch.__version__,
+        **describe_machine(device.torch_device),
+        "driver": driver_version(),
         "cuda": torch.version.cuda or "",
         "triton": _version("triton"),
-        "ncmi_kernels": ncmi_kernels.__version__,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def _driver() -> str:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return (done.stdout.strip().splitlines() or [""])[0]
 
 
 def _version(package: str) -> str:
@@ -613,7 +388,7 @@ def _version(package: str) -> str:
 def measure_copy(bench: Bench, size: int = COPY_BYTES) -> float:
     """GB/s of copying from one buffer to another, read and written, cold."""
     device = bench.device
-    size = min(size, device.free_bytes() // 4)
+    size = min(size, free_bytes(device.torch_device) // 4)
     source = torch.ones(size, dtype=torch.int8, device=device.torch_device)
     target = torch.empty_like(source)
     target.copy_(source)
@@ -628,8 +403,8 @@ def measure_copy(bench: Bench, size: int = COPY_BYTES) -> float:
 def measure_times(
     bench: Bench,
     cases: Sequence[tuple[Shape, torch.dtype]],
+    implementations: Sequence[Implementation],
     wanted: Sequence[str] = MODES,
-    only: Callable[[Candidate], bool] = lambda candidate: True,
 ) -> None:
     """Every implementation and mode at every shape and dtype; each gets an equal part of the time that is left."""
     end = time.perf_counter() + bench.budget
@@ -638,12 +413,11 @@ def measure_times(
         now = time.perf_counter()
         share = (end - now) / (len(cases) - index)
         torch.compiler.reset()  # else earlier shapes count towards the limit on recompilations
-        z, y = make_batch(shape, dtype, bench.device.torch_device)
+        z, y = batch(shape, dtype=dtype, device=bench.device.torch_device)
         timed = [
             each
-            for candidate in bench.candidates
-            if only(candidate)
-            for each in prepare(candidate, shape, z, y, wanted, bench.device, spare)
+            for implementation in implementations
+            for each in prepare(implementation, shape, z, y, wanted, bench.device, spare)
         ]
         run_rounds(timed, bench.device, max(now + share, time.perf_counter() + share / 4))
         bench.write(*(bench.timed_row(shape, dtype, each) for each in timed))
@@ -651,34 +425,40 @@ def measure_times(
 
 
 def measure_compile(bench: Bench, cases: Sequence[tuple[Shape, torch.dtype]]) -> None:
-    """Compile what `times` will ask for; torch and Triton keep it on disk."""
+    """Compile what `times` and `centroids` will ask for; torch and Triton keep it on disk."""
     spare = CompileTime(bench.budget)
-    for shape, dtype in cases:
-        torch.compiler.reset()
-        z, y = make_batch(shape, dtype, bench.device.torch_device)
-        for candidate in bench.candidates:
-            if not (candidate.compiled or candidate.kernels) or candidate.obstacle(shape, bench.device):
-                continue
-            try:
-                criterion, own = build(candidate, shape, z)
-                for mode in (NO_GRAD, FULL):
-                    spare.first_step(Step(criterion, own, y, mode))
-            except Exception as error:
-                print(f"{candidate.name} at {shape} {dtype}: {reason_of(error)}")
+    steps = grid(CENTROID_SHAPES, dict.fromkeys(dtype for _, dtype in cases))
+    for implementations, modes, shapes in (
+        (bench.candidates, (NO_GRAD, FULL), cases),
+        (bench.centroid_steps, (CENTROID_STEP,), steps),
+    ):
+        for shape, dtype in shapes:
+            torch.compiler.reset()
+            z, y = batch(shape, dtype=dtype, device=bench.device.torch_device)
+            for candidate in implementations:
+                compiles = candidate.compiled or candidate.kernels
+                if not compiles or candidate.obstacle(shape, bench.device.torch_device):
+                    continue
+                try:
+                    criterion, own = build(candidate, shape, z)
+                    for mode in modes:
+                        spare.first_step(Step(criterion, own, y, mode))
+                except Exception as error:
+                    print(f"{candidate.name} at {shape} {dtype}: {reason_of(error)}")
 
 
 def measure_memory(bench: Bench, cases: Sequence[tuple[Shape, torch.dtype]]) -> None:
     """Peak of the first full step of a fresh criterion; code was loaded by a step of another one."""
     for shape, dtype in cases:
-        z, y = make_batch(shape, dtype, bench.device.torch_device)
+        z, y = batch(shape, dtype=dtype, device=bench.device.torch_device)
         for candidate in bench.candidates:
             if candidate.compiled:
                 continue
             bench.write(_memory_row(bench, candidate, shape, dtype, z, y))
 
 
-def _memory_row(bench: Bench, candidate: Candidate, shape: Shape, dtype: torch.dtype, z: Tensor, y: Tensor) -> Row:
-    values: dict[str, Any] = {"note": candidate.obstacle(shape, bench.device) or ""}
+def _memory_row(bench: Bench, candidate: Implementation, shape: Shape, dtype: torch.dtype, z: Tensor, y: Tensor) -> Row:
+    values: dict[str, Any] = {"note": candidate.obstacle(shape, bench.device.torch_device) or ""}
     if not values["note"]:
         try:
             few = shape._replace(B=2)
@@ -697,9 +477,9 @@ def measure_small(bench: Bench, cases: Sequence[tuple[Shape, torch.dtype]]) -> N
     spare = CompileTime(bench.budget / 3)
     for shape, dtype in cases:
         torch.compiler.reset()
-        z, y = make_batch(shape, dtype, bench.device.torch_device)
+        z, y = batch(shape, dtype=dtype, device=bench.device.torch_device)
         for candidate in bench.candidates:
-            if candidate is LITERAL_FORM:
+            if candidate is LITERAL:
                 continue
             if time.perf_counter() > end:
                 bench.write(bench.row(shape, dtype, candidate.name, WALL, note="the time for this part is spent"))
@@ -709,14 +489,14 @@ def measure_small(bench: Bench, cases: Sequence[tuple[Shape, torch.dtype]]) -> N
 
 def _small_rows(
     bench: Bench,
-    candidate: Candidate,
+    candidate: Implementation,
     shape: Shape,
     dtype: torch.dtype,
     z: Tensor,
     y: Tensor,
     spare: CompileTime,
 ) -> list[Row]:
-    note = candidate.obstacle(shape, bench.device)
+    note = candidate.obstacle(shape, bench.device.torch_device)
     if note:
         return [bench.row(shape, dtype, candidate.name, WALL, note=note)]
 
@@ -823,9 +603,9 @@ def measure_profile(bench: Bench, cases: Sequence[tuple[Shape, torch.dtype]]) ->
         writer = csv.writer(file)
         writer.writerow(PROFILE_COLUMNS)
         for shape, dtype in cases:
-            z, y = make_batch(shape, dtype, bench.device.torch_device)
+            z, y = batch(shape, dtype=dtype, device=bench.device.torch_device)
             for candidate in bench.candidates:
-                if not candidate.kernels or candidate.obstacle(shape, bench.device):
+                if not candidate.kernels or candidate.obstacle(shape, bench.device.torch_device):
                     continue
                 criterion, own = build(candidate, shape, z)
                 for mode in (FORWARD, BACKWARD):
@@ -851,25 +631,20 @@ def run_part(part: str, bench: Bench, shapes: Sequence[Shape] | None, dtypes: Se
     if part == "copy":
         measure_copy(bench)
     elif part == "compile":
-        measure_compile(bench, grid(shapes or SHAPES, dtypes))
+        measure_compile(bench, grid(shapes or GPU_SHAPES, dtypes))
     elif part == "times":
-        measure_times(bench, grid(shapes or SHAPES, dtypes))
+        measure_times(bench, grid(shapes or GPU_SHAPES, dtypes), bench.candidates)
     elif part == "small":
         measure_small(bench, grid(shapes or SMALL_SHAPES, dtypes))
     elif part == "memory":
         measure_memory(bench, grid(shapes or (MEMORY_SHAPE,), dtypes))
-    elif part == "classes":
-        measure_times(
-            bench,
-            grid(shapes or CLASSES_SHAPES, dtypes[-1:]),
-            (FULL,),
-            lambda candidate: candidate.kernels or candidate is LITERAL_FORM,
-        )
+    elif part == "centroids":
+        measure_times(bench, grid(shapes or CENTROID_SHAPES, dtypes), bench.centroid_steps, (CENTROID_STEP,))
     else:
-        measure_profile(bench, grid(shapes or SHAPES, dtypes))
+        measure_profile(bench, grid(shapes or GPU_SHAPES, dtypes))
 
 
-PARTS = ("copy", "compile", "times", "small", "memory", "classes", "profile")
+PARTS = ("copy", "compile", "times", "small", "memory", "centroids", "profile")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

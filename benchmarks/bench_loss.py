@@ -23,35 +23,27 @@ more.
 
 Memory. `peak_extra_bytes` is what the first forward+backward step of a fresh criterion has allocated at once,
 at most, on top of what was there before it: gradients, what the graph keeps, temporaries, and what NCMILoss
-caches of fixed centroids. `later_peak_extra_bytes` is the same for its second step. glibc is asked, so blocks
-of ATen and the malloc of any library count alike: in a process of its own, malloc maps every block of 16 KiB
-or more separately and keeps the high-water mark of the mapped bytes (smaller blocks do not count). The
-kernel's mark of the resident set would be off by hundreds of KiB, as Linux counts pages by CPU, in batches;
-torch.profiler does not see malloc. Code was loaded and compiled, and threads were started, by a step of
-another criterion. Needs Linux with glibc 2.33; empty elsewhere.
+caches of fixed centroids. `later_peak_extra_bytes` is the same for its second step. devices.py says how it is
+found. Code was loaded and compiled, and threads were started, by a step of another criterion.
 """
 
 import argparse
-import csv
-import ctypes
 import gc
-import os
-import platform
 import random
 import resource
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
-from datetime import datetime, timezone
-from multiprocessing import get_context
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 from cases import CROSS_ENTROPY, DTYPE, IMPLEMENTATIONS, SHAPES, Implementation, Shape, batch
+from devices import CPU, describe_machine, memory_worker, peak_of
+from records import spread, write_rows
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -65,11 +57,6 @@ WARM_UP_ROUNDS = 3
 MIN_ROUNDS = 20
 MAX_ROUNDS = 2000
 QUICK_LITERAL_BYTES = 2**28
-
-LIBC = ctypes.CDLL(None)
-M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # malloc.h
-MAPPED_FROM = 16 * 1024
-MAX_CHUNKS = 20_000
 
 
 class Sample(NamedTuple):
@@ -104,9 +91,6 @@ class Row:
     later_peak_extra_bytes: int | None = None
     minor_faults_per_step: float | None = None
     note: str = ""
-
-
-COLUMNS = [column.name for column in fields(Row)]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -156,69 +140,6 @@ def _faults() -> int:
 # ------------------------------------------------------------------------------------------------------------
 # Memory
 # ------------------------------------------------------------------------------------------------------------
-
-
-def memory_worker() -> ProcessPoolExecutor:
-    """A process to run `peak_of` and `step_peaks` in."""
-    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_map_blocks_separately)
-
-
-def _map_blocks_separately() -> None:
-    if hasattr(LIBC, "mallinfo2"):
-        LIBC.mallopt(M_MMAP_THRESHOLD, MAPPED_FROM)
-        LIBC.mallopt(M_ARENA_MAX, 1)  # a thread's arena would come with room for some blocks
-
-
-class _MallInfo(ctypes.Structure):
-    """Struct mallinfo2 of malloc.h; hblkhd is the number of mapped bytes."""
-
-    _fields_ = (
-        *((f"other{index}", ctypes.c_size_t) for index in range(4)),
-        ("hblkhd", ctypes.c_size_t),
-        *((f"other{index}", ctypes.c_size_t) for index in range(4, 9)),
-    )
-
-
-def peak_of(function: Callable[[], object]) -> int | None:
-    """Bytes that `function` has allocated at once, at most; None if unknown. To be run by `memory_worker`."""
-    if not hasattr(LIBC, "mallinfo2"):
-        return None
-    LIBC.mallinfo2.restype = _MallInfo
-    LIBC.malloc.restype = ctypes.c_void_p
-    LIBC.malloc.argtypes = (ctypes.c_size_t,)
-    LIBC.free.argtypes = (ctypes.c_void_p,)
-    gc.collect()
-    # malloc prefers the free chunks of its heap to a mapping: use them up, until it maps a block.
-    mapped = LIBC.mallinfo2().hblkhd
-    for _ in range(MAX_CHUNKS):
-        block = LIBC.malloc(MAPPED_FROM)
-        if LIBC.mallinfo2().hblkhd > mapped:
-            LIBC.free(block)
-            break
-    else:
-        return None  # this malloc is not glibc's
-    # The mark cannot be set back, so what is allocated is brought up to it, by a block that is never touched.
-    ballast = LIBC.malloc(max(MAPPED_FROM, _most_mapped_bytes() - mapped))
-    if not ballast:
-        return None
-    before = LIBC.mallinfo2().hblkhd
-    function()
-    peak = _most_mapped_bytes() - before
-    LIBC.free(ballast)
-    return peak
-
-
-def _most_mapped_bytes() -> int:
-    """The high-water mark, which glibc gives only as text on stderr."""
-    with tempfile.TemporaryFile() as file:
-        stderr = os.dup(2)
-        os.dup2(file.fileno(), 2)
-        LIBC.malloc_stats()
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        file.seek(0)
-        text = file.read().decode()
-    return int(text.split("max mmap bytes")[1].split()[1])
 
 
 def step_peaks(name: str, shape: Shape, threads: int) -> tuple[int | None, int | None]:
@@ -338,7 +259,7 @@ def measure(shape: Shape, threads: int, budget: float, worker: Executor, *, quic
     z, y = batch(shape)
     measurements = []
     for implementation in IMPLEMENTATIONS:
-        note = implementation.obstacle(shape) or ""
+        note = implementation.obstacle(shape, CPU) or ""
         if quick and implementation.heavy and shape.literal_bytes() > QUICK_LITERAL_BYTES:
             note = "left out by --quick"
         if note:
@@ -360,49 +281,18 @@ def _summary(measurement: Measurement, mode: str) -> dict[str, Any]:
     samples = measurement.samples[mode]
     if not samples:
         return summary
-    levels = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    times = torch.tensor([sample.microseconds for sample in samples], dtype=torch.float64)
-    p20, median, p80 = times.quantile(levels).tolist()
-    ratios = torch.tensor(measurement.ratios[mode], dtype=torch.float64)
     return summary | {
-        "repetitions": len(samples),
-        "median_us": round(median, 2),
-        "p20_us": round(p20, 2),
-        "p80_us": round(p80, 2),
-        "ratio_to_cross_entropy": round(ratios.quantile(0.5).item(), 4),
+        **spread([sample.microseconds for sample in samples]),
+        "ratio_to_cross_entropy": round(median(measurement.ratios[mode]), 4),
         "peak_extra_bytes": measurement.peaks[0] if mode == FULL else None,
         "later_peak_extra_bytes": measurement.peaks[1] if mode == FULL else None,
         "minor_faults_per_step": round(sum(sample.faults for sample in samples) / len(samples), 1),
     }
 
 
-def describe_machine() -> dict[str, Any]:
-    """What the numbers depend on, for the columns of the same names."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.open() if line.startswith("model name")]
-        model = names[0] if names else model
-    return {
-        "device": model,
-        "torch": torch.__version__,
-        "ncmi_kernels": ncmi_kernels.__version__,
-        "cpu_capability": torch.ops.ncmi_kernels.cpu_capability(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Output
 # ------------------------------------------------------------------------------------------------------------
-
-
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Write the rows under a header, replacing the file."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
 
 
 TABLE_LINES = (
@@ -473,7 +363,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             budget = max(0.0, end - time.perf_counter()) / (len(cases) - index)
             rows += measure(shape, count, budget, worker, quick=options.quick)
             if options.csv:
-                write_csv(options.csv, rows)
+                write_rows(options.csv, rows)
     table = make_table(rows)
     Console(width=Console(width=1000).measure(table).maximum).print(table)
 

@@ -18,18 +18,18 @@ by row; the gradient by the features is reduced to the process that they came fr
 """
 
 import argparse
-import csv
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from bench_loss import describe_machine
+from devices import describe_machine
+from records import write_rows
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -222,10 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     rows = measure(options.batch, options.features, options.classes, options.processes)
     if options.csv:
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
+        write_rows(options.csv, rows)
     show(rows)
 
 

@@ -1,25 +1,33 @@
-"""The shapes and the implementations that the benchmark and its tests share.
+"""The shapes and the implementations that all benchmarks and their tests share.
 
 Every implementation is a criterion, `criterion(z, y) -> loss`, with z [B, M] and y [B]. The NCMI ones use the
 defaults of :class:`NCMILoss` in training mode, so each of them also moves the running centre in every step.
+
+compare.py runs this with older revisions of the package, too: what these may lack is looked up where it is used.
 """
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import devices
 import torch
+import torch.nn.functional as F
+from devices import CPU
+from gpu_results import Traffic
 from torch import Tensor, nn
 
-from ncmi_kernels import NCMILoss, reference
+import ncmi_kernels
+from ncmi_kernels import NCMILoss, available_backends, reference
 
 DTYPE = torch.float32
 
 # Tensors of B C M elements that live at once in a step of the literal form: measured 4.0 to 4.2.
 LITERAL_TENSORS = 4.5
+CENTROID_LR, CENTROID_MOMENTUM = 0.1, 0.9
 
 
 class Shape(NamedTuple):
@@ -45,22 +53,86 @@ class Shape(NamedTuple):
         return int(LITERAL_TENSORS * self.B * self.C * self.M * DTYPE.itemsize)
 
 
+TINY = Shape(6, 4, 10)  # all of its time is the cost of a call; and to try a program
 SHAPES = (Shape(128, 100, 512), Shape(256, 1000, 1000), Shape(1024, 1000, 2048), Shape(4096, 1000, 1000))
+CENTROID_SHAPES = (Shape(128, 100, 512), Shape(128, 1000, 2048), Shape(256, 1000, 2048), Shape(1024, 1000, 2048))
+# A GPU is full from larger batches on only; the small ones are bound by the cost of a call.
+SMALL_SHAPES = (*SHAPES[:2], Shape(4096, 100, 128))
+GPU_SHAPES = (
+    *SMALL_SHAPES,
+    Shape(32768, 1000, 1024),
+    Shape(32768, 1000, 4096),
+    Shape(16384, 100, 16384),
+    Shape(2048, 10, 131072),
+)
+MEMORY_SHAPE = Shape(256, 1000, 2048)
+# Over one size each, the others as in the base.
+SCALING_BASE = Shape(128, 1000, 512)
+SCALING_AXES = {
+    "C": (10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000),
+    "M": (32, 128, 512, 2_048, 8_192, 32_768),
+    "B": (8, 32, 128, 512, 2_048, 8_192, 32_768),
+}
 
 
-def batch(shape: Shape, seed: int = 0) -> tuple[Tensor, Tensor]:
+def batch(shape: Shape, seed: int = 0, dtype: torch.dtype = DTYPE, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
     """Features z [B, M], a leaf that requires a gradient, and targets y [B] that suit cross-entropy too."""
-    generator = torch.Generator().manual_seed(seed)
-    z = torch.randn(shape.B, shape.M, dtype=DTYPE, generator=generator).requires_grad_()
-    return z, torch.randint(min(shape.C, shape.M), (shape.B,), generator=generator)
+    generator = torch.Generator(device).manual_seed(seed)
+    z = torch.randn(shape.B, shape.M, dtype=dtype, device=device, generator=generator).requires_grad_()
+    return z, torch.randint(min(shape.C, shape.M), (shape.B,), device=device, generator=generator)
 
 
-def _ncmi(shape: Shape, *, learn_centroids: bool = False, learnt: bool = False, **options: Any) -> NCMILoss:
-    """`learnt`: centroids that learning has moved. Those of the start, one-hot, the kernels need not read."""
+def ncmi(shape: Shape, *, learn_centroids: bool = False, learnt: bool = False, **options: Any) -> NCMILoss:
+    """`learnt`: centroids that learning has moved. Those of the start, one-hot, the CPU's kernels need not read."""
     criterion = NCMILoss(shape.C, shape.M, learn_centroids=learn_centroids, dtype=DTYPE, **options)
     if learnt:
         noise = torch.randn(shape.C, shape.M, dtype=DTYPE, generator=torch.Generator().manual_seed(1))
         criterion.centroid_logits.data.add_(0.05 * noise)
+    return criterion
+
+
+class CrossEntropyWithHead(nn.Module):
+    """cross_entropy of a linear layer from M features to C logits, whose weight takes a gradient: B C M operations."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.head = nn.Linear(shape.M, shape.C, dtype=DTYPE)
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        """The loss of features z [B, M] and targets y [B]."""
+        return F.cross_entropy(self.head(z), y)
+
+
+class CompiledCrossEntropy(nn.Module):
+    """cross_entropy by torch.compile."""
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        """The loss of logits z [B, M] and targets y [B]."""
+        return _compiled_cross_entropy(z, y)
+
+
+def _cross_entropy(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(z, y)
+
+
+_compiled_cross_entropy = torch.compile(_cross_entropy, dynamic=False, fullgraph=True)
+
+
+class QuackCrossEntropy(nn.Module):
+    """quack's cross-entropy; the mean is taken here where a version gives the losses by row."""
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        """The loss of logits z [B, M] and targets y [B]."""
+        from quack.cross_entropy import cross_entropy
+
+        result: Tensor = cross_entropy(z, y)
+        return result.mean() if result.dim() else result
+
+
+def _liger(shape: Shape) -> nn.Module:
+    from liger_kernel.transformers import LigerCrossEntropyLoss
+
+    criterion: nn.Module = LigerCrossEntropyLoss()
     return criterion
 
 
@@ -78,19 +150,19 @@ class Collapsed(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        ncmi = _ncmi(shape)
-        options = ncmi.options
-        log_q = reference.log_activation(ncmi.centroid_logits.detach(), options.activation)
+        criterion = ncmi(shape)
+        options = criterion.options
+        log_q = reference.log_activation(criterion.centroid_logits.detach(), options.activation)
         self.register_buffer("log_q", log_q)
         self.register_buffer("mean_log_q", log_q.mean(dim=0))
-        self.register_buffer("center", ncmi.center)
+        self.register_buffer("center", criterion.center)
         self.register_buffer("seen", torch.zeros((), dtype=torch.bool))
         self.constants: tuple[Any, ...] = (
             options.temperature,
             options.l2_normalize,
             options.activation,
             options.eps,
-            ncmi.center_momentum,
+            criterion.center_momentum,
         )
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
@@ -105,15 +177,15 @@ class Literal(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.ncmi = _ncmi(shape)
+        self.ncmi = ncmi(shape)
         self.momentum: Any = self.ncmi.center_momentum
         self.register_buffer("seen", torch.zeros((), dtype=torch.bool))
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
         """The loss of features z [B, M] and targets y [B]."""
-        ncmi = self.ncmi
-        _move_center(z, ncmi.center, self.seen, self.momentum)
-        return reference.loss(z, y, ncmi.centroid_logits, ncmi.center, None, ncmi.options, literal=True)
+        own = self.ncmi
+        _move_center(z, own.center, self.seen, self.momentum)
+        return reference.loss(z, y, own.centroid_logits, own.center, None, own.options, literal=True)
 
 
 def _move_center(z: Tensor, center: Tensor, seen: Tensor, momentum: float) -> None:
@@ -147,29 +219,90 @@ def _collapsed(
 _compiled = torch.compile(_collapsed, dynamic=False, fullgraph=True)
 
 
-def _no_compiler(shape: Shape) -> str | None:
-    compiler = os.environ.get("CXX", "g++")
-    return None if shutil.which(compiler) else f"torch.compile needs a C++ compiler ({compiler})"
+class CentroidStatistics(nn.Module):
+    """What the loss needs of fixed centroids, computed once for each change of them."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.criterion = ncmi(shape, learnt=True)
+
+    def forward(self, z: Tensor, y: Tensor) -> Any:
+        """The statistics; of the batch only the place counts."""
+        logits, options = self.criterion.centroid_logits, self.criterion.options
+        backend = ncmi_kernels._backends.resolve(None, z, options)
+        return ncmi_kernels._ops.centroid_stats(logits, options, backend)
 
 
-def _no_memory(shape: Shape) -> str | None:
-    needed, free = shape.literal_bytes(), free_bytes()
+class CentroidStep(nn.Module):
+    """A step of the centroids, with momentum, from features z [B, M] that have no graph.
+
+    Args:
+        shape: B, C and M.
+        backend: of the criterion.
+        after_forward: a forward pass of the same features comes before it, and is not part of it: as in training,
+            where it belongs to the network's step.
+        autograd: by what CentroidSGD replaces: the criterion, backward and torch.optim.SGD.
+    """
+
+    def __init__(
+        self, shape: Shape, backend: str | None = None, *, after_forward: bool = False, autograd: bool = False
+    ) -> None:
+        super().__init__()
+        self.criterion = ncmi(shape, learn_centroids=True, learnt=True, backend=backend)
+        self.after_forward, self.autograd, self.centered = after_forward, autograd, False
+        self.optimizer: Any = (
+            torch.optim.SGD(self.criterion.parameters(), CENTROID_LR, momentum=CENTROID_MOMENTUM)
+            if autograd
+            else ncmi_kernels.CentroidSGD(self.criterion, CENTROID_LR, CENTROID_MOMENTUM)
+        )
+
+    def prepare(self, z: Tensor, y: Tensor) -> None:
+        """What comes before a step."""
+        if self.after_forward or not self.centered:
+            self.criterion(z.detach(), y)
+        if self.autograd and not self.centered:
+            self.criterion.eval()  # the centre moves in the network's step
+        self.centered = True
+
+    def forward(self, z: Tensor, y: Tensor) -> None:
+        """The step."""
+        if self.autograd:
+            self.optimizer.zero_grad()
+            self.criterion(z.detach(), y).backward()
+            self.optimizer.step()
+        else:
+            self.optimizer.step(z.detach(), y)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is compared
+# ------------------------------------------------------------------------------------------------------------
+
+Obstacle = Callable[[Shape, torch.device], str | None]
+
+
+def _needs(module: str) -> Obstacle:
+    return lambda shape, device: None if importlib.util.find_spec(module) else f"{module} is not installed"
+
+
+def _no_compiler(shape: Shape, device: torch.device) -> str | None:
+    if device.type == "cpu":
+        compiler = os.environ.get("CXX", "g++")
+        return None if shutil.which(compiler) else f"torch.compile needs a C++ compiler ({compiler})"
+    if not importlib.util.find_spec("triton"):
+        return "torch.compile needs triton, which is not installed"
+    compilers = [name for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name]
+    return None if any(map(shutil.which, compilers)) else "torch.compile needs a C compiler, and none was found"
+
+
+def _no_memory(shape: Shape, device: torch.device) -> str | None:
+    needed, free = shape.literal_bytes(), devices.free_bytes(device)
     if needed <= free // 2:
         return None
     return f"about {needed / 2**30:.0f} GiB, more than half of the {free / 2**30:.0f} GiB that are free"
 
 
-def free_bytes() -> int:
-    """Memory that this process may still take: what the system has, within the limit of its cgroup."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (maximum := limit.read_text().strip()) != "max":
-        free = min(free, int(maximum) - int(used.read_text()))
-    return free
+_FEATURES_ALONE = Traffic()
 
 
 @dataclass(frozen=True)
@@ -178,27 +311,77 @@ class Implementation:
 
     Attributes:
         name: in tables, CSV files and test names.
-        build: makes a fresh criterion for a shape.
-        obstacle: why it cannot be measured at a shape, or None.
-        share: of the measuring time; it sits out rounds while it has used more. 1 never sits out.
+        build: makes a fresh criterion for a shape, on the CPU.
+        obstacle: why it cannot be measured at a shape on a device, or None.
+        traffic: what a step has to move.
+        share: of the measuring time; it sits out rounds while it has used more. 1 never sits out. (bench_gpu.py gives
+            all the same share.)
         heavy: a step may take seconds and gigabytes, so it is not run more often than needed.
+        kernels: one of this package's.
+        compiled: its first step runs torch.compile.
+        overwrites: its input does not survive a step.
     """
 
     name: str
     build: Callable[[Shape], nn.Module]
-    obstacle: Callable[[Shape], str | None] = lambda shape: None
+    obstacle: Obstacle = lambda shape, device: None
+    traffic: Traffic = _FEATURES_ALONE
     share: float = 1.0
     heavy: bool = False
+    kernels: bool = False
+    compiled: bool = False
+    overwrites: bool = False
+
+
+def kernels(backend: str | None = None) -> dict[str, Implementation]:
+    """What of this package is measured, by its name without the backend, which is "ncmi" where the loss chooses it."""
+
+    def needs_backend(shape: Shape, device: torch.device) -> str | None:
+        return None if backend is None else available_backends()[backend]
+
+    def implementation(name: str, build: Callable[[Shape], nn.Module], **traffic: bool) -> Implementation:
+        moved = Traffic(**{"table": True, "centre": True, **traffic})
+        return Implementation(f"{backend or 'ncmi'} {name}", build, needs_backend, moved, kernels=True)
+
+    def loss(name: str, traffic: dict[str, bool], **options: Any) -> Implementation:
+        return implementation(name, lambda shape: ncmi(shape, backend=backend, **options), **traffic)
+
+    def step(name: str, **how: bool) -> Implementation:
+        return implementation(name, lambda shape: CentroidStep(shape, backend, **how))
+
+    return {
+        "batch": loss("batch", {}),
+        "sample": loss("sample", {"one_pass": True}, ratio="sample"),
+        "batch, learnt": loss("batch, learnt", {}, learnt=True),
+        "batch + centroids": loss("batch + centroids", {"centroids": True}, learn_centroids=True, learnt=True),
+        "batch, no centre": loss("batch, no centre", {"centre": False}, center_momentum=None),
+        "CentroidSGD": step("CentroidSGD"),
+        "CentroidSGD after forward": step("CentroidSGD after forward", after_forward=True),
+        "kernels, autograd, SGD": step("kernels, autograd, SGD", autograd=True),
+    }
 
 
 CROSS_ENTROPY = Implementation("cross_entropy", lambda shape: nn.CrossEntropyLoss())
-NCMI_BATCH = Implementation("ncmi batch", _ncmi)
-NCMI_SAMPLE = Implementation("ncmi sample", lambda shape: _ncmi(shape, ratio="sample"))
-NCMI_LEARNT = Implementation("ncmi batch, learnt", lambda shape: _ncmi(shape, learnt=True))
-NCMI_CENTROIDS = Implementation("ncmi batch + centroids", lambda shape: _ncmi(shape, learn_centroids=True, learnt=True))
-EAGER = Implementation("collapsed eager", lambda shape: _ncmi(shape, backend="reference"), share=0.15)
-COMPILED = Implementation("collapsed compiled", Collapsed, obstacle=_no_compiler, share=0.15)
-LITERAL = Implementation("literal", Literal, obstacle=_no_memory, share=0.15, heavy=True)
+CROSS_ENTROPY_WITH_HEAD = Implementation("cross_entropy with head", CrossEntropyWithHead, share=0.15)
+OTHER_CROSS_ENTROPIES = (
+    Implementation("cross_entropy compiled", lambda shape: CompiledCrossEntropy(), _no_compiler, compiled=True),
+    Implementation("liger cross_entropy", _liger, _needs("liger_kernel"), overwrites=True),
+    Implementation("quack cross_entropy", lambda shape: QuackCrossEntropy(), _needs("quack")),
+)
 
+_OURS = kernels()
+NCMI_BATCH, NCMI_SAMPLE = _OURS["batch"], _OURS["sample"]
+NCMI_LEARNT, NCMI_CENTROIDS = _OURS["batch, learnt"], _OURS["batch + centroids"]
+NCMI_STATISTICS = Implementation("ncmi statistics", CentroidStatistics, kernels=True)
 KERNELS = (NCMI_BATCH, NCMI_SAMPLE, NCMI_LEARNT, NCMI_CENTROIDS)
+
+_PLAIN = NCMI_BATCH.traffic
+EAGER = Implementation("collapsed eager", lambda shape: ncmi(shape, backend="reference"), traffic=_PLAIN, share=0.15)
+COMPILED = Implementation("collapsed compiled", Collapsed, _no_compiler, _PLAIN, share=0.15, compiled=True)
+LITERAL = Implementation("literal", Literal, _no_memory, _PLAIN, share=0.15, heavy=True)
 IMPLEMENTATIONS = (CROSS_ENTROPY, *KERNELS, EAGER, COMPILED, LITERAL)
+
+PLAIN_CENTROID_STEP = Implementation(
+    "PyTorch, autograd, SGD", lambda shape: CentroidStep(shape, "reference", autograd=True), traffic=_PLAIN
+)
+CENTROID_STEPS = ("CentroidSGD", "CentroidSGD after forward", "kernels, autograd, SGD")  # of `kernels`

@@ -42,7 +42,7 @@ from typing import Any, NamedTuple
 
 import torch
 from bench_loss import FULL, NO_GRAD, no_grad_step, train_step
-from cases import KERNELS, SHAPES, Shape, batch
+from cases import KERNELS, SHAPES, TINY, Shape, batch, ncmi
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -52,7 +52,6 @@ import ncmi_kernels
 ROOT = Path(__file__).resolve().parent.parent
 BUILT = ROOT / "build" / "compare"
 
-TINY = Shape(4, 3, 8)  # all of its time is the cost of a call
 CENTROID_STEP, ALTERNATING = "CentroidSGD", "CentroidSGD after ncmi batch"
 
 TURN = 0.01  # seconds
@@ -105,9 +104,7 @@ def make_step(case: Case) -> Callable[[], float]:
 
 
 def _centroid_step(case: Case, z: torch.Tensor, y: torch.Tensor) -> Callable[[], float]:
-    criterion = ncmi_kernels.NCMILoss(case.shape.C, case.shape.M)
-    noise = torch.randn(case.shape.C, case.shape.M, generator=torch.Generator().manual_seed(1))
-    criterion.centroid_logits.data.add_(noise, alpha=0.05)
+    criterion = ncmi(case.shape, learn_centroids=True, learnt=True)
     criterion(z, y)  # sets the centre
     optimizer = ncmi_kernels.CentroidSGD(criterion, lr=0.01, momentum=0.9)
 

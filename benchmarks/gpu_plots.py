@@ -1,4 +1,4 @@
-"""Plots of the GPU benchmark's results: GB/s over M, time over B M, and cost over C.
+"""Plots of the GPU benchmark's results: GB/s over M, and time over B M.
 
     python benchmarks/gpu_plots.py DIR
 
@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpu_results import FULL, NO_GRAD, Row, read_rows
+from gpu_results import FULL, NO_GRAD, Row
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from records import read_rows
 
 
 @dataclass(frozen=True)
@@ -63,28 +64,17 @@ class _Plot:
 
 def draw_all(directory: Path) -> list[Path]:
     """The plots that the results suffice for."""
-    rows = [row for row in read_rows(directory / "bench_gpu.csv") if row.median_us is not None]
-    by_classes, by_shape = split(rows)
-    full = [row for row in by_shape if row.mode == FULL]
-    no_grad = [row for row in by_shape if row.mode == NO_GRAD]
+    rows = [row for row in read_rows(directory / "bench_gpu.csv", Row) if row.median_us is not None]
+    full = [row for row in rows if row.mode == FULL]
+    no_grad = [row for row in rows if row.mode == NO_GRAD]
     microseconds, speed = "median, us", "GB/s of model bytes"
     both = "Forward and backward"
     plots = (
         _Plot("no_grad_gb_per_s.png", no_grad, _columns, _speed, ("No-grad forward", "M", speed), log_y=False),
         _Plot("full_gb_per_s.png", full, _columns, _speed, (both, "M", speed), log_y=False),
         _Plot("full_time.png", full, _elements, _time, (both, "B M", microseconds)),
-        _Plot("classes.png", by_classes, _classes, _time, (both, "C", microseconds)),
     )
     return [directory / plot.name for plot in plots if plot.draw(directory)]
-
-
-def split(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """Full steps at a (B, M) that was measured for three or more C, and the rest."""
-    classes: dict[tuple[int, int, str], set[int]] = {}
-    for row in rows:
-        classes.setdefault((row.B, row.M, row.dtype), set()).add(row.C)
-    many = [row for row in rows if len(classes[row.B, row.M, row.dtype]) >= 3]
-    return [row for row in many if row.mode == FULL], [row for row in rows if row not in many]
 
 
 def _columns(row: Row) -> float:
@@ -93,10 +83,6 @@ def _columns(row: Row) -> float:
 
 def _elements(row: Row) -> float:
     return row.B * row.M
-
-
-def _classes(row: Row) -> float:
-    return row.C
 
 
 def _speed(row: Row) -> float | None:

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_results
+import records
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -115,6 +116,12 @@ def all_parts(out: Path, python: str = sys.executable) -> list[Part]:
 
         return Part(part, command, limit, least, background=background, measures=not background)
 
+    def scaling(seconds: float) -> list[str]:
+        files = ["--csv", str(out / "bench_scaling.csv")]
+        files += ["--png", str(out / "scaling.png")] if importlib.util.find_spec("matplotlib") else []
+        budget = f"{max(0.8 * seconds - 15, 1):.0f}"
+        return script("bench_scaling.py", "--device", "cuda", *files, "--budget", budget, "--step-seconds", "0.5")
+
     def sanitizer(tool: str) -> Part:
         def command(seconds: float) -> list[str]:
             program = find_tool("compute-sanitizer") or "compute-sanitizer"
@@ -149,7 +156,8 @@ def all_parts(out: Path, python: str = sys.executable) -> list[Part]:
         bench("small", 60, 20),
         bench("memory", 30, 15),
         bench("profile", 40, 15),
-        bench("classes", 40, 15),
+        bench("centroids", 40, 15),
+        Part("scaling", scaling, 70, least=30, measures=True),
         bench("times", 300, 40),
         Part("plots", lambda seconds: script("gpu_plots.py", str(out)), 30, gpu=False, modules=("matplotlib",)),
     ]
@@ -370,11 +378,11 @@ def check_backends() -> int:
 
 def write_report(out: Path, outcomes: Sequence[Outcome], facts: Mapping[str, Any]) -> Path:
     """OUT/report.md."""
-    rows = gpu_results.read_rows(out / "bench_gpu.csv")
+    rows = records.read_rows(out / "bench_gpu.csv", gpu_results.Row)
     text = [
         f"# ncmi_kernels on {facts.get('device') or 'a machine without a CUDA device'}\n",
         f"{facts.get('date', '')}; {describe_versions(facts)}\n",
-        gpu_results.markdown(
+        records.markdown(
             ["part", "outcome", "seconds", "why"],
             [[each.name, each.status, f"{each.seconds:.0f}", each.reason] for each in outcomes],
         ),
@@ -386,11 +394,15 @@ def write_report(out: Path, outcomes: Sequence[Outcome], facts: Mapping[str, Any
             "## Times\n",
             f"Microseconds, medians; in brackets GB/s of model bytes. {describe_copy(out)}\n",
             gpu_results.times_table(rows),
+            "## Centroid steps\n",
+            gpu_results.times_table(rows, [gpu_results.CENTROID_STEP]),
             "## Small batches\n",
             gpu_results.small_table(rows),
             "## Memory\n",
             gpu_results.memory_table(rows),
         ]
+        if (out / "scaling.png").exists():
+            text += ["## Growth over C, M and B\n", "![time and memory of a step](scaling.png)\n"]
         text += ["## Not measured\n", *(f"- {note}" for note in gpu_results.notes(rows)), ""]
     path = out / "report.md"
     path.write_text("\n".join(text))
@@ -416,7 +428,9 @@ OUTPUTS = {
     "environment.json": ("environment",),
     "copy.json": ("copy",),
     "profile.csv": ("profile",),
-    "bench_gpu.csv": ("small", "memory", "classes", "times"),
+    "bench_scaling.csv": ("scaling",),
+    "scaling.png": ("scaling",),
+    "bench_gpu.csv": ("small", "memory", "centroids", "times"),
 }
 
 

@@ -3,19 +3,20 @@
 Nothing but the standard library, so that results can be read and reported where nothing is installed.
 """
 
-import csv
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
-FORWARD, NO_GRAD, BACKWARD, FULL = "forward", "no-grad forward", "backward", "full"
+from records import markdown
+
+FORWARD, NO_GRAD, BACKWARD, FULL = "forward", "no-grad forward", "backward", "forward+backward"
 # An upstream gradient other than 1: what is made in the forward pass has to be scaled then.
-FULL_SCALED = "full, upstream 0.5"
+FULL_SCALED = "forward+backward, upstream 0.5"
+CENTROID_STEP = "centroid step"
 MODES = (FORWARD, NO_GRAD, BACKWARD, FULL, FULL_SCALED)
 
 # Of a full step too, but not the time on the device: of an eager call, and of a step replayed from a CUDA graph.
-WALL, GRAPH = "wall time, full", "graph replay, full"
+WALL, GRAPH = "wall time, forward+backward", "graph replay, forward+backward"
 # What the profiler counted: kernels, copies and fills.
 LAUNCHES_FORWARD, LAUNCHES_BACKWARD = "launches, forward", "launches, backward"
 
@@ -35,10 +36,13 @@ def model_bytes(
     """The bytes that a step has to move through memory; None where that is nothing.
 
     A floor, not what an implementation does move. cross_entropy is counted as two passes, which it is in torch.
-    Finding the mean of the features reads them once more, from the cache where they fit into it.
+    Finding the mean of the features reads them once more, from the cache where they fit into it. A step of the
+    centroids reads the features, reads and writes the centroids and their momentum, and writes the next log q.
     """
     B, C, M = shape
     features, table = B * M * itemsize, 4 * C * M
+    if mode == CENTROID_STEP:
+        return features + 5 * table
     forward = features + table * (traffic.table + traffic.centroids)
     if traffic.centre and features > cache_bytes:
         forward += features
@@ -65,6 +69,7 @@ class Row:
     cuda: str
     triton: str
     ncmi_kernels: str
+    cpu_capability: str
     date: str
     B: int
     C: int
@@ -93,59 +98,14 @@ class Row:
         return f"{self.B}, {self.C}, {self.M}"
 
 
-COLUMNS = [column.name for column in fields(Row)]
-_PARSERS = {"int": int, "float": float, "str": str}
-
-
-def append_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Add rows to a CSV file, under a header where it is new: what is there stays if the rest runs out of time."""
-    new = not path.exists() or path.stat().st_size == 0
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a CSV file; none where it does not exist."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [
-            Row(**{column.name: _parse(column.type, line[column.name]) for column in fields(Row)})
-            for line in csv.DictReader(file)
-        ]
-
-
-def _parse(kind: Any, text: str) -> Any:
-    name = str(getattr(kind, "__name__", kind)).removesuffix(" | None")
-    return None if text == "" and name != "str" else _PARSERS[name](text)
-
-
-def quantile(values: Sequence[float], level: float) -> float:
-    """Of at least one value, interpolated linearly."""
-    ordered = sorted(values)
-    position = level * (len(ordered) - 1)
-    below = int(position)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (position - below) * (ordered[above] - ordered[below])
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Tables
 # ------------------------------------------------------------------------------------------------------------
 
 
-def markdown(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
-    """A table in Markdown."""
-    rows = [header, ["---"] * len(header), *lines]
-    return "".join("| " + " | ".join(str(cell).replace("|", "/") for cell in row) + " |\n" for row in rows)
-
-
-def times_table(rows: Sequence[Row]) -> str:
+def times_table(rows: Sequence[Row], modes: Sequence[str] = MODES) -> str:
     """Time, and GB/s of model bytes in brackets: a line for each shape, dtype and mode, a column by implementation."""
-    timed = [row for row in rows if row.mode in MODES]
+    timed = [row for row in rows if row.mode in modes]
     names = list(dict.fromkeys(row.implementation for row in timed))
     lines: dict[tuple[str, str, str], dict[str, str]] = {}
     for row in timed:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ncmi_kernels import NCMILoss, _ops, ncmi_terms
 
-# B, C, M: less than a warp, more than one, rows of several kilobytes and rows longer than shared memory.
+# B, C, M for their edges, where those of cases.py are for their speed: less than a warp, more than one, rows of several
+# kilobytes and rows longer than shared memory.
 SHAPES = ((5, 3, 7), (33, 4, 130), (7, 5, 2051), (2, 3, 70001))
 
 

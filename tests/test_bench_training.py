@@ -1,9 +1,9 @@
 """The benchmarks of a training step and of sharded classes: what they measure is a step, and the counts are right."""
 
-import csv
 import importlib.util
 import sys
 from pathlib import Path
+from unittest import mock
 
 import processes
 import pytest
@@ -21,32 +21,93 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import bench_sharded
 import bench_step
+import records
 
 pytestmark = pytest.mark.skipif(available_backends()["cpu"] is not None, reason="no C++ kernels")
 
 
 def test_steps_by_phase(tmp_path, capsys):
-    path = tmp_path / "step.csv"
+    path, figure = tmp_path / "step.csv", tmp_path / "step.png"
+    arguments = ["--seconds", "0", "--threads", "1", "--tasks", "digits", "--shapes", "8x5x16"]
     before = torch.get_num_threads()
     try:
-        bench_step.main(
-            ["--seconds", "0", "--threads", "1", "--tasks", "digits", "--shapes", "8x5x16", "--csv", str(path)]
-        )
+        bench_step.main([*arguments, "--csv", str(path), "--png", str(figure)])
     finally:
         torch.set_num_threads(before)
-    rows = list(csv.DictReader(path.open()))
-    steps = {row["method"]: row for row in rows if row["task"] == "digits" and row["phase"] == "step"}
+    rows = records.read_rows(path, bench_step.Row)
+    steps = {row.method: row for row in rows if row.task == "digits" and row.phase == "step"}
     assert list(steps) == list(bench_step.METHODS)
     for method, step in steps.items():
-        phases = [row for row in rows if row["method"] == method and row["task"] == "digits" and row is not step]
-        assert ("centroids" in {row["phase"] for row in phases}) == (method == "NCMI, alternating")
-        assert sum(float(row["median_us"]) for row in phases) == pytest.approx(float(step["median_us"]), rel=0.5)
-        assert 0 < float(step["share"]) < 1
-    centroid_steps = [row for row in rows if row["task"] == "centroid step"]
-    assert centroid_steps[0]["method"] == bench_step.OURS
-    assert float(centroid_steps[0]["ratio"]) == 1
+        phases = [row for row in rows if row.method == method and row.task == "digits" and row is not step]
+        alternates = method == "NCMI, alternating"
+        assert [row.phase for row in phases] == [*bench_step.PHASES[:-1], *bench_step.PHASES[-1:] * alternates]
+        assert sum(row.median_us for row in phases) == pytest.approx(step.median_us, rel=0.5)
+        assert 0 < step.share < 1
+    centroid_steps = [row for row in rows if row.task == "centroid step"]
+    assert centroid_steps[0].method == bench_step.OURS
+    assert centroid_steps[0].ratio == 1
     assert len(centroid_steps) == 4
     assert "Centroid steps" in capsys.readouterr().out
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def step_row(task, method, phase, milliseconds, **values):
+    machine = dict.fromkeys(("device", "torch", "ncmi_kernels", "cpu_capability", "date"), "x")
+    times = dict.fromkeys(("median_us", "p20_us", "p80_us"), 1e3 * milliseconds)
+    sizes = {"threads": 1, "B": 8, "C": 5, "M": 16, "repetitions": 3}
+    return bench_step.Row(**machine, **sizes, task=task, method=method, phase=phase, **times, **values)
+
+
+def test_phases_are_stacked():
+    rows = [
+        step_row(task, method, phase, 1 + index)
+        for task in ("digits", "100 classes")
+        for method in ("cross-entropy", "NCMI, alternating")
+        for index, phase in enumerate(bench_step.PHASES if "NCMI" in method else bench_step.PHASES[:-1])
+    ]
+    rows += [step_row(row.task, row.method, "step", 99, share=0.25) for row in rows if row.phase == "network forward"]
+    rows.append(step_row("centroid step", "CentroidSGD", "step", 1))
+    figure = bench_step.draw(rows)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "digits: B = 8, C = 5, M = 16", "100 classes: B = 8, C = 5, M = 16",
+    ]  # fmt: skip
+    for axes in figure.axes:
+        bars = {
+            container.get_label(): [(bar.get_x(), bar.get_width()) for bar in container]
+            for container in axes.containers
+        }
+        for index, phase in enumerate(bench_step.PHASES):
+            start = sum(range(1, 1 + index))
+            assert bars[phase][1] == (start, 1 + index)
+            assert bars[phase][0] == (start, 0 if phase == bench_step.PHASES[-1] else 1 + index)
+        assert [text.get_text() for text in axes.texts] == [" 99.0 (25.0%)"] * 2
+
+
+def test_the_clock_of_a_gpu_waits_once(monkeypatch):
+    """Events in the stream, and nothing waited for between them."""
+    calls = mock.Mock()
+    events = [mock.Mock() for _ in range(3)]
+    for index, event in enumerate(events):
+        event.record.side_effect = lambda index=index: calls.record(index)
+        event.elapsed_time.side_effect = lambda other, index=index: events.index(other) - index + 0.5
+    monkeypatch.setattr(torch.cuda, "Event", mock.Mock(side_effect=events))
+    monkeypatch.setattr(torch.cuda, "synchronize", calls.synchronize)
+    clock = bench_step.Clock(torch.device("cuda"))
+    clock.lap("first")
+    clock.lap("second")
+    assert clock.laps() == {"first": 1500.0, "second": 1500.0}
+    assert calls.mock_calls == [mock.call.record(0), mock.call.record(1), mock.call.record(2), mock.call.synchronize()]
+
+
+def test_step_options_are_checked(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for arguments, message in (
+        (["--tasks", "nothing"], "--tasks: got ['nothing'], expected some of"),
+        (["--device", "cuda"], "--device: got cuda"),
+    ):
+        with pytest.raises(SystemExit):
+            bench_step.main(arguments)
+        assert message in capsys.readouterr().err
 
 
 def test_training_moves_what_it_should():

@@ -21,13 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import bench_loss
 import cases
-from cases import COMPILED, CROSS_ENTROPY, IMPLEMENTATIONS, KERNELS, LITERAL, NCMI_SAMPLE, SHAPES, Shape
+import devices
+from cases import COMPILED, CROSS_ENTROPY, IMPLEMENTATIONS, KERNELS, LITERAL, NCMI_SAMPLE, SHAPES, TINY, Shape
+from devices import CPU
 
 pytestmark = pytest.mark.skipif(
     available_backends()["cpu"] is not None, reason=f"no C++ kernels: {available_backends()['cpu']}"
 )
 
-TINY = Shape(6, 4, 10)
 MIB = 2**20
 
 
@@ -36,7 +37,7 @@ def slug(implementation):
 
 
 def build(implementation, shape):
-    obstacle = implementation.obstacle(shape)
+    obstacle = implementation.obstacle(shape, CPU)
     if obstacle:
         pytest.skip(obstacle)
     return implementation.build(shape)
@@ -51,7 +52,7 @@ def _restore_threads():
 
 @pytest.fixture(scope="module")
 def worker():
-    with bench_loss.memory_worker() as pool:
+    with devices.memory_worker() as pool:
         yield pool
 
 
@@ -167,8 +168,8 @@ def test_command_line(tmp_path, capsys, monkeypatch):
 
 
 def test_what_does_not_fit_is_noted(worker, monkeypatch):
-    assert LITERAL.obstacle(TINY) is None
-    monkeypatch.setattr(cases, "free_bytes", lambda: 0)
+    assert LITERAL.obstacle(TINY, CPU) is None
+    monkeypatch.setattr(devices, "free_bytes", lambda device: 0)
     monkeypatch.setattr(bench_loss, "IMPLEMENTATIONS", (CROSS_ENTROPY, LITERAL))
     rows = bench_loss.measure(TINY, 1, 0.1, worker)
     timed, left_out = rows[:3], rows[3:]
@@ -193,7 +194,7 @@ def allocate_four_mib():
 
 
 def peak_of_four_mib():
-    return [bench_loss.peak_of(allocate_four_mib) for _ in range(3)]
+    return [devices.peak_of(allocate_four_mib) for _ in range(3)]
 
 
 def test_memory_counts_tensors_and_malloc(worker):
@@ -241,7 +242,7 @@ def run_benchmark(benchmark, group, shape, implementation, step):
     torch.set_num_threads(1)
     torch.compiler.reset()
     benchmark.group = f"{shape} {group}"
-    benchmark.extra_info.update(implementation=implementation.name, **bench_loss.describe_machine())
+    benchmark.extra_info.update(implementation=implementation.name, **devices.describe_machine())
     criterion, (z, y) = build(implementation, shape), cases.batch(shape)
 
     def call():

@@ -20,7 +20,8 @@ from ncmi_kernels import CentroidSGD, NCMILoss, _ops, available_backends, ncmi_l
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import bench_gpu
-from cases import Shape
+import devices
+from cases import LITERAL, MEMORY_SHAPE, SMALL_SHAPES, Shape
 
 pytestmark = [
     pytest.mark.gpu,
@@ -307,7 +308,7 @@ def test_a_target_out_of_range_hits_a_device_side_assertion(backend, target):
 # ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", bench_gpu.SMALL_SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SMALL_SHAPES, ids=str)
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
 def test_launches(backend, shape, ratio, dtype):
@@ -323,15 +324,15 @@ def test_launches(backend, shape, ratio, dtype):
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("learn", [False, True])
 def test_peak_memory_is_a_hundredth_of_the_literal_forms(backend, ratio, learn):
-    shape = bench_gpu.MEMORY_SHAPE
-    device = bench_gpu.Cuda()
-    obstacle = bench_gpu.LITERAL_FORM.obstacle(shape, device)
+    shape = MEMORY_SHAPE
+    device = devices.Cuda()
+    obstacle = LITERAL.obstacle(shape, device.torch_device)
     if obstacle:
         pytest.skip(obstacle)
     z, y = problem(*shape)
     peaks = []
     ours = NCMILoss(shape.C, shape.M, ratio=ratio, learn_centroids=learn, backend=backend, device="cuda")
-    for criterion in (bench_gpu.LITERAL_FORM.build(shape).cuda(), ours):
+    for criterion in (LITERAL.build(shape).cuda(), ours):
         few = Shape(2, shape.C, shape.M)
         bench_gpu.Step(copy.deepcopy(criterion), *problem(*few), bench_gpu.FULL).run()
         peaks.append(device.peak(bench_gpu.Step(criterion, z, y, bench_gpu.FULL).run))
