@@ -22,8 +22,8 @@ from typing import NamedTuple
 import data
 import demo
 import torch
-from bench_loss import describe_machine
 from data import CLASSES, Dataset
+from devices import describe_machine
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from rich import box
