@@ -296,7 +296,7 @@ def _panel(axes: "Axes", rows: Sequence[Row]) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 1.2 * max(left.values()))
     row = rows[0]
-    axes.set_title(f"{row.task}: B = {row.B}, C = {row.C}, M = {row.M}", loc="left", fontsize="medium")
+    axes.set_title(f"{row.task}: B = {row.B}, C = {row.C}, M = {row.M}", fontsize="medium")
     axes.set_xlabel("ms")
     axes.spines[["top", "right"]].set_visible(False)
 

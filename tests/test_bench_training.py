@@ -68,7 +68,7 @@ def test_phases_are_stacked():
     rows += [step_row(row.task, row.method, "step", 99, share=0.25) for row in rows if row.phase == "network forward"]
     rows.append(step_row("centroid step", "CentroidSGD", "step", 1))
     figure = bench_step.draw(rows)
-    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+    assert [axes.get_title() for axes in figure.axes] == [
         "digits: B = 8, C = 5, M = 16", "100 classes: B = 8, C = 5, M = 16",
     ]  # fmt: skip
     for axes in figure.axes:

@@ -665,8 +665,10 @@ def test_compile_runs_what_has_to_be_compiled(tmp_path, capsys):
         remember("compiled", compiled=True),
         remember("ours", kernels=True),
     ]
-    bench_gpu.run_part("compile", make_bench(tmp_path, candidates, 60), [TINY], [torch.float32])
-    assert built == ["broken", "compiled", "ours"]
+    bench = make_bench(tmp_path, candidates, 60)
+    bench.centroid_steps = [remember("step", kernels=True), remember("PyTorch step")]
+    bench_gpu.run_part("compile", bench, [TINY], [torch.float32])
+    assert built == ["broken", "compiled", "ours", *["step"] * len(cases.CENTROID_SHAPES)]
     assert capsys.readouterr().out == "broken at 6x4x10 torch.float32: RuntimeError: no such thing\n"
     assert measured(tmp_path) == []
 
