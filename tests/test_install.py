@@ -37,7 +37,7 @@ def test_without_a_compiler(tmp_path):
     source, target = tmp_path / "source", tmp_path / "site"
     for name in ("csrc", "ncmi_kernels"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     environment = {**os.environ, "CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
     install = [
