@@ -73,7 +73,7 @@ def ncmi_loss(
 
             .. math::
                 G_i = \frac{C - 1}{C} \sum_{v \ne y_i} w_{iv} D_{iv}, \qquad
-                w_i = softmax_v(-focus \, D_{iv} / \min_u D_{iu})
+                w_i = \text{softmax}_v(-\text{focus} \, D_{iv} / \min_u D_{iu})
 
             where w is not differentiated. 0 is the paper's G, 10 trains networks for many classes better. The sum no
             longer factorises: this costs O(B C M) operations and O(B C) memory, and only "reference" has it.

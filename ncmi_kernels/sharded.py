@@ -37,7 +37,8 @@ class ShardedNCMILoss(NCMILoss):
         centroid_logits: Parameter, a DTensor [C, M] with placement Shard(0), for torch.optim, `clip_grad_norm_` and
             torch.distributed.checkpoint, which may load it on another number of processes. Initially as in NCMILoss,
             the same for every N; random directions come from torch's global generator of process 0.
-        center, weight: buffers [M] and [C], whole on every process.
+        center: buffer [M], whole on every process.
+        weight: buffer [C], likewise.
         class_means: buffer, a DTensor like `centroid_logits`, once `fit_class_means` was called.
 
     Loss and gradients:
