@@ -6,7 +6,7 @@ DATA ?= digits
 OUT ?= benchmarks/results/gpu
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench bench-compare gpu-report figures wheel clean
+.PHONY: demo test lint docs bench bench-compare gpu-report figures wheel clean
 
 demo: $(VENV)/.built  ## train with cross-entropy and with NCMI, print a table, draw the curves (DATA=fashion-mnist)
 	$(BIN)/python benchmarks/demo.py --data $(DATA) $(ARGS)
@@ -18,6 +18,10 @@ lint: $(VENV)/.dependencies  ## formatting, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.built  ## the documentation, in docs/build/html; a warning is an error
+	$(BIN)/python -m sphinx -q -W --keep-going -E -d docs/build/cache docs docs/build/html
+	@echo 'docs/build/html/index.html'
 
 bench: $(VENV)/.built  ## the loss's speed, saved by pytest-benchmark (compare: make bench ARGS=--benchmark-compare)
 	$(BIN)/python -m pytest tests/test_benchmarks.py --benchmark-only --benchmark-autosave $(ARGS)
@@ -42,7 +46,7 @@ wheel: $(VENV)/.dependencies  ## an abi3 wheel in dist/, tried in a second virtu
 	cd dist && ../$(VENV)-wheel/bin/python ../tests/smoke.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-wheel build dist *.egg-info ncmi_kernels/_C*.so ncmi_kernels/_cuda*.so
+	rm -rf $(VENV) $(VENV)-wheel build dist docs/build *.egg-info ncmi_kernels/_C*.so ncmi_kernels/_cuda*.so
 
 $(VENV)/.dependencies: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)

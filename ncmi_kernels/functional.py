@@ -73,7 +73,7 @@ def ncmi_loss(
 
             .. math::
                 G_i = \frac{C - 1}{C} \sum_{v \ne y_i} w_{iv} D_{iv}, \qquad
-                w_i = softmax_v(-focus \, D_{iv} / \min_u D_{iu})
+                w_i = \text{softmax}_v(-\text{focus} \, D_{iv} / \min_u D_{iu})
 
             where w is not differentiated. 0 is the paper's G, 10 trains networks for many classes better. The sum no
             longer factorises: this costs O(B C M) operations and O(B C) memory, and only "reference" has it.
@@ -96,7 +96,7 @@ def ncmi_loss(
         >>> centroid_logits = 10 * torch.eye(3)
         >>> loss = ncmi_kernels.ncmi_loss(torch.eye(3), torch.arange(3), centroid_logits)
         >>> round(loss.item(), 4)
-        0.7143
+        0.1737
     """
     options = Options(
         temperature, l2_normalize, activation, separation, ratio, ignore_index, reduction, eps, separation_focus
@@ -139,6 +139,12 @@ def ncmi_terms(
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as :func:`ncmi_loss`.
+
+    Example:
+        >>> import torch, ncmi_kernels
+        >>> concentration, separation = ncmi_kernels.ncmi_terms(torch.eye(3), torch.arange(3), 10 * torch.eye(3))
+        >>> round((concentration / separation).mean().item(), 4)  # ratio="sample", of samples that are all alike here
+        0.1737
     """
     options = Options(
         temperature,
@@ -172,6 +178,16 @@ def log_nsf(input: Tensor, dim: int = -1) -> Tensor:
 
     Returns:
         Shape and dtype of `input`.
+
+    Raises:
+        TypeError: `input` is no tensor.
+        RuntimeError: the dtype or layout of `input` is not supported.
+        IndexError: `input` has no dimension `dim`.
+
+    Example:
+        >>> import torch, ncmi_kernels
+        >>> ncmi_kernels.log_nsf(torch.full((2,), -200.0)).exp()  # where the sum of the sigmoids underflows
+        tensor([0.5000, 0.5000])
     """
     check_floating("input", input)
     x = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
@@ -188,6 +204,14 @@ def nsf(input: Tensor, dim: int = -1) -> Tensor:
 
     Returns:
         Shape and dtype of `input`; non-negative, with sum 1 along `dim`.
+
+    Raises:
+        TypeError, RuntimeError, IndexError: as :func:`log_nsf`.
+
+    Example:
+        >>> import torch, ncmi_kernels
+        >>> ncmi_kernels.nsf(torch.tensor([100.0, 0.0, 100.0]))  # each is sigmoid(x_k) = 1, 1/2, 1 over their sum
+        tensor([0.4000, 0.2000, 0.4000])
     """
     check_floating("input", input)
     x = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input

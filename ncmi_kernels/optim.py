@@ -39,8 +39,8 @@ class CentroidSGD(torch.optim.Optimizer):
     The constructor sets `criterion.centroid_logits.requires_grad` to False, so that `backward` forms no gradient that
     nobody takes. Learning-rate schedulers, `state_dict` and step hooks work as with any optimiser. With several
     processes give the criterion their `process_group`: without one, each moves its centroids by its own batches. To
-    train the centroids jointly with the network
-    instead, give `criterion.parameters()` to the network's optimiser and leave this one out.
+    train the centroids jointly with the network instead, give `criterion.parameters()` to the network's optimiser and
+    leave this one out.
 
     Args:
         criterion: whose centroids; an NCMILoss whose `reduction` is not "none".

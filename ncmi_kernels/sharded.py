@@ -37,7 +37,8 @@ class ShardedNCMILoss(NCMILoss):
         centroid_logits: Parameter, a DTensor [C, M] with placement Shard(0), for torch.optim, `clip_grad_norm_` and
             torch.distributed.checkpoint, which may load it on another number of processes. Initially as in NCMILoss,
             the same for every N; random directions come from torch's global generator of process 0.
-        center, weight: buffers [M] and [C], whole on every process.
+        center: buffer [M], whole on every process.
+        weight: buffer [C], likewise.
         class_means: buffer, a DTensor like `centroid_logits`, once `fit_class_means` was called.
 
     Loss and gradients:
@@ -57,9 +58,18 @@ class ShardedNCMILoss(NCMILoss):
             kernels can run.
 
     Example:
-        >>> from torch.distributed.device_mesh import init_device_mesh  # under torchrun
-        >>> mesh = init_device_mesh("cuda", (torch.distributed.get_world_size(),))  # doctest: +SKIP
-        >>> criterion = ShardedNCMILoss(1_000_000, 512, device_mesh=mesh)  # doctest: +SKIP
+        >>> import torch
+        >>> import torch.distributed as dist
+        >>> from torch.distributed.device_mesh import init_device_mesh
+        >>> from ncmi_kernels import ShardedNCMILoss
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # with torchrun: ()
+        >>> mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        >>> criterion = ShardedNCMILoss(num_classes=10_000, feature_dim=64, device_mesh=mesh)
+        >>> features = torch.randn(8, 64, requires_grad=True)
+        >>> criterion(features, torch.randint(10_000, (8,))).backward()
+        >>> criterion.predict(features).shape
+        torch.Size([8])
+        >>> dist.destroy_process_group()
     """
 
     def __init__(self, num_classes: int, feature_dim: int | None = None, *, device_mesh: Any, **options: Any) -> None:

@@ -37,7 +37,7 @@ def test_without_a_compiler(tmp_path):
     source, target = tmp_path / "source", tmp_path / "site"
     for name in ("csrc", "ncmi_kernels"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     environment = {**os.environ, "CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
     install = [
@@ -54,6 +54,7 @@ def test_without_a_compiler(tmp_path):
     done = subprocess.run([*install, "-v"], cwd=source, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the C++ kernels could not be built" in done.stdout + done.stderr
+    assert next(target.glob("*.dist-info/licenses/LICENSE")).read_text() == (ROOT / "LICENSE").read_text()
     subprocess.run([sys.executable, "-c", USE], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(target)}, check=True)
 
 
