@@ -24,7 +24,9 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "experiments"))
+import bench_scaling
 import report
+from records import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -220,6 +222,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{name: partial(_experiment, table) for name, table in report.TABLES.items()},
 }
 FIGURES: dict[str, Callable[[], Figure]] = {
+    "cpu/scaling.png": lambda: bench_scaling.draw(read_rows(RESULTS / "cpu/bench_scaling.csv", bench_scaling.Row)),
     "cpu/ncmi_accuracy.png": draw_ncmi_accuracy,
     **{f"figures/{name}.png": partial(_drawn_experiment, draw) for name, draw in report.FIGURES.items()},
 }
