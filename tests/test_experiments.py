@@ -378,6 +378,8 @@ def test_plans():
         assert {run.seed for run in runs} == {0, 1}
         assert {run.network for run in runs} <= set(networks.NETWORKS)
         assert {run.epochs for run in plan(usual, 1, 3, **others)} == {3}
+        if experiment != "final":
+            assert {run.dataset.partition(":")[0] for run in plan(["cifar-100"], 1, None)} == {"cifar-100"}
     arms = [run.name.partition(":")[0] for run in searched]
     assert {arm: arms.count(arm) for arm in arms} == dict.fromkeys(plans.ARMS, plans.TRIALS)
     assert plans.trials() == plans.trials()
