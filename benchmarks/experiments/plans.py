@@ -151,7 +151,7 @@ def batch_size(datasets: Iterable[str], seeds: int, epochs: int | None) -> list[
     return runs
 
 
-# Within 0.4 points of the best of SUPCON_RATES on the validation parts of Fashion-MNIST and fashion-pairs, 0.9 on digits.
+# On validation parts within 0.4 points of the best of SUPCON_RATES for Fashion-MNIST and fashion-pairs, 0.9 for digits.
 SUPCON_LR = 0.2
 SUPCON_RATES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
