@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from demo import positive
 from devices import describe_machine
 from torch import Tensor
 from tqdm import tqdm
@@ -63,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Errors of loss and gradients against float64.")
     runnable = [name for name, reason in available_backends().items() if reason is None and name != "reference"]
     parser.add_argument("--backend", choices=runnable, default="cpu", help="(default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=5, help="random problems, of which the worst (default: 5)")
+    parser.add_argument("--seeds", type=positive, default=5, help="random problems, of which the worst (default: 5)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="the CSV file (default: %(default)s)")
     options = parser.parse_args(arguments)
     device = "cpu" if options.backend == "cpu" else "cuda"

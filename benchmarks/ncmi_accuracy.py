@@ -29,7 +29,8 @@ from matplotlib.ticker import NullFormatter
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from scipy.stats import spearmanr
+from torch import nn
 from tqdm import tqdm
 
 from ncmi_kernels import NCMILoss
@@ -119,12 +120,6 @@ def measure(network: nn.Module, criterion: nn.Module, dataset: Dataset) -> tuple
     return accuracy, {name: [value.item() for value in metric.compute().values()] for name, metric in metrics.items()}
 
 
-def rank_correlation(x: Tensor, y: Tensor) -> float:
-    """Spearman's, equal values sharing the mean of their ranks; NaN where all values are equal."""
-    ranks = [((v[:, None] > v).double() + (v[:, None] == v).double() / 2).sum(dim=1) for v in (x, y)]
-    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
-
-
 def series(rows: list[Row]) -> dict[tuple[str, str], list[list[Row]]]:
     """The rows by loss and distribution, and there by seed, which is one training run."""
     grouped: dict[tuple[str, str], dict[int, list[Row]]] = {}
@@ -137,7 +132,7 @@ def correlations(run: list[Row]) -> tuple[float, float]:
     """Rank correlation of NCMI and accuracy over a run, and over the later half of its checkpoints."""
     ncmi, accuracy = torch.tensor([[row.ncmi, row.accuracy] for row in run], dtype=torch.float64).T
     half = len(run) // 2
-    return rank_correlation(ncmi, accuracy), rank_correlation(ncmi[half:], accuracy[half:])
+    return spearmanr(ncmi, accuracy).statistic, spearmanr(ncmi[half:], accuracy[half:]).statistic
 
 
 COLUMNS = ("accuracy\nfirst, %", "\nlast, %", "NCMI\nfirst", "\nlast", "rank corr.\nall", "\n2nd half")

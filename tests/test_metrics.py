@@ -503,13 +503,6 @@ def test_checkpoint_steps(ncmi_accuracy):
     assert ncmi_accuracy.checkpoint_steps(1000, 3) == [10, 100, 1000]
 
 
-def test_rank_correlation(ncmi_accuracy):
-    scipy_stats = pytest.importorskip("scipy.stats")
-    x, y = torch.randint(8, (2, 20)).double()  # with ties
-    assert ncmi_accuracy.rank_correlation(x, y) == pytest.approx(scipy_stats.spearmanr(x, y).statistic)
-    assert ncmi_accuracy.rank_correlation(x, -(x**3)) == pytest.approx(-1)
-
-
 def test_checkpoints_are_those_of_the_run(ncmi_accuracy):
     """The last one has what the demo reports of the same run; it is the demo's definition of CMI and Gamma, too."""
     demo, dataset = ncmi_accuracy.demo, ncmi_accuracy.data.digits()

@@ -14,6 +14,7 @@ from typing import Any
 
 import images
 import plans
+from demo import positive
 from runner import append, load_images, missing, read_rows, results
 from tqdm import tqdm
 
@@ -29,13 +30,6 @@ EXPERIMENTS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "search": (plans.search, (plans.PAIRS,)),
     "final": (plans.final, (plans.PAIRS,)),
 }
-
-
-def positive(text: str) -> int:
-    """An integer from 1, for argparse."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"got {value}, expected at least 1")
-    return value
 
 
 def main(arguments: list[str] | None = None) -> None:

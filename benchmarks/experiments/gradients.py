@@ -16,6 +16,7 @@ import images
 import plans
 import torch
 import torch.nn.functional as F
+from demo import positive
 from torch import Tensor, nn
 from tqdm import tqdm
 from training import EVALUATION_BATCH, SAMPLE, Run, outputs_of, train
@@ -95,8 +96,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Which samples a loss pulls at.")
     parser.add_argument("--data", choices=images.DATASETS, default=plans.PAIRS, help="(default: %(default)s)")
     parser.add_argument("--data-dir", type=Path, help="where the files of Fashion-MNIST or CIFAR-100 are")
-    parser.add_argument("--seeds", type=int, default=3, help="networks for each loss (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=4, help="how long (default: %(default)s)")
+    parser.add_argument("--seeds", type=positive, default=3, help="networks for each loss (default: %(default)s)")
+    parser.add_argument("--epochs", type=positive, default=4, help="how long (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="the CSV file (default: %(default)s)")
     arguments = parser.parse_args()
     try:

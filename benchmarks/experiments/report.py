@@ -6,7 +6,9 @@
 import itertools
 import statistics
 from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
+import demo
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
@@ -15,6 +17,7 @@ from scipy.stats import spearmanr
 from training import STEP
 
 Row = dict[str, str]
+Found = TypeVar("Found")
 # Of Okabe and Ito, which the colour-blind can tell apart; the markers do it in grey too.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "os^Dv*"
@@ -35,9 +38,7 @@ def grouped(rows: Iterable[Row], *columns: str) -> dict[tuple[str, ...], list[Ro
 
 def spread(rows: Iterable[Row], column: str, digits: int = 1, factor: float = 1.0) -> str:
     """Mean and standard deviation over the seeds."""
-    values = [factor * float(row[column]) for row in rows]
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+    return demo.spread([factor * float(row[column]) for row in rows], digits)
 
 
 def mean(rows: Iterable[Row], column: str) -> float:
@@ -105,8 +106,8 @@ def batch_size(rows: list[Row]) -> str:
     return markdown(("test accuracy, %", *map(str, BATCH_SIZES)), lines)
 
 
-def _by_batch(rows: list[Row]) -> dict[tuple[str, str], dict[int, list[Row]]]:
-    found: dict[tuple[str, str], dict[int, list[Row]]] = {}
+def _by_batch(rows: list[Row]) -> dict[tuple[str, ...], dict[int, list[Row]]]:
+    found: dict[tuple[str, ...], dict[int, list[Row]]] = {}
     for row in _in_order(of(rows, "batch-size")):
         name, _, size = row["setting"].partition(", batch ")
         found.setdefault((row["dataset"], name), {}).setdefault(int(size), []).append(row)
@@ -137,7 +138,7 @@ def checkpoints(rows: list[Row]) -> str:
     )
 
 
-def _runs_of_checkpoints(rows: list[Row]) -> dict[tuple[str, str], list[list[Row]]]:
+def _runs_of_checkpoints(rows: list[Row]) -> dict[tuple[str, ...], list[list[Row]]]:
     found: dict[tuple[str, str], dict[str, list[Row]]] = {}
     for row in of(rows, "checkpoints"):
         name = row["setting"].partition(STEP)[0]
@@ -193,8 +194,8 @@ def _in_order(rows: list[Row]) -> list[Row]:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def _panels(count: int, width: float = 4.2) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(width * count, 3.8), layout="constrained")
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(4.2 * count, 3.8), layout="constrained")
     panels = list(figure.subplots(1, count, squeeze=False)[0])
     for axes in panels:
         axes.grid(alpha=0.25)
@@ -202,64 +203,68 @@ def _panels(count: int, width: float = 4.2) -> tuple[Figure, list[Axes]]:
     return figure, panels
 
 
-def draw_batch_size(rows: list[Row]) -> Figure:
-    """Accuracy over the batch size, a panel for each data set: mean and range of the seeds."""
-    found = _by_batch(rows)
+def _by_dataset(
+    found: dict[tuple[str, ...], Found], draw: Callable[[Axes, str, Found, dict[str, Any]], object]
+) -> Figure:
+    """A panel for each data set, in which `draw` draws what was found of each loss, in a style of its own."""
     datasets = list(dict.fromkeys(dataset for dataset, _ in found))
     figure, panels = _panels(len(datasets))
     for axes, dataset in zip(panels, datasets, strict=True):
-        curves = [(name, sizes) for (of_dataset, name), sizes in found.items() if of_dataset == dataset]
-        for (name, sizes), color, marker in zip(curves, COLORS, MARKERS, strict=False):
-            x = sorted(sizes)
-            values = [[float(row["accuracy"]) for row in sizes[size]] for size in x]
-            axes.plot(x, [statistics.mean(v) for v in values], color=color, marker=marker, markersize=5, label=name)
-            axes.fill_between(
-                x, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.15, linewidth=0
-            )
-        axes.set(title=dataset, xlabel="batch size", ylabel="test accuracy (%)")
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(BATCH_SIZES, labels=list(map(str, BATCH_SIZES)))
+        axes.set(title=dataset)
+        curves = [(name, measured) for (of_dataset, name), measured in found.items() if of_dataset == dataset]
+        for (name, measured), color, marker in zip(curves, COLORS, MARKERS, strict=False):
+            draw(axes, name, measured, {"color": color, "marker": marker})
     panels[0].legend(frameon=False)
     return figure
 
 
-def _error_over_ncmi(axes: Axes, title: str) -> None:
-    axes.set(title=title, xlabel="NCMI", ylabel="test error (%)", xscale="log", yscale="log")
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter("{x:g}")
+def draw_batch_size(rows: list[Row]) -> Figure:
+    """Accuracy over the batch size, a panel for each data set: mean and range of the seeds."""
+
+    def draw(axes: Axes, name: str, sizes: dict[int, list[Row]], style: dict[str, Any]) -> None:
+        x = sorted(sizes)
+        values = [[float(row["accuracy"]) for row in sizes[size]] for size in x]
+        axes.plot(x, [statistics.mean(v) for v in values], markersize=5, label=name, **style)
+        low, high = [min(v) for v in values], [max(v) for v in values]
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+
+    figure = _by_dataset(_by_batch(rows), draw)
+    for axes in figure.axes:
+        axes.set(xlabel="batch size", ylabel="test accuracy (%)")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(BATCH_SIZES, labels=list(map(str, BATCH_SIZES)))
+    return figure
+
+
+def _error_over_ncmi(figure: Figure) -> Figure:
+    for axes in figure.axes:
+        axes.set(xlabel="NCMI", ylabel="test error (%)", xscale="log", yscale="log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_formatter("{x:g}")
+    return figure
 
 
 def draw_networks(rows: list[Row]) -> Figure:
     """Error over NCMI, a point for each network: the mean of the seeds."""
-    groups = grouped(_in_order(of(rows, "networks")), "dataset", "setting")
-    datasets = list(dict.fromkeys(dataset for dataset, _ in groups))
-    figure, panels = _panels(len(datasets))
-    for axes, dataset in zip(panels, datasets, strict=True):
-        curves = [(name, group) for (of_dataset, name), group in groups.items() if of_dataset == dataset]
-        for (name, group), color, marker in zip(curves, COLORS, MARKERS, strict=False):
-            points = sorted((mean(g, "ncmi"), 100 - mean(g, "accuracy")) for g in grouped(group, "network").values())
-            axes.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=5, linewidth=0.8, label=name)
-        _error_over_ncmi(axes, dataset)
-    panels[0].legend(frameon=False)
-    return figure
+
+    def draw(axes: Axes, name: str, group: list[Row], style: dict[str, Any]) -> None:
+        points = sorted((mean(g, "ncmi"), 100 - mean(g, "accuracy")) for g in grouped(group, "network").values())
+        axes.plot(*zip(*points, strict=True), markersize=5, linewidth=0.8, label=name, **style)
+
+    return _error_over_ncmi(_by_dataset(grouped(_in_order(of(rows, "networks")), "dataset", "setting"), draw))
 
 
 def draw_checkpoints(rows: list[Row]) -> Figure:
     """Error over NCMI on the way through training, a line for each run."""
-    found = _runs_of_checkpoints(rows)
-    datasets = list(dict.fromkeys(dataset for dataset, _ in found))
-    figure, panels = _panels(len(datasets))
-    for axes, dataset in zip(panels, datasets, strict=True):
-        curves = [(name, runs) for (of_dataset, name), runs in found.items() if of_dataset == dataset]
-        for (name, runs), color, marker in zip(curves, COLORS, MARKERS, strict=False):
-            for run, label in zip(runs, itertools.chain([name], itertools.repeat(None)), strict=False):
-                ncmi = [float(row["ncmi"]) for row in run]
-                error = [max(100 - float(row["accuracy"]), 0.05) for row in run]  # a logarithm has no place for none
-                axes.plot(ncmi, error, color=color, marker=marker, markersize=3, linewidth=0.6, label=label)
-        _error_over_ncmi(axes, dataset)
-    panels[0].legend(frameon=False)
-    return figure
+
+    def draw(axes: Axes, name: str, runs: list[list[Row]], style: dict[str, Any]) -> None:
+        for run, label in zip(runs, itertools.chain([name], itertools.repeat(None)), strict=False):
+            ncmi = [float(row["ncmi"]) for row in run]
+            error = [max(100 - float(row["accuracy"]), 0.05) for row in run]  # a logarithm has no place for none
+            axes.plot(ncmi, error, markersize=3, linewidth=0.6, label=label, **style)
+
+    return _error_over_ncmi(_by_dataset(_runs_of_checkpoints(rows), draw))
 
 
 def draw_search(rows: list[Row]) -> Figure:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from images import Images
+from ncmi_accuracy import checkpoint_steps
 from networks import build
 from pytorch_metric_learning.losses import SupConLoss
 from scipy.optimize import minimize_scalar
@@ -126,7 +127,7 @@ def train(
     centroid_optimizer = parts.get("centroids")
     steps = math.ceil(len(images.train_x) / run.setting.batch_size)
     parts["schedule"] = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(run, steps))
-    keep = _checkpoint_steps(run.epochs * steps, run.checkpoints)
+    keep = checkpoint_steps(run.epochs * steps, run.checkpoints)
     state: dict[str, Any] = {"epoch": 0, "seconds": 0.0, "rows": []}
     if work is not None and work.exists():
         state = _restore(work, parts)
@@ -203,11 +204,6 @@ def _schedule(run: Run, steps: int) -> Callable[[int], float]:
         return lambda step: 0.2 ** sum(step >= steps * epoch for epoch in run.setting.milestones)
     decay = max(1, steps * (run.epochs - 1))
     return lambda step: min((step + 1) / steps, (1 + math.cos(math.pi * max(0, step - steps) / decay)) / 2)
-
-
-def _checkpoint_steps(steps: int, count: int) -> set[int]:
-    """At most so many steps to measure at, in geometric progression up to the last one: most happens early."""
-    return {round(steps ** (i / count)) for i in range(1, count + 1)}
 
 
 def _save(path: Path, parts: dict[str, Any], state: dict[str, Any]) -> None:
