@@ -43,7 +43,7 @@ from typing import Any, NamedTuple
 import torch
 from cases import CROSS_ENTROPY, DTYPE, IMPLEMENTATIONS, SHAPES, Implementation, Shape, batch
 from devices import CPU, describe_machine, memory_worker, peak_of
-from records import spread, write_rows
+from records import Measured, spread, write_rows
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -67,14 +67,9 @@ class Sample(NamedTuple):
 
 
 @dataclass
-class Row:
+class Row(Measured):
     """A row of the CSV file: one implementation in one mode at one shape."""
 
-    device: str
-    torch: str
-    ncmi_kernels: str
-    cpu_capability: str
-    date: str
     B: int
     C: int
     M: int

@@ -52,7 +52,7 @@ from cases import (
 )
 from devices import CPU, Cpu, Cuda, Device, describe_machine, free_bytes, memory_worker, peak_of
 from gpu_results import FULL, NO_GRAD
-from records import markdown, spread, write_rows
+from records import Measured, markdown, spread, write_rows
 
 from ncmi_kernels import _backends, available_backends
 
@@ -67,14 +67,9 @@ MAX_SHARE = 1 / 3
 
 
 @dataclass
-class Row:
+class Row(Measured):
     """A row of the CSV file: one implementation at one shape of one axis."""
 
-    device: str
-    torch: str
-    ncmi_kernels: str
-    cpu_capability: str
-    date: str
     threads: int
     backend: str
     axis: str

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from devices import describe_machine
-from records import write_rows
+from records import Measured, write_rows
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -45,14 +45,9 @@ METHODS = ("NCMI, fixed centroids", "NCMI, learnt centroids", "cross-entropy")
 
 
 @dataclass
-class Row:
+class Row(Measured):
     """A row of the CSV file."""
 
-    device: str
-    torch: str
-    ncmi_kernels: str
-    cpu_capability: str
-    date: str
     processes: int
     B: int
     C: int

@@ -34,7 +34,7 @@ from cases import CENTROID_SHAPES, CENTROID_STEPS, PLAIN_CENTROID_STEP, Centroid
 from demo import CENTROID_LR, convolutional
 from devices import CPU, describe_machine
 from matplotlib.figure import Figure
-from records import spread, write_rows
+from records import Measured, spread, write_rows
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -71,14 +71,9 @@ TASKS = (
 
 
 @dataclass
-class Row:
+class Row(Measured):
     """A row of the CSV file: one way to take a step, or one phase of it ("step": all of them)."""
 
-    device: str
-    torch: str
-    ncmi_kernels: str
-    cpu_capability: str
-    date: str
     threads: int
     task: str
     B: int

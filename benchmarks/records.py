@@ -5,12 +5,23 @@ Nothing but the standard library, so that results can be read and reported where
 
 import csv
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 Record = TypeVar("Record")  # a dataclass; its fields are the columns
 _PARSERS = {"int": int, "float": float, "str": str}
+
+
+@dataclass
+class Measured:
+    """The first columns of the CPU benchmarks: where, when and of what versions (`devices.describe_machine`)."""
+
+    device: str
+    torch: str
+    ncmi_kernels: str
+    cpu_capability: str
+    date: str
 
 
 def columns(kind: Any) -> list[str]:
