@@ -26,7 +26,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent / "experiments"))
 import bench_scaling
 import report
-from records import read_rows
+from records import markdown, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -64,7 +64,7 @@ def loss_speed() -> str:
         cells = {row["implementation"]: row for row in group}
         lines.append([", ".join(key[:3]), key[3], *(_time(cells[name]) for name in names)])
     command = "`python benchmarks/bench_loss.py --csv FILE`"
-    return f"{command} ({machine(measured)}):\n\n" + report.markdown(("B, C, M", "threads", *names), lines)
+    return f"{command} ({machine(measured)}):\n\n" + markdown(("B, C, M", "threads", *names), lines)
 
 
 def _time(row: Row) -> str:
@@ -97,7 +97,7 @@ def loss_speed_range() -> str:
         '`ratio="sample"` / cross_entropy',
         'collapsed eager / `ratio="batch"`',
     )
-    return report.markdown(header, lines)
+    return markdown(header, lines)
 
 
 def training_step() -> str:
@@ -112,7 +112,7 @@ def training_step() -> str:
         shown = [f"{float(cells[m]['median_us']) / 1e3:.1f} ({100 * float(cells[m]['share']):.1f}%)" for m in methods]
         lines.append([f"{key[0]} ({', '.join(key[1:4])})", key[4], *shown])
     command = "`python benchmarks/bench_step.py --csv FILE`"
-    return f"{command} ({machine(measured)}):\n\n" + report.markdown(("data (B, C, M)", "threads", *methods), lines)
+    return f"{command} ({machine(measured)}):\n\n" + markdown(("data (B, C, M)", "threads", *methods), lines)
 
 
 def centroid_step() -> str:
@@ -126,7 +126,7 @@ def centroid_step() -> str:
         shown = [f"{float(cells[m]['median_us']):.0f} ({float(cells[m]['ratio']):.2f})" for m in methods]
         lines.append([", ".join(key[:3]), key[3], *shown])
     command = "`python benchmarks/bench_step.py --csv FILE`"
-    return f"{command} ({machine(measured)}):\n\n" + report.markdown(("B, C, M", "threads", *methods), lines)
+    return f"{command} ({machine(measured)}):\n\n" + markdown(("B, C, M", "threads", *methods), lines)
 
 
 def accuracy() -> str:
@@ -139,7 +139,7 @@ def accuracy() -> str:
         cells = [", ".join(f"{float(row['relative_error']):.0e}" for row in found) for found in each]
         lines.append([*key, *cells])
     header = ("temperature", "separation", "ratio", *(f"loss, input gradient, centroid gradient: {p}" for p in paths))
-    return f"`python benchmarks/accuracy.py` ({machine(measured)}):\n\n" + report.markdown(header, lines)
+    return f"`python benchmarks/accuracy.py` ({machine(measured)}):\n\n" + markdown(header, lines)
 
 
 def sharded_bytes() -> str:
@@ -157,7 +157,7 @@ def sharded_bytes() -> str:
     row = measured[0]
     shape = f"{row['processes']} processes, {row['B']} rows each, M = {row['M']}, float32"
     command = f"`python benchmarks/bench_sharded.py` ({shape}; {machine(measured)}):\n\n"
-    return command + report.markdown(("C", *methods), lines)
+    return command + markdown(("C", *methods), lines)
 
 
 def ncmi_accuracy() -> str:
@@ -177,7 +177,7 @@ def ncmi_accuracy() -> str:
         "rank correlation",
         "of the later half",
     )
-    return f"`python benchmarks/ncmi_accuracy.py` ({about}):\n\n" + report.markdown(header, cells)
+    return f"`python benchmarks/ncmi_accuracy.py` ({about}):\n\n" + markdown(header, cells)
 
 
 def draw_ncmi_accuracy() -> Figure:
@@ -199,7 +199,7 @@ def gradients() -> str:
         "pull, wrong over secure",
         "from the nearest, %",
     )
-    return report.markdown(header, lines)
+    return markdown(header, lines)
 
 
 def _experiment(table: Callable[[list[Row]], str]) -> str:
@@ -234,7 +234,7 @@ def renewed(page: str) -> str:
     Raises:
         KeyError: it names a table that there is not.
     """
-    return BLOCK.sub(lambda found: f"{found[1]}{TABLES[found['name']]()}\n{found[3]}", page)
+    return BLOCK.sub(lambda found: f"{found[1]}{TABLES[found['name']]()}{found[3]}", page)
 
 
 def fingerprint(figure: Figure) -> str:

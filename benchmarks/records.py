@@ -73,6 +73,6 @@ def spread(microseconds: Sequence[float]) -> dict[str, Any]:
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
-    """A table in Markdown."""
-    rows = [header, ["---"] * len(header), *lines]
+    """A table in Markdown; all columns but the first to the right, as numbers are."""
+    rows = [header, ["---", *["---:"] * (len(header) - 1)], *lines]
     return "".join("| " + " | ".join(str(cell).replace("|", "/") for cell in row) + " |\n" for row in rows)

@@ -31,7 +31,7 @@ def test_a_changed_number_is_found(tmp_path, monkeypatch):
     """In a page, in a figure, and in the measurements."""
     page = tmp_path / "page.md"
     table = figures.TABLES["sharded-bytes"]()
-    page.write_text(f"before\n<!-- table: sharded-bytes -->\n{table}\n<!-- end -->\nafter\n")
+    page.write_text(f"before\n<!-- table: sharded-bytes -->\n{table}<!-- end -->\nafter\n")
     monkeypatch.setattr(figures, "PAGES", (page,))
     monkeypatch.setattr(figures, "ROOT", tmp_path)
     monkeypatch.setattr(figures, "RESULTS", tmp_path)

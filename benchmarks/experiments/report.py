@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from plans import ARMS, BATCH_SIZES, FINAL_EPOCHS, trials
+from records import markdown
 from scipy.stats import spearmanr
 from training import STEP
 
@@ -44,13 +45,6 @@ def spread(rows: Iterable[Row], column: str, digits: int = 1, factor: float = 1.
 def mean(rows: Iterable[Row], column: str) -> float:
     """Mean over the seeds."""
     return statistics.mean(float(row[column]) for row in rows)
-
-
-def markdown(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
-    """A table; all columns but the first are of numbers."""
-    names = list(header)
-    rule = ["---", *["---:"] * (len(names) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (names, rule, *lines))
 
 
 def _seeds(group: list[Row]) -> str:
