@@ -25,6 +25,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "experiments"))
 import bench_scaling
+import bench_step
 import report
 from records import markdown, read_rows
 
@@ -222,6 +223,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{name: partial(_experiment, table) for name, table in report.TABLES.items()},
 }
 FIGURES: dict[str, Callable[[], Figure]] = {
+    "cpu/step.png": lambda: bench_step.draw(read_rows(RESULTS / "cpu/bench_step.csv", bench_step.Row)),
     "cpu/scaling.png": lambda: bench_scaling.draw(read_rows(RESULTS / "cpu/bench_scaling.csv", bench_scaling.Row)),
     "cpu/ncmi_accuracy.png": draw_ncmi_accuracy,
     **{f"figures/{name}.png": partial(_drawn_experiment, draw) for name, draw in report.FIGURES.items()},
