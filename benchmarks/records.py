@@ -4,6 +4,7 @@ Nothing but the standard library, so that results can be read and reported where
 """
 
 import csv
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -73,6 +74,8 @@ def spread(microseconds: Sequence[float]) -> dict[str, Any]:
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
-    """A table in Markdown; all columns but the first to the right, as numbers are."""
-    rows = [header, ["---", *["---:"] * (len(header) - 1)], *lines]
-    return "".join("| " + " | ".join(str(cell).replace("|", "/") for cell in row) + " |\n" for row in rows)
+    """A table in Markdown; columns of numbers to the right, but for the first one."""
+    lines = [[str(cell).replace("|", "/") for cell in line] for line in lines]
+    numbers = [any(re.match(r"[-+]?\d", line[column]) for line in lines) for column in range(len(header))]
+    marks = ["---:" if column and right else "---" for column, right in enumerate(numbers)]
+    return "".join("| " + " | ".join(row) + " |\n" for row in (header, marks, *lines))
