@@ -28,7 +28,7 @@ project_copyright = "the ncmi_kernels authors, Apache-2.0"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["build"]
-smartquotes = False  # "nsf" is to be copied
+smartquotes_action = "D"  # dashes only: "nsf" is to be copied
 default_role = "literal"  # `name` in the docstrings
 python_maximum_signature_line_length = 90
 python_use_unqualified_type_names = True
@@ -101,6 +101,9 @@ def mathml(writer: Any, node: nodes.Element) -> None:
     """Formulas as MathML, which browsers draw themselves."""
     block = isinstance(node, nodes.math_block)
     markup = latex2mathml.tex2mathml(node.astext(), as_block=block)
+    # As TeX has them: a thin space after "log", and bars that do not grow with what is between them.
+    markup = re.sub(r"(<mo>&ApplyFunction;</mo>)(?!\s*<mo[^>]*>\()", r'\1<mspace width="0.17em"></mspace>', markup)
+    markup = markup.replace("<mo>‖</mo>", '<mo stretchy="false">‖</mo>')
     writer.body.append(f'<div class="math">{markup}</div>' if block else markup)
     raise nodes.SkipNode
 
