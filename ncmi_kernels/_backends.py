@@ -82,9 +82,8 @@ def available_backends() -> dict[str, str | None]:
     """What can run here, and why the others cannot.
 
     Returns:
-        A dict from each backend's name to None where it can run, else to the reason why it cannot: "reference"
-        (plain PyTorch, any device and dtype), and for float32, float64, bfloat16 and float16 "cpu" (C++), "triton"
-        and "cuda" (CUDA C++), the latter two on CUDA devices.
+        A dict from each backend's name to None where it can run, else to the reason why it cannot. There are
+        "reference" (plain PyTorch, any device), "cpu" (C++), and for CUDA devices "triton" and "cuda" (CUDA C++).
 
     Example:
         >>> import ncmi_kernels

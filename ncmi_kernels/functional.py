@@ -42,7 +42,7 @@ def ncmi_loss(
     sigmoid(f_j). Each sample has a concentration and a separation,
 
     .. math::
-        A_i = KL(p_i \| q_{y_i}), \qquad G_i = \frac{1}{C} \sum_{v \ne y_i} KL(p_i \| q_v)
+        A_i = \mathrm{KL}(p_i \| q_{y_i}), \qquad G_i = \frac{1}{C} \sum_{v \ne y_i} \mathrm{KL}(p_i \| q_v)
 
     and the loss is the ratio of their means, or the mean of their ratios. Costs O((B + C) M); nothing of size
     B C is formed (but with `separation_focus`). Sums and normalisers are float64, everything else float32 (float64 for
@@ -142,8 +142,9 @@ def ncmi_terms(
 
     Example:
         >>> import torch, ncmi_kernels
-        >>> concentration, separation = ncmi_kernels.ncmi_terms(torch.eye(3), torch.arange(3), 10 * torch.eye(3))
-        >>> round((concentration / separation).mean().item(), 4)  # ratio="sample", of samples that are all alike here
+        >>> input, target, centroid_logits = torch.eye(3), torch.arange(3), 10 * torch.eye(3)
+        >>> concentration, separation = ncmi_kernels.ncmi_terms(input, target, centroid_logits)
+        >>> round((concentration / separation).mean().item(), 4)  # as ratio="sample" has it
         0.1737
     """
     options = Options(
@@ -186,7 +187,8 @@ def log_nsf(input: Tensor, dim: int = -1) -> Tensor:
 
     Example:
         >>> import torch, ncmi_kernels
-        >>> ncmi_kernels.log_nsf(torch.full((2,), -200.0)).exp()  # where the sum of the sigmoids underflows
+        >>> x = torch.full((2,), -200.0)  # the sum of the sigmoids underflows
+        >>> ncmi_kernels.log_nsf(x).exp()
         tensor([0.5000, 0.5000])
     """
     check_floating("input", input)
@@ -210,7 +212,8 @@ def nsf(input: Tensor, dim: int = -1) -> Tensor:
 
     Example:
         >>> import torch, ncmi_kernels
-        >>> ncmi_kernels.nsf(torch.tensor([100.0, 0.0, 100.0]))  # each is sigmoid(x_k) = 1, 1/2, 1 over their sum
+        >>> x = torch.tensor([100.0, 0.0, 100.0])  # sigmoids 1, 1/2 and 1
+        >>> ncmi_kernels.nsf(x)
         tensor([0.4000, 0.2000, 0.4000])
     """
     check_floating("input", input)

@@ -38,8 +38,8 @@ class NCMIMetric(Metric):
     p_i over the samples of class c, N samples and C classes,
 
     .. math::
-        CMI = \frac{1}{N} \sum_i KL(p_i \| s_{y_i}), \qquad
-        \Gamma = \frac{1}{N} \sum_i \frac{1}{C} \sum_{v \ne y_i} KL(p_i \| s_v)
+        \mathrm{CMI} = \frac{1}{N} \sum_i \mathrm{KL}(p_i \| s_{y_i}), \qquad
+        \Gamma = \frac{1}{N} \sum_i \frac{1}{C} \sum_{v \ne y_i} \mathrm{KL}(p_i \| s_v)
 
     in nats, or KL(s_v || p_i) in Gamma. Computed in float64 from features of any floating dtype, within 1e-10 of the
     exact values where these are above 1e-6 nats. The state, [C, M + 2] numbers (and [C, M] more for
@@ -56,8 +56,8 @@ class NCMIMetric(Metric):
         separation: "sample_to_centroid", KL(p_i || s_v), or "centroid_to_sample", KL(s_v || p_i).
         temperature: divides the features; > 0.
         l2_normalize: divide the centred features by their length.
-        center: [M], subtracted from the features, or None. It is copied to the device of the
-            metric, and never part of its state_dict; `metric.center.copy_(criterion.center)` follows one that moves.
+        center: [M], subtracted from the features, or None. It is copied to the device of the metric, and never part of
+            its state_dict; `metric.center.copy_(criterion.center)` follows one that moves.
         ignore_index: samples with this target count for nothing.
         **kwargs: those of every `torchmetrics.Metric`, such as `process_group` and `sync_on_compute`.
 
@@ -74,7 +74,7 @@ class NCMIMetric(Metric):
 
     Example:
         >>> import torch
-        >>> from ncmi_kernels.metrics import NCMIMetric
+        >>> from ncmi_kernels import NCMIMetric
         >>> metric = NCMIMetric(num_classes=2, activation="softmax")
         >>> for logits in ([2.0, 0.0], [1.0, 0.0]):
         ...     metric.update(torch.tensor([logits, logits[::-1]]), torch.tensor([0, 1]))

@@ -210,8 +210,9 @@ class NCMILoss(nn.Module):
     def last_terms(self) -> BatchTerms | None:
         """CMI and Gamma of the last batch, `forward` in either mode; None before the first one.
 
-        On the device of the input, without a graph and without waiting for it. Kept by compiled calls too, but not by
-        those within a transform of torch.func.
+        A named tuple of two scalars, `cmi` and `gamma`, float64, in nats: weighted means over the batch. On the device
+        of the input, without a graph and without waiting for it. Kept by compiled calls too, but not by those within a
+        transform of torch.func.
         """
         return None if self._last_terms is None else BatchTerms(*self._last_terms)
 
@@ -320,14 +321,15 @@ class NCMILoss(nn.Module):
             [B, C]; float32, or float64 where the features or the centroids are.
 
         Raises:
-            RuntimeError: class means asked for before they were fitted.
+            RuntimeError: class means asked for before they were fitted, or a dtype or device is not supported.
+            TypeError, ValueError: `features` is no tensor, or of another shape.
         """
         relative, common = self._relative_scores(features, class_means)
         return relative + common[:, None]
 
     @torch.no_grad()
     def predict(self, features: Tensor, *, class_means: bool = False) -> Tensor:
-        """The class [B] of the highest score for each of features [B, M]; arguments as for `scores`."""
+        """The class [B] (int64) of the highest score for each of features [B, M]; arguments and errors of `scores`."""
         return self._relative_scores(features, class_means)[0].argmax(dim=1)
 
     def _relative_scores(self, features: Tensor, class_means: bool) -> tuple[Tensor, Tensor]:
@@ -356,6 +358,10 @@ class NCMILoss(nn.Module):
 
         Returns:
             [C, M]; a class without samples has a row of zeros.
+
+        Raises:
+            TypeError, ValueError, IndexError, RuntimeError: as :func:`ncmi_loss`; ValueError also for features that are
+                not [B, M].
         """
         total = torch.zeros_like(self.centroid_logits, dtype=torch.float64)
         count = torch.zeros(self.num_classes, device=total.device, dtype=torch.float64)

@@ -17,7 +17,8 @@ class CentroidSGD(torch.optim.Optimizer):
 
         >>> import torch
         >>> from ncmi_kernels import CentroidSGD, NCMILoss
-        >>> network, criterion = torch.nn.Linear(20, 64), NCMILoss(num_classes=10, feature_dim=64)
+        >>> network = torch.nn.Linear(20, 64)
+        >>> criterion = NCMILoss(num_classes=10, feature_dim=64)
         >>> optimizer = torch.optim.SGD(network.parameters(), lr=1.0, momentum=0.9)
         >>> centroid_optimizer = CentroidSGD(criterion, lr=0.1, momentum=0.9)
         >>> input, target = torch.randn(32, 20), torch.randint(10, (32,))

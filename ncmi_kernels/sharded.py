@@ -62,7 +62,8 @@ class ShardedNCMILoss(NCMILoss):
         >>> import torch.distributed as dist
         >>> from torch.distributed.device_mesh import init_device_mesh
         >>> from ncmi_kernels import ShardedNCMILoss
-        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # with torchrun: ()
+        >>> alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # with torchrun: {}
+        >>> dist.init_process_group("gloo", **alone)
         >>> mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         >>> criterion = ShardedNCMILoss(num_classes=10_000, feature_dim=64, device_mesh=mesh)
         >>> features = torch.randn(8, 64, requires_grad=True)
