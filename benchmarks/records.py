@@ -75,7 +75,7 @@ def spread(microseconds: Sequence[float]) -> dict[str, Any]:
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
     """A table in Markdown; columns of numbers to the right, but for the first one."""
-    lines = [[str(cell).replace("|", "/") for cell in line] for line in lines]
-    numbers = [any(re.match(r"[-+]?\d", line[column]) for line in lines) for column in range(len(header))]
+    cells = [[str(cell).replace("|", "/") for cell in line] for line in lines]
+    numbers = [any(re.match(r"[-+]?\d", line[column]) for line in cells) for column in range(len(header))]
     marks = ["---:" if column and right else "---" for column, right in enumerate(numbers)]
-    return "".join("| " + " | ".join(row) + " |\n" for row in (header, marks, *lines))
+    return "".join("| " + " | ".join(row) + " |\n" for row in (header, marks, *cells))
