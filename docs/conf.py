@@ -57,7 +57,8 @@ PAGES = {
     "benchmarks/README.md": "measuring.md",
     "benchmarks/experiments/README.md": "experiments.md",
 }
-INCLUDE = re.compile(r"^<!-- include: (?P<file>\S+)(?: # (?P<heading>.+?))? -->$", re.MULTILINE)
+# A line that is only this link; who reads the page as Markdown follows it.
+INCLUDE = re.compile(r"^\[(?P<file>\S+\.md)(?:: (?P<heading>.+))?\]\(\.\./(?P=file)(?:#\S+)?\)$", re.MULTILINE)
 LINK = re.compile(r"(?P<before>\]\()(?!\w+:|#)(?P<path>[^)\s#]+)(?P<after>(?:#[^)\s]+)?\))")
 
 
@@ -93,7 +94,7 @@ def included(file: str, heading: str | None) -> str:
 
 
 def include(app: Sphinx, page: str, source: list[str]) -> None:
-    """Put sections of the repository's Markdown files in the place of `<!-- include: FILE # HEADING -->`."""
+    """Put sections of the repository's Markdown files in the place of `[FILE: HEADING](../FILE#heading)`."""
     source[0] = INCLUDE.sub(lambda found: included(found["file"], found["heading"]), source[0])
 
 
