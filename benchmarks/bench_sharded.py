@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from arguments import at_least, output, positive
 from devices import describe_machine
 from records import Measured, write_rows
 from rich.console import Console
@@ -209,11 +210,11 @@ def show(rows: Sequence[Row]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Count the bytes that sharded losses send.")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the results here")
-    parser.add_argument("--processes", type=int, default=4, help="(default: %(default)s)")
-    parser.add_argument("--classes", type=int, nargs="+", default=CLASSES, help="(default: 1e3 to 1e6)")
-    parser.add_argument("--batch", type=int, default=64, help="rows of each process (default: %(default)s)")
-    parser.add_argument("--features", type=int, default=128, help="M (default: %(default)s)")
+    parser.add_argument("--csv", type=output, metavar="FILE", help="also write the results here")
+    parser.add_argument("--processes", type=positive, default=4, help="(default: %(default)s)")
+    parser.add_argument("--classes", type=at_least(2), nargs="+", default=CLASSES, help="(default: 1e3 to 1e6)")
+    parser.add_argument("--batch", type=positive, default=64, help="rows of each process (default: %(default)s)")
+    parser.add_argument("--features", type=at_least(2), default=128, help="M (default: %(default)s)")
     options = parser.parse_args(arguments)
     rows = measure(options.batch, options.features, options.classes, options.processes)
     if options.csv:

@@ -104,10 +104,18 @@ def test_step_options_are_checked(capsys, monkeypatch):
     for arguments, message in (
         (["--tasks", "nothing"], "--tasks: got ['nothing'], expected some of"),
         (["--device", "cuda"], "--device: got cuda"),
+        (["--tasks", "--shapes"], "--tasks, --shapes: got none of either"),
     ):
         with pytest.raises(SystemExit):
             bench_step.main(arguments)
         assert message in capsys.readouterr().err
+
+
+def test_sharded_options_are_checked(capsys):
+    for option, value, least in (("--processes", 0, 1), ("--classes", 1, 2), ("--batch", 0, 1), ("--features", 1, 2)):
+        with pytest.raises(SystemExit):
+            bench_sharded.main([option, str(value)])
+        assert f"{option}: got {value}, expected at least {least}" in capsys.readouterr().err
 
 
 def test_training_moves_what_it_should():

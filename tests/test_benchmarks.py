@@ -3,6 +3,7 @@
 The last are skipped unless asked for: pytest tests/test_benchmarks.py --benchmark-only --benchmark-autosave
 """
 
+import argparse
 import csv
 import ctypes
 import importlib.util
@@ -120,8 +121,25 @@ def test_ratio_by_sample():
 def test_shape_text():
     assert [Shape.parse(str(shape)) for shape in SHAPES] == list(SHAPES)
     for text in ("256x1000", "0x3x4", "4x1x4", "4x3x4x5", "axbxc"):
-        with pytest.raises(ValueError):  # noqa: PT011, two sources
+        with pytest.raises(argparse.ArgumentTypeError, match=f"got '{text}', expected BxCxM"):
             Shape.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--threads", "0"], "--threads: got 0, expected at least 1"),
+        (["--threads", "1", "two"], "--threads: invalid integer value: 'two'"),
+        (["--shapes", "3x4"], "--shapes: got '3x4', expected BxCxM"),
+        (["--budget", "-1"], "--budget: got -1, expected at least 0"),
+        (["--budget", "nan"], "--budget: got nan, expected at least 0"),
+        (["--csv", "no-such-directory/out.csv"], "no-such-directory is not a directory"),
+    ],
+)
+def test_options_are_checked(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        bench_loss.main(arguments)
+    assert message in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------
