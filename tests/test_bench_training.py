@@ -111,6 +111,20 @@ def test_step_options_are_checked(capsys, monkeypatch):
         assert message in capsys.readouterr().err
 
 
+def test_sharded_command_line(tmp_path, capsys):
+    path = tmp_path / "sharded.csv"
+    sizes = ["--processes", "2", "--classes", "10", "40", "--batch", "8", "--features", "16"]
+    bench_sharded.main([*sizes, "--csv", str(path)])
+    rows = records.read_rows(path, bench_sharded.Row)
+    assert [(row.C, row.method) for row in rows] == [(C, method) for C in (10, 40) for method in bench_sharded.METHODS]
+    for row in rows:
+        assert (row.processes, row.B, row.M) == (2, 8, 16)
+        assert row.payload_bytes > 0
+        assert row.loopback_bytes is None or row.loopback_bytes > row.payload_bytes
+        assert row.milliseconds > 0
+    assert "KiB that one of 2 processes sends" in capsys.readouterr().out
+
+
 def test_sharded_options_are_checked(capsys):
     for option, value, least in (("--processes", 0, 1), ("--classes", 1, 2), ("--batch", 0, 1), ("--features", 1, 2)):
         with pytest.raises(SystemExit):
