@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from arguments import at_least, output, positive, seconds
-from bench_gpu import Step, Timed, run_rounds
+from bench_gpu import MAX_LEAD_US, Step, Timed, run_rounds
 from cases import (
     CROSS_ENTROPY_WITH_HEAD,
     DTYPE,
@@ -157,7 +157,7 @@ def prepare(implementation: Implementation, shape: Shape, device: Device, worker
             timed.peak = device.peak(step.run)
         elif not implementation.heavy:
             step.run()
-        timed.lead_us = 1.5e6 * (time.perf_counter() - start) + 20
+        timed.lead_us = min(1.5e6 * (time.perf_counter() - start) + 20, MAX_LEAD_US)
         step.release()
         timed.step = step
     except Exception as error:
