@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=output, default=RESULTS, help="the CSV file (default: %(default)s)")
     options = parser.parse_args(arguments)
     device = "cpu" if options.backend == "cpu" else "cuda"
-    machine = describe_machine()
+    machine = describe_machine(torch.device(device))
     with options.output.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*machine, "B", "C", "M", *Case._fields, "path", "seeds", "quantity", "relative_error"])
