@@ -43,6 +43,7 @@ import torch
 from arguments import output, positive, seconds
 from cases import CROSS_ENTROPY, DTYPE, IMPLEMENTATIONS, SHAPES, Implementation, Shape, batch
 from devices import CPU, describe_machine, memory_worker, peak_of
+from gpu_results import FORWARD, FULL, NO_GRAD
 from records import Measured, spread, write_rows
 from rich.console import Console
 from rich.table import Table
@@ -50,7 +51,6 @@ from torch import Tensor, nn
 
 import ncmi_kernels
 
-FORWARD, FULL, NO_GRAD = "forward", "forward+backward", "no-grad forward"
 MODES = (FORWARD, FULL, NO_GRAD)
 
 WARM_UP_ROUNDS = 3

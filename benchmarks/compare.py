@@ -42,8 +42,9 @@ from typing import Any, NamedTuple
 
 import torch
 from arguments import positive, seconds
-from bench_loss import FULL, NO_GRAD, no_grad_step, train_step
+from bench_loss import no_grad_step, train_step
 from cases import KERNELS, SHAPES, TINY, Shape, batch, ncmi
+from gpu_results import FULL, NO_GRAD
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
