@@ -300,7 +300,7 @@ def _no_memory(shape: Shape, device: torch.device) -> str | None:
     needed, free = shape.literal_bytes(), devices.free_bytes(device)
     if needed <= free // 2:
         return None
-    return f"about {needed / 2**30:.0f} GiB, more than half of the {free / 2**30:.0f} GiB that are free"
+    return f"memory: about {needed / 2**30:.0f} GiB, more than half of the {free / 2**30:.0f} GiB that are free"
 
 
 _FEATURES_ALONE = Traffic()
