@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import bench_sharded
 import bench_step
 import records
+from cases import Shape
 
 pytestmark = pytest.mark.skipif(available_backends()["cpu"] is not None, reason="no C++ kernels")
 
@@ -49,6 +50,28 @@ def test_steps_by_phase(tmp_path, capsys):
     assert len(centroid_steps) == 4
     assert "Centroid steps" in capsys.readouterr().out
     assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_share_and_ratio_are_of_the_same_round(monkeypatch):
+    """A machine that is four times slower in some rounds leaves both as they are."""
+    phases = dict(zip(bench_step.PHASES, (10.0, 2.0, 3.0, 20.0, 5.0, 10.0), strict=True))
+    ways = (*bench_step.CENTROID_STEPS, bench_step.PLAIN_CENTROID_STEP.name)
+    for slow in (1, 2):
+
+        def rounds(steps, seconds, slow=slow):
+            speeds = [4.0] * slow + [1.0] * (3 - slow)
+            times = {
+                **dict.fromkeys(bench_step.METHODS, phases),
+                **{way: {"step": 1.0 + ways.index(way)} for way in ways},
+            }
+            return [{name: {key: speed * t for key, t in times[name].items()} for name in steps} for speed in speeds]
+
+        monkeypatch.setattr(bench_step, "run", rounds)
+        rows = bench_step.measure_training(bench_step.TASKS[0], 0)
+        assert [row["share"] for row in rows if row["phase"] == "step"] == [0.3] * len(bench_step.METHODS)
+        rows = bench_step.measure_centroid_steps(Shape(8, 5, 16), 0)
+        assert [row["ratio"] for row in rows] == [1, 2, 3, 4]
+        assert rows[0]["median_us"] == (1 if slow == 1 else 4)
 
 
 def step_row(task, method, phase, milliseconds, **values):

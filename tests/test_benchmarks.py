@@ -185,6 +185,17 @@ def test_command_line(tmp_path, capsys, monkeypatch):
             assert float(row["ratio_to_cross_entropy"]) == 1
 
 
+def test_ratios_are_of_the_same_round():
+    """A machine that is four times slower in one round of three leaves the ratio as it is."""
+    measured = [bench_loss.Measurement(each) for each in (cases.NCMI_BATCH, CROSS_ENTROPY, LITERAL)]
+    for speed, taking_part in ((1, 2), (4, 3), (1, 2)):
+        steps = [dict.fromkeys(bench_loss.MODES, bench_loss.Sample(speed * time, 0)) for time in (3.0, 2.0, 100.0)]
+        bench_loss._keep(measured[:taking_part], steps[:taking_part])
+    ours, cross_entropy, literal = (bench_loss._summary(each, "forward") for each in measured)
+    assert (ours["ratio_to_cross_entropy"], cross_entropy["ratio_to_cross_entropy"]) == (1.5, 1)
+    assert (literal["ratio_to_cross_entropy"], literal["median_us"], literal["repetitions"]) == (50, 400, 1)
+
+
 def test_what_does_not_fit_is_noted(worker, monkeypatch):
     assert LITERAL.obstacle(TINY, CPU) is None
     monkeypatch.setattr(devices, "free_bytes", lambda device: 0)
