@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from demo import positive
+from arguments import output, positive
 from devices import describe_machine
 from torch import Tensor
 from tqdm import tqdm
@@ -65,10 +65,10 @@ def main(arguments: list[str] | None = None) -> None:
     runnable = [name for name, reason in available_backends().items() if reason is None and name != "reference"]
     parser.add_argument("--backend", choices=runnable, default="cpu", help="(default: %(default)s)")
     parser.add_argument("--seeds", type=positive, default=5, help="random problems, of which the worst (default: 5)")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="the CSV file (default: %(default)s)")
+    parser.add_argument("--output", type=output, default=RESULTS, help="the CSV file (default: %(default)s)")
     options = parser.parse_args(arguments)
     device = "cpu" if options.backend == "cpu" else "cuda"
-    machine = describe_machine()
+    machine = describe_machine(torch.device(device))
     with options.output.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*machine, "B", "C", "M", *Case._fields, "path", "seeds", "quantity", "relative_error"])

@@ -40,6 +40,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from arguments import seconds
 from cases import (
     CENTROID_SHAPES,
     CENTROID_STEPS,
@@ -76,6 +77,8 @@ from gpu_results import (
 )
 from records import spread, write_rows
 from torch import Tensor, nn
+
+from ncmi_kernels import available_backends
 
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -652,10 +655,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--budget", type=float, default=120.0, help="seconds to aim for")
+    parser.add_argument("--budget", type=seconds, default=120.0, help="seconds to aim for")
     parser.add_argument("--shapes", nargs="+", type=Shape.parse)
     parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--backends", nargs="+", default=["cuda", "triton"])
+    parser.add_argument("--backends", nargs="+", choices=list(available_backends()), default=["cuda", "triton"])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: to try this program")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():

@@ -36,13 +36,14 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+from arguments import output, positive, seconds
 from cases import CROSS_ENTROPY, DTYPE, IMPLEMENTATIONS, SHAPES, Implementation, Shape, batch
 from devices import CPU, describe_machine, memory_worker, peak_of
+from gpu_results import FORWARD, FULL, NO_GRAD
 from records import Measured, spread, write_rows
 from rich.console import Console
 from rich.table import Table
@@ -50,7 +51,6 @@ from torch import Tensor, nn
 
 import ncmi_kernels
 
-FORWARD, FULL, NO_GRAD = "forward", "forward+backward", "no-grad forward"
 MODES = (FORWARD, FULL, NO_GRAD)
 
 WARM_UP_ROUNDS = 3
@@ -337,18 +337,19 @@ def _cell(rows: dict[str, Row]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Benchmark the NCMI loss on the CPU.")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the results here")
-    parser.add_argument("--threads", type=int, nargs="+", help="thread counts (default: 1 2; quick: 1)")
+    parser.add_argument("--csv", type=output, metavar="FILE", help="also write the results here")
+    parser.add_argument("--threads", type=positive, nargs="+", help="thread counts (default: 1 2; quick: 1)")
     parser.add_argument("--shapes", type=Shape.parse, nargs="+", metavar="BxCxM")
     parser.add_argument("--quick", action="store_true", help="two small shapes in about half a minute")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="in all (default: 300; quick: 30)")
+    parser.add_argument("--budget", type=seconds, metavar="SECONDS", help="in all (default: 300; quick: 30)")
     options = parser.parse_args(arguments)
     reason = ncmi_kernels.available_backends()["cpu"]
     if reason is not None:
         sys.exit(f"nothing to measure: {reason}")
     shapes = options.shapes or (SHAPES[:2] if options.quick else SHAPES)
     threads = options.threads or ([1] if options.quick else [1, 2])
-    end = time.perf_counter() + (options.budget or (30 if options.quick else 300))
+    budget = options.budget if options.budget is not None else 30 if options.quick else 300
+    end = time.perf_counter() + budget
 
     cases = [(shape, count) for shape in shapes for count in threads]
     rows: list[Row] = []

@@ -30,11 +30,11 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from bench_gpu import Step, Timed, run_rounds
+from arguments import at_least, output, positive, seconds
+from bench_gpu import MAX_LEAD_US, Step, Timed, run_rounds
 from cases import (
     CROSS_ENTROPY_WITH_HEAD,
     DTYPE,
@@ -157,7 +157,7 @@ def prepare(implementation: Implementation, shape: Shape, device: Device, worker
             timed.peak = device.peak(step.run)
         elif not implementation.heavy:
             step.run()
-        timed.lead_us = 1.5e6 * (time.perf_counter() - start) + 20
+        timed.lead_us = min(1.5e6 * (time.perf_counter() - start) + 20, MAX_LEAD_US)
         step.release()
         timed.step = step
     except Exception as error:
@@ -292,25 +292,26 @@ def progress(points: Sequence[Point]) -> Iterable[Point]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 1 where one of this package's kernels could not be measured."""
     parser = argparse.ArgumentParser(description="Measure how the cost of the NCMI loss grows.")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the results here")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw them here")
-    parser.add_argument("--budget", type=float, default=300, metavar="SECONDS", help="in all (default: %(default)s)")
+    parser.add_argument("--csv", type=output, metavar="FILE", help="write the results here")
+    parser.add_argument("--png", type=output, metavar="FILE", help="draw them here")
+    parser.add_argument("--budget", type=seconds, default=300, metavar="SECONDS", help="in all (default: %(default)s)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: torch's)")
-    parser.add_argument("--step-seconds", type=float, default=5, help="the longest step (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="(default: torch's)")
+    parser.add_argument("--step-seconds", type=seconds, default=5, help="the longest step (default: %(default)s)")
     parser.add_argument(
         "--base", type=Shape.parse, default=SCALING_BASE, metavar="BxCxM", help="(default: %(default)s)"
     )
     for axis, sizes in SCALING_AXES.items():
         parser.add_argument(
-            f"--{axis}", type=int, nargs="*", default=sizes, help=f"(default: {sizes[0]} to {sizes[-1]})"
+            f"--{axis}",
+            type=positive if axis == "B" else at_least(2),
+            nargs="*",
+            default=sizes,
+            help=f"(default: {sizes[0]} to {sizes[-1]})",
         )
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device: got cuda, and torch {torch.__version__} finds no CUDA device")
-    for axis, least in zip("BCM", (1, 2, 2), strict=True):
-        if any(size < least for size in getattr(options, axis)):
-            parser.error(f"--{axis}: got {min(getattr(options, axis))}, expected at least {least}")
     points = points_of(options.base, {axis: getattr(options, axis) for axis in SCALING_AXES})
     if not points:
         parser.error("--C, --M, --B: got no sizes, expected at least one")

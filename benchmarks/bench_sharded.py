@@ -18,6 +18,7 @@ by row; the gradient by the features is reduced to the process that they came fr
 """
 
 import argparse
+import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from arguments import at_least, output, positive
 from devices import describe_machine
 from records import Measured, write_rows
 from rich.console import Console
@@ -164,8 +166,10 @@ def work(rank: int, size: int, store: str, B: int, M: int, classes: Sequence[int
             loopback = None if after is None or before is None else round((after - before) / size / STEPS)
             if rank == 0:
                 results.put((C, method, round(sent.item() / size / STEPS), loopback, round(1e3 * seconds / STEPS, 2)))
+    # The interpreter does not end: DTensor keeps gloo's threads past destroy_process_group, and one that lets go of a
+    # tensor then waits for an interpreter that is gone, which aborts the process (pytorch/pytorch#179291).
     dist.barrier()
-    dist.destroy_process_group()
+    os._exit(0)
 
 
 def measure(B: int, M: int, classes: Sequence[int], processes: int) -> list[Row]:
@@ -209,11 +213,11 @@ def show(rows: Sequence[Row]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Count the bytes that sharded losses send.")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the results here")
-    parser.add_argument("--processes", type=int, default=4, help="(default: %(default)s)")
-    parser.add_argument("--classes", type=int, nargs="+", default=CLASSES, help="(default: 1e3 to 1e6)")
-    parser.add_argument("--batch", type=int, default=64, help="rows of each process (default: %(default)s)")
-    parser.add_argument("--features", type=int, default=128, help="M (default: %(default)s)")
+    parser.add_argument("--csv", type=output, metavar="FILE", help="also write the results here")
+    parser.add_argument("--processes", type=positive, default=4, help="(default: %(default)s)")
+    parser.add_argument("--classes", type=at_least(2), nargs="+", default=CLASSES, help="(default: 1e3 to 1e6)")
+    parser.add_argument("--batch", type=positive, default=64, help="rows of each process (default: %(default)s)")
+    parser.add_argument("--features", type=at_least(2), default=128, help="M (default: %(default)s)")
     options = parser.parse_args(arguments)
     rows = measure(options.batch, options.features, options.classes, options.processes)
     if options.csv:

@@ -25,11 +25,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
+from arguments import output, positive, seconds
 from cases import CENTROID_SHAPES, CENTROID_STEPS, PLAIN_CENTROID_STEP, CentroidStep, Shape, batch, kernels
 from demo import CENTROID_LR, convolutional
 from devices import CPU, describe_machine
@@ -331,14 +331,14 @@ def show(rows: Sequence[Row]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Benchmark training steps with the NCMI loss.")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the results here")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="also draw the phases of the training steps here")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="thread counts (default: 1 2)")
+    parser.add_argument("--csv", type=output, metavar="FILE", help="also write the results here")
+    parser.add_argument("--png", type=output, metavar="FILE", help="also draw the phases of the training steps here")
+    parser.add_argument("--threads", type=positive, nargs="+", default=[1, 2], help="thread counts (default: 1 2)")
     parser.add_argument(
         "--shapes", type=Shape.parse, nargs="*", metavar="BxCxM", help="of centroid steps (default: on a CPU, four)"
     )
     parser.add_argument("--tasks", nargs="*", default=[task.name for task in TASKS], help="(default: all)")
-    parser.add_argument("--seconds", type=float, default=90, help="in all (default: %(default)s)")
+    parser.add_argument("--seconds", type=seconds, default=90, help="in all (default: %(default)s)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(default: %(default)s)")
     options = parser.parse_args(arguments)
     tasks = [task for task in TASKS if task.name in options.tasks]
@@ -350,6 +350,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--shapes: got shapes with --device cuda, expected none (bench_gpu.py centroids measures them)")
     device = torch.device(options.device)
     shapes = () if options.device == "cuda" else CENTROID_SHAPES if options.shapes is None else options.shapes
+    if not tasks and not shapes:
+        parser.error("--tasks, --shapes: got none of either, expected at least one")
     share = options.seconds / max(1, len(options.threads) * (len(tasks) + len(shapes)))
     machine = describe_machine(device)
     rows: list[Row] = []

@@ -9,6 +9,7 @@ compare.py runs this with older revisions of the package, too: what these may la
 import importlib.util
 import os
 import shutil
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -42,10 +43,10 @@ class Shape(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Shape":
-        """The inverse of str: "256x1000x1000"."""
-        sizes = [int(size) for size in text.split("x")]
+        """The inverse of str, for argparse: "256x1000x1000"."""
+        sizes = [int(size) if size.isdecimal() else 0 for size in text.split("x")]
         if len(sizes) != 3 or min(sizes) < 1 or sizes[1] < 2 or sizes[2] < 2:
-            raise ValueError(f"shape: got {text!r}, expected BxCxM with B >= 1, C >= 2 and M >= 2")
+            raise ArgumentTypeError(f"got {text!r}, expected BxCxM with B >= 1, C >= 2 and M >= 2")
         return cls(*sizes)
 
     def literal_bytes(self) -> int:
@@ -299,7 +300,7 @@ def _no_memory(shape: Shape, device: torch.device) -> str | None:
     needed, free = shape.literal_bytes(), devices.free_bytes(device)
     if needed <= free // 2:
         return None
-    return f"about {needed / 2**30:.0f} GiB, more than half of the {free / 2**30:.0f} GiB that are free"
+    return f"memory: about {needed / 2**30:.0f} GiB, more than half of the {free / 2**30:.0f} GiB that are free"
 
 
 _FEATURES_ALONE = Traffic()

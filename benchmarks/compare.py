@@ -41,8 +41,10 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from bench_loss import FULL, NO_GRAD, no_grad_step, train_step
+from arguments import positive, seconds
+from bench_loss import no_grad_step, train_step
 from cases import KERNELS, SHAPES, TINY, Shape, batch, ncmi
+from gpu_results import FULL, NO_GRAD
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -408,13 +410,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--shapes", type=Shape.parse, nargs="+", metavar="BxCxM", default=(TINY, *SHAPES), help="(default: all)"
     )
-    parser.add_argument("--threads", type=int, default=1, help="of each process (default: %(default)s)")
-    parser.add_argument("--launches", type=int, default=3, help="pairs of processes (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=240, help="of timing, in all (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, default=1, help="of each process (default: %(default)s)")
+    parser.add_argument("--launches", type=positive, default=3, help="pairs of processes (default: %(default)s)")
+    parser.add_argument("--seconds", type=seconds, default=240, help="of timing, in all (default: %(default)s)")
     options = parser.parse_args(arguments)
-    for name in ("threshold", "threads", "launches"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name}: got {getattr(options, name)}, expected at least 1")
+    if not options.threshold >= 1:  # nor NaN, which no interval is above
+        parser.error(f"--threshold: got {options.threshold}, expected at least 1")
     try:
         head = check_tree("--head-dir", options.head_dir)
         tree = check_tree("--base-dir", options.base_dir) if options.base is None else built_tree(options.base)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import data
 import torch
+from arguments import output, positive
 from data import CLASSES, Dataset
 from matplotlib.figure import Figure
 from rich import box
@@ -278,13 +279,6 @@ def draw(results: dict[str, list[Result]], title: str, path: Path) -> None:
     figure.savefig(path, format="png", dpi=150)
 
 
-def positive(text: str) -> int:
-    """An integer from 1, for argparse."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"got {value}, expected at least 1")
-    return value
-
-
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Compare cross-entropy and NCMI on real images.")
@@ -299,13 +293,11 @@ def main() -> None:
         usual = ", ".join(f"{getattr(task, name)} for {key}" for key, task in TASKS.items())
         parser.add_argument(f"--{name}", type=positive, help=f"how many (default: {usual})")
     parser.add_argument(
-        "--output", type=Path, default=Path("demo.png"), help="the PNG of the curves (default: %(default)s)"
+        "--output", type=output, default=Path("demo.png"), help="the PNG of the curves (default: %(default)s)"
     )
     arguments = parser.parse_args()
     task = TASKS[arguments.data]
     epochs, seeds = arguments.epochs or task.epochs, arguments.seeds or task.seeds
-    if not arguments.output.absolute().parent.is_dir():
-        parser.error(f"--output: {arguments.output.absolute().parent} is not a directory")
     try:
         dataset = data.digits() if arguments.data == "digits" else data.fashion_mnist(arguments.data_dir)
     except (OSError, ValueError) as error:

@@ -6,6 +6,7 @@ Reads DIR/bench_gpu.csv; writes PNG files beside it. Shapes are told apart by wh
 of one implementation.
 """
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -95,8 +96,10 @@ def _time(row: Row) -> float | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 1 where there is nothing to draw."""
-    (directory,) = sys.argv[1:] if arguments is None else arguments
-    paths = draw_all(Path(directory))
+    parser = argparse.ArgumentParser(description="Draw the results of the GPU benchmark.")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="with bench_gpu.csv; PNG files are written there")
+    directory = parser.parse_args(arguments).directory
+    paths = draw_all(directory)
     for path in paths:
         print(path)
     if not paths:

@@ -34,6 +34,7 @@ from typing import Any
 
 import gpu_results
 import records
+from arguments import seconds
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -449,7 +450,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--parts", nargs="+", metavar="PART", help="only these (environment is always looked at)")
-    parser.add_argument("--seconds", type=float, default=SECONDS)
+    parser.add_argument("--seconds", type=seconds, default=SECONDS)
     parser.add_argument("--look", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--check-backends", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

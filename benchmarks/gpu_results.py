@@ -24,7 +24,7 @@ LAUNCHES_FORWARD, LAUNCHES_BACKWARD = "launches, forward", "launches, backward"
 class Traffic(NamedTuple):
     """What an implementation has to read and write, besides one read of the features in each pass."""
 
-    table: bool = False  # log q [C, M], float32, in each pass
+    table: bool = False  # the rows of log q [C, M] of the batch's classes, float32, in each pass
     centre: bool = False  # the mean of the features, before the forward pass
     one_pass: bool = False  # the gradient is made in the forward pass, for float32
     centroids: bool = False  # gradient of the centroid logits [C, M], float32
@@ -36,14 +36,15 @@ def model_bytes(
     """The bytes that a step has to move through memory; None where that is nothing.
 
     A floor, not what an implementation does move. cross_entropy is counted as two passes, which it is in torch.
-    Finding the mean of the features reads them once more, from the cache where they fit into it. A step of the
-    centroids reads the features, reads and writes the centroids and their momentum, and writes the next log q.
+    Finding the mean of the features reads them once more, from the cache where they fit into it. A batch of B samples
+    has at most B classes, whose rows of log q it reads. A step of the centroids reads the features, reads and writes
+    the centroids and their momentum, and writes the next log q.
     """
     B, C, M = shape
-    features, table = B * M * itemsize, 4 * C * M
+    features, table, own_rows = B * M * itemsize, 4 * C * M, 4 * min(B, C) * M
     if mode == CENTROID_STEP:
         return features + 5 * table
-    forward = features + table * (traffic.table + traffic.centroids)
+    forward = features + own_rows * traffic.table + table * traffic.centroids
     if traffic.centre and features > cache_bytes:
         forward += features
     if mode == NO_GRAD:
@@ -53,7 +54,7 @@ def model_bytes(
         forward += features
         backward = 2 * features if mode == FULL_SCALED else 0
     else:
-        backward = 2 * features + table * traffic.table
+        backward = 2 * features + own_rows * traffic.table
     if traffic.centroids:
         backward += features + 2 * table
     return {FORWARD: forward, BACKWARD: backward}.get(mode, forward + backward) or None

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import data
 import demo
 import torch
+from arguments import output, positive
 from data import CLASSES, Dataset
 from devices import describe_machine
 from matplotlib.figure import Figure
@@ -191,16 +192,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="NCMI against accuracy over the checkpoints of training runs.")
     parser.add_argument("--data", choices=demo.TASKS, default="digits", help="the images (default: %(default)s)")
     parser.add_argument("--data-dir", type=Path, default=data.FASHION_MNIST_DIR, help="as for the demo")
-    parser.add_argument("--epochs", type=demo.positive, help="how many (default: as the demo)")
-    parser.add_argument("--seeds", type=demo.positive, default=3, help="runs of each loss (default: %(default)s)")
-    parser.add_argument("--checkpoints", type=demo.positive, default=14, help="at most, a run (default: %(default)s)")
+    parser.add_argument("--epochs", type=positive, help="how many (default: as the demo)")
+    parser.add_argument("--seeds", type=positive, default=3, help="runs of each loss (default: %(default)s)")
+    parser.add_argument("--checkpoints", type=positive, default=14, help="at most, a run (default: %(default)s)")
     parser.add_argument(
-        "--output", type=Path, default=RESULTS / "ncmi_accuracy", help="less .csv and .png (default: %(default)s)"
+        "--output", type=output, default=RESULTS / "ncmi_accuracy", help="less .csv and .png (default: %(default)s)"
     )
     arguments = parser.parse_args()
-    output = arguments.output.absolute()
-    if not output.parent.is_dir():
-        parser.error(f"--output: {output.parent} is not a directory")
+    path = arguments.output.absolute()
     try:
         dataset = data.digits() if arguments.data == "digits" else data.fashion_mnist(arguments.data_dir)
     except (OSError, ValueError) as error:
@@ -222,15 +221,15 @@ def main() -> None:
                 for step, (network, criterion) in kept.items():
                     accuracy, measured = measure(network, criterion, dataset)
                     rows += [Row(loss, name, seed, step, accuracy, *values) for name, values in measured.items()]
-    with output.with_suffix(".csv").open("w", newline="") as file:
+    with path.with_suffix(".csv").open("w", newline="") as file:
         machine = {**describe_machine(), "data": arguments.data}
         writer = csv.writer(file)
         writer.writerow([*machine, *Row._fields])
         for row in rows:
             writer.writerow([*machine.values(), *(f"{c:.6g}" if isinstance(c, float) else c for c in row)])
     show_table(rows)
-    draw(rows, title(arguments.data)).savefig(output.with_suffix(".png"), format="png", dpi=130)
-    print(f"{output}.csv and .png are written")
+    draw(rows, title(arguments.data)).savefig(path.with_suffix(".png"), format="png", dpi=130)
+    print(f"{path.with_suffix('.csv')} and .png are written")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def row(implementation, axis="C", size=10, **values):
     )
 
 
-def test_the_axes_are_those_of_the_issue():
+def test_each_axis_varies_one_size():
     points = bench_scaling.points_of(SCALING_BASE, SCALING_AXES)
     for axis in "CMB":
         sizes = [point.size for point in points if point.axis == axis]

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import bench_sharded
 import bench_step
 import records
+from cases import Shape
 
 pytestmark = pytest.mark.skipif(available_backends()["cpu"] is not None, reason="no C++ kernels")
 
@@ -49,6 +50,28 @@ def test_steps_by_phase(tmp_path, capsys):
     assert len(centroid_steps) == 4
     assert "Centroid steps" in capsys.readouterr().out
     assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_share_and_ratio_are_of_the_same_round(monkeypatch):
+    """A machine that is four times slower in some rounds leaves both as they are."""
+    phases = dict(zip(bench_step.PHASES, (10.0, 2.0, 3.0, 20.0, 5.0, 10.0), strict=True))
+    ways = (*bench_step.CENTROID_STEPS, bench_step.PLAIN_CENTROID_STEP.name)
+    for slow in (1, 2):
+
+        def rounds(steps, seconds, slow=slow):
+            speeds = [4.0] * slow + [1.0] * (3 - slow)
+            times = {
+                **dict.fromkeys(bench_step.METHODS, phases),
+                **{way: {"step": 1.0 + ways.index(way)} for way in ways},
+            }
+            return [{name: {key: speed * t for key, t in times[name].items()} for name in steps} for speed in speeds]
+
+        monkeypatch.setattr(bench_step, "run", rounds)
+        rows = bench_step.measure_training(bench_step.TASKS[0], 0)
+        assert [row["share"] for row in rows if row["phase"] == "step"] == [0.3] * len(bench_step.METHODS)
+        rows = bench_step.measure_centroid_steps(Shape(8, 5, 16), 0)
+        assert [row["ratio"] for row in rows] == [1, 2, 3, 4]
+        assert rows[0]["median_us"] == (1 if slow == 1 else 4)
 
 
 def step_row(task, method, phase, milliseconds, **values):
@@ -104,10 +127,32 @@ def test_step_options_are_checked(capsys, monkeypatch):
     for arguments, message in (
         (["--tasks", "nothing"], "--tasks: got ['nothing'], expected some of"),
         (["--device", "cuda"], "--device: got cuda"),
+        (["--tasks", "--shapes"], "--tasks, --shapes: got none of either"),
     ):
         with pytest.raises(SystemExit):
             bench_step.main(arguments)
         assert message in capsys.readouterr().err
+
+
+def test_sharded_command_line(tmp_path, capsys):
+    path = tmp_path / "sharded.csv"
+    sizes = ["--processes", "2", "--classes", "10", "40", "--batch", "8", "--features", "16"]
+    bench_sharded.main([*sizes, "--csv", str(path)])
+    rows = records.read_rows(path, bench_sharded.Row)
+    assert [(row.C, row.method) for row in rows] == [(C, method) for C in (10, 40) for method in bench_sharded.METHODS]
+    for row in rows:
+        assert (row.processes, row.B, row.M) == (2, 8, 16)
+        assert row.payload_bytes > 0
+        assert row.loopback_bytes is None or row.loopback_bytes > row.payload_bytes
+        assert row.milliseconds > 0
+    assert "KiB that one of 2 processes sends" in capsys.readouterr().out
+
+
+def test_sharded_options_are_checked(capsys):
+    for option, value, least in (("--processes", 0, 1), ("--classes", 1, 2), ("--batch", 0, 1), ("--features", 1, 2)):
+        with pytest.raises(SystemExit):
+            bench_sharded.main([option, str(value)])
+        assert f"{option}: got {value}, expected at least {least}" in capsys.readouterr().err
 
 
 def test_training_moves_what_it_should():

@@ -3,6 +3,7 @@
 The last are skipped unless asked for: pytest tests/test_benchmarks.py --benchmark-only --benchmark-autosave
 """
 
+import argparse
 import csv
 import ctypes
 import importlib.util
@@ -120,8 +121,25 @@ def test_ratio_by_sample():
 def test_shape_text():
     assert [Shape.parse(str(shape)) for shape in SHAPES] == list(SHAPES)
     for text in ("256x1000", "0x3x4", "4x1x4", "4x3x4x5", "axbxc"):
-        with pytest.raises(ValueError):  # noqa: PT011, two sources
+        with pytest.raises(argparse.ArgumentTypeError, match=f"got '{text}', expected BxCxM"):
             Shape.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--threads", "0"], "--threads: got 0, expected at least 1"),
+        (["--threads", "1", "two"], "--threads: invalid integer value: 'two'"),
+        (["--shapes", "3x4"], "--shapes: got '3x4', expected BxCxM"),
+        (["--budget", "-1"], "--budget: got -1, expected at least 0"),
+        (["--budget", "nan"], "--budget: got nan, expected at least 0"),
+        (["--csv", "no-such-directory/out.csv"], "no-such-directory is not a directory"),
+    ],
+)
+def test_options_are_checked(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        bench_loss.main(arguments)
+    assert message in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -167,6 +185,17 @@ def test_command_line(tmp_path, capsys, monkeypatch):
             assert float(row["ratio_to_cross_entropy"]) == 1
 
 
+def test_ratios_are_of_the_same_round():
+    """A machine that is four times slower in one round of three leaves the ratio as it is."""
+    measured = [bench_loss.Measurement(each) for each in (cases.NCMI_BATCH, CROSS_ENTROPY, LITERAL)]
+    for speed, taking_part in ((1, 2), (4, 3), (1, 2)):
+        steps = [dict.fromkeys(bench_loss.MODES, bench_loss.Sample(speed * time, 0)) for time in (3.0, 2.0, 100.0)]
+        bench_loss._keep(measured[:taking_part], steps[:taking_part])
+    ours, cross_entropy, literal = (bench_loss._summary(each, "forward") for each in measured)
+    assert (ours["ratio_to_cross_entropy"], cross_entropy["ratio_to_cross_entropy"]) == (1.5, 1)
+    assert (literal["ratio_to_cross_entropy"], literal["median_us"], literal["repetitions"]) == (50, 400, 1)
+
+
 def test_what_does_not_fit_is_noted(worker, monkeypatch):
     assert LITERAL.obstacle(TINY, CPU) is None
     monkeypatch.setattr(devices, "free_bytes", lambda device: 0)
@@ -176,7 +205,7 @@ def test_what_does_not_fit_is_noted(worker, monkeypatch):
     assert [row.note for row in timed] == ["", "", ""]
     assert all(row.median_us is not None for row in timed)
     for row in left_out:
-        assert "GiB" in row.note
+        assert row.note == "memory: about 0 GiB, more than half of the 0 GiB that are free"
         assert (row.repetitions, row.median_us, row.ratio_to_cross_entropy) == (0, None, None)
     assert bench_loss.make_table(rows).row_count == 1
 

@@ -84,6 +84,13 @@ def test_model_bytes(traffic, mode, expected):
     assert gpu_results.model_bytes((1000, 7, 50), 4, mode, traffic, cache_bytes=0) == expected
 
 
+def test_model_bytes_of_a_batch_smaller_than_the_classes():
+    few = gpu_results.model_bytes((10, 1000, 50), 4, FULL, BATCH, cache_bytes=0)
+    assert few == gpu_results.model_bytes((10, 10, 50), 4, FULL, BATCH, cache_bytes=0)
+    learnt = gpu_results.model_bytes((10, 1000, 50), 4, FULL, BATCH._replace(centroids=True), cache_bytes=0)
+    assert learnt - few == 4 * 50 * (10 + 3 * 1000), "their gradient is of all classes"
+
+
 def test_model_bytes_of_what_fits_the_cache_and_of_half_precision():
     def of(itemsize, mode, cache):
         return gpu_results.model_bytes((1000, 7, 50), itemsize, mode, BATCH._replace(one_pass=True), cache)

@@ -14,7 +14,7 @@ from typing import Any
 
 import images
 import plans
-from demo import positive
+from arguments import positive
 from runner import append, load_images, missing, read_rows, results
 from tqdm import tqdm
 

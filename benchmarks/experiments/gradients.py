@@ -16,7 +16,7 @@ import images
 import plans
 import torch
 import torch.nn.functional as F
-from demo import positive
+from arguments import positive
 from torch import Tensor, nn
 from tqdm import tqdm
 from training import EVALUATION_BATCH, SAMPLE, Run, outputs_of, train
