@@ -418,14 +418,40 @@ def test_command_line(tmp_path, capsys):
     for bad, message in (
         (["--data-dir", str(tmp_path), "--data", "cifar-100"], "train: not there"),
         (["--output", str(tmp_path / "none" / "x.csv")], "is not a directory"),
+        (["--work-dir", str(file), "--data", "digits"], "File exists"),
     ):
         with pytest.raises(SystemExit):
             main(["compare", *bad])
         assert message in capsys.readouterr().err
-    file.write_text("a,b\n")
-    with pytest.raises(SystemExit):
-        main(arguments)
-    assert "out.csv: got columns ['a', 'b']" in capsys.readouterr().err
+    whole, header = file.read_text(), ",".join(reader.fieldnames)
+    for text, message in (
+        ("a,b\n", "out.csv: got columns ['a', 'b']"),
+        (whole[:-1], "out.csv, line 7: got ['compare', 'digits'"),  # the last number may have had more digits
+        (whole[:-60], "out.csv, line 7: got ['compare', 'digits'"),
+        (whole[: len(header) + 20], "out.csv, line 2: got ['compare', 'digits'"),
+        (whole[:-9] + whole[len(header) + 1 :], "out.csv, line 7: got ['compare', 'digits'"),
+    ):
+        file.write_text(text)
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert message in capsys.readouterr().err
+
+
+def test_two_processes_at_once(tmp_path, monkeypatch):
+    """What another process has made meanwhile is not written a second time."""
+    command = runpy.run_path(str(EXPERIMENTS / "__main__.py"))
+    file = tmp_path / "out.csv"
+
+    def results(runs, *_):
+        for run in runs:
+            rows = [training.Row(*run.key[:5], run.seed, run.epochs, *[0.5] * 7)]
+            if run.setting.loss == "ce":
+                runner.append(file, rows)  # as if by the other one
+            yield run, rows
+
+    monkeypatch.setitem(command["main"].__globals__, "results", results)
+    command["main"](["compare", "--data", "digits", "--seeds", "2", "--output", str(file)])
+    assert len(runner.read_rows(file)) == 6
 
 
 def test_report():
