@@ -484,3 +484,16 @@ def test_report():
     for draw in report.FIGURES.values():
         figure = draw(rows)
         assert all(axes.lines for axes in figure.axes)
+
+
+@pytest.mark.parametrize("name", ["compare", "ablation", "batch_size", "networks", "checkpoints"])
+@pytest.mark.filterwarnings("ignore:An input array is constant")
+def test_report_averages_no_run_twice(name):
+    """Neither a run that was written twice nor one of another length is taken for one more seed."""
+    rows = rows_of(getattr(plans, name)(["digits"], 2, None))
+    table = getattr(report, name)
+    table(rows)
+    longer = [row | {"epochs": "9"} for row in rows]
+    for others in (rows,) if name == "compare" else (rows, longer):  # that one has a line for each length
+        with pytest.raises(ValueError, match=r"^(seed|setting): got"):
+            table(rows + others)
