@@ -294,8 +294,16 @@ def test_the_papers_recipe(tmp_path):
     paper = plans.TASKS["cifar-100"].settings["NCMI, paper"]
     assert (paper.lr, paper.weight_decay, paper.batch_size, paper.milestones) == (0.1, 5e-4, 128, (60, 120, 160))
     assert paper.centroid_sgd == {"lr": 1.0, "momentum": 0.999999, "start_epoch": 30}
-    assert paper.options["temperature"] == 0.2
     assert plans.TASKS["cifar-100"].epochs == 200
+    run = Run("test", "cifar-100", "resnet18", "paper", paper, 0, 200)
+    parts = training._build(run, found)
+    criterion, (group,) = parts["criterion"], parts["optimizer"].param_groups
+    (centroids,) = parts["centroids"].param_groups
+    assert (criterion.temperature, criterion.separation, criterion.ratio) == (0.2, "centroid_to_sample", "sample")
+    assert (criterion.l2_normalize, criterion.center_momentum, criterion.separation_focus) == (True, 0.999999, 0)
+    assert torch.equal(criterion.centroid_logits, 10 * torch.eye(100, 512))
+    assert (group["lr"], group["momentum"], group["nesterov"]) == (0.1, 0.9, False)
+    assert (centroids["weight_decay"], centroids["start_step"]) == (0, 30)  # with one step an epoch here
     run = Run("test", "cifar-100", "resnet18", "paper", dataclasses.replace(paper, batch_size=8), 0, 1)
     factors = training._schedule(dataclasses.replace(run, epochs=200), 10)
     assert [factors(step) for step in (0, 599, 600, 1199, 1200, 1600)] == pytest.approx([1, 1, 0.2, 0.2, 0.04, 0.008])
@@ -355,6 +363,9 @@ def test_calibration_error():
     assert error < 1.5  # of which most is the noise of a bin
     for factor in (1e-3, 50.0):  # another temperature is not another calibration
         assert training.calibration_error(factor * logits, target) == pytest.approx(error, abs=0.05)
+    # A class that no score is finite for changes little, whatever the scale of the others.
+    absent = torch.cat([1e-3 * logits, torch.full_like(logits[:, :1], -torch.inf)], dim=1)
+    assert training.calibration_error(absent, target) == pytest.approx(error, abs=0.5)
     # Sure of all, right about half: no temperature mends what is sure of the wrong ones in particular.
     sure = torch.where(torch.arange(20_000)[:, None] % 4 < 2, 10 * logits, 0.1 * logits)
     assert training.calibration_error(sure, target) > 5

@@ -297,7 +297,10 @@ def calibration_error(scores: Tensor, target: Tensor) -> float:
     temperature that makes the targets of one half of the images likeliest, and the error (15 bins, by the largest
     probability) is that of the other half; the mean of both ways.
     """
-    scores = scores.double().clamp(min=-1e6)  # a class without a mean scores -inf
+    scores = scores.double()
+    finite = scores.isfinite()
+    if not finite.all():  # a class without a mean scores -inf
+        scores = scores.masked_fill(~finite, scores[finite].min().item() if finite.any() else 0.0)
     halves = [(scores[part::2], target[part::2]) for part in (0, 1)]
     return sum(_error_at(_temperature(*a), *b) for a, b in (halves, halves[::-1])) / 2
 
