@@ -274,6 +274,11 @@ def test_a_killed_run_goes_on(name, digits, tmp_path):
     assert without_seconds(training.train(run, digits, work)) == without_seconds(whole)
     assert not work.exists()
 
+    # What another setting of the same name has left is not gone on from.
+    with pytest.raises(Killed):
+        training.train(dataclasses.replace(run, setting=dataclasses.replace(run.setting, lr=0.01)), digits, work, kill)
+    assert without_seconds(training.train(run, digits, work)) == without_seconds(whole)
+
 
 def test_checkpoints(digits):
     run = a_run("ncmi", checkpoints=5)
