@@ -68,7 +68,7 @@ def literal_terms(
         target: [B] classes, int64.
         log_q: [C, M] log-probabilities of the centroids.
         separation: which divergence.
-        focus: above 0 near classes count for more: :func:`weigh_classes`.
+        focus: above 0 near classes count for more: :func:`mean_of_other_classes`.
 
     Returns:
         A [B] and G [B].

@@ -106,6 +106,7 @@ def check_steps(sizes):
         check_step(sizes, {**options, "backend": "reference", "weight": weight}, torch.float64, torch.float64, 1e-12)
         check_step(sizes, options, torch.float64, torch.float64, 1e-12)
         check_step(sizes, {**options, "weight": weight}, torch.float32, torch.float32, 1e-6)
+    check_step(sizes, {"separation_focus": 10.0, "weight": weight}, torch.float64, torch.float64, 1e-12)
     check_step(sizes, {"weight": weight, "center_momentum": None}, torch.float32, torch.bfloat16, 1e-6)
     check_step(sizes, {"activation": "softmax", "l2_normalize": False}, torch.float32, torch.float16, 1e-6)
 

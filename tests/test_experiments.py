@@ -65,7 +65,9 @@ def write_cifar(directory, train=24, test=8):
     directory.mkdir(parents=True)
     contents = {"train": cifar_content(train, 0), "test": cifar_content(test, 1)}
     for name, content in contents.items():
-        (directory / name).write_bytes(pickle.dumps(content, protocol=2))  # as the official files
+        # As the official files, which are older than NumPy 2 and its name for the module.
+        written = pickle.dumps(content, protocol=2).replace(b"numpy._core", b"numpy.core")
+        (directory / name).write_bytes(written)
     return contents
 
 
@@ -96,8 +98,10 @@ def test_cifar_100_refuses(tmp_path):
         "KeyError": {b"data": good[b"data"]},
         r"got data \(4, 3071\)": {**good, b"data": good[b"data"][:, 1:]},
         r"torch.float64, expected \[N, 3072\] torch.uint8": {**good, b"data": good[b"data"].astype(np.float64)},
-        "expected 4 labels": {**good, b"fine_labels": [0, 1, 2]},
-        "labels in": {**good, b"fine_labels": [0, 1, 2, 100]},
+        r"got fine_labels \(3,\) torch.int64, expected 4 integers": {**good, b"fine_labels": [0, 1, 2]},
+        r"integers in \[0, 100\)": {**good, b"fine_labels": [0, 1, 2, 100]},
+        "torch.float32, expected 4 integers": {**good, b"fine_labels": [0, 1, 2, 0.5]},
+        "infer dtype of NoneType": {**good, b"fine_labels": None},
         "not a file of CIFAR-100": [1, 2],
     }
     for message, content in bad.items():
@@ -270,6 +274,11 @@ def test_a_killed_run_goes_on(name, digits, tmp_path):
     assert without_seconds(training.train(run, digits, work)) == without_seconds(whole)
     assert not work.exists()
 
+    # What another setting of the same name has left is not gone on from.
+    with pytest.raises(Killed):
+        training.train(dataclasses.replace(run, setting=dataclasses.replace(run.setting, lr=0.01)), digits, work, kill)
+    assert without_seconds(training.train(run, digits, work)) == without_seconds(whole)
+
 
 def test_checkpoints(digits):
     run = a_run("ncmi", checkpoints=5)
@@ -290,8 +299,16 @@ def test_the_papers_recipe(tmp_path):
     paper = plans.TASKS["cifar-100"].settings["NCMI, paper"]
     assert (paper.lr, paper.weight_decay, paper.batch_size, paper.milestones) == (0.1, 5e-4, 128, (60, 120, 160))
     assert paper.centroid_sgd == {"lr": 1.0, "momentum": 0.999999, "start_epoch": 30}
-    assert paper.options["temperature"] == 0.2
     assert plans.TASKS["cifar-100"].epochs == 200
+    run = Run("test", "cifar-100", "resnet18", "paper", paper, 0, 200)
+    parts = training._build(run, found)
+    criterion, (group,) = parts["criterion"], parts["optimizer"].param_groups
+    (centroids,) = parts["centroids"].param_groups
+    assert (criterion.temperature, criterion.separation, criterion.ratio) == (0.2, "centroid_to_sample", "sample")
+    assert (criterion.l2_normalize, criterion.center_momentum, criterion.separation_focus) == (True, 0.999999, 0)
+    assert torch.equal(criterion.centroid_logits, 10 * torch.eye(100, 512))
+    assert (group["lr"], group["momentum"], group["nesterov"]) == (0.1, 0.9, False)
+    assert (centroids["weight_decay"], centroids["start_step"]) == (0, 30)  # with one step an epoch here
     run = Run("test", "cifar-100", "resnet18", "paper", dataclasses.replace(paper, batch_size=8), 0, 1)
     factors = training._schedule(dataclasses.replace(run, epochs=200), 10)
     assert [factors(step) for step in (0, 599, 600, 1199, 1200, 1600)] == pytest.approx([1, 1, 0.2, 0.2, 0.04, 0.008])
@@ -351,6 +368,9 @@ def test_calibration_error():
     assert error < 1.5  # of which most is the noise of a bin
     for factor in (1e-3, 50.0):  # another temperature is not another calibration
         assert training.calibration_error(factor * logits, target) == pytest.approx(error, abs=0.05)
+    # A class that no score is finite for changes little, whatever the scale of the others.
+    absent = torch.cat([1e-3 * logits, torch.full_like(logits[:, :1], -torch.inf)], dim=1)
+    assert training.calibration_error(absent, target) == pytest.approx(error, abs=0.5)
     # Sure of all, right about half: no temperature mends what is sure of the wrong ones in particular.
     sure = torch.where(torch.arange(20_000)[:, None] % 4 < 2, 10 * logits, 0.1 * logits)
     assert training.calibration_error(sure, target) > 5
@@ -414,14 +434,40 @@ def test_command_line(tmp_path, capsys):
     for bad, message in (
         (["--data-dir", str(tmp_path), "--data", "cifar-100"], "train: not there"),
         (["--output", str(tmp_path / "none" / "x.csv")], "is not a directory"),
+        (["--work-dir", str(file), "--data", "digits"], "File exists"),
     ):
         with pytest.raises(SystemExit):
             main(["compare", *bad])
         assert message in capsys.readouterr().err
-    file.write_text("a,b\n")
-    with pytest.raises(SystemExit):
-        main(arguments)
-    assert "out.csv: got columns ['a', 'b']" in capsys.readouterr().err
+    whole, header = file.read_text(), ",".join(reader.fieldnames)
+    for text, message in (
+        ("a,b\n", "out.csv: got columns ['a', 'b']"),
+        (whole[:-1], "out.csv, line 7: got ['compare', 'digits'"),  # the last number may have had more digits
+        (whole[:-60], "out.csv, line 7: got ['compare', 'digits'"),
+        (whole[: len(header) + 20], "out.csv, line 2: got ['compare', 'digits'"),
+        (whole[:-9] + whole[len(header) + 1 :], "out.csv, line 7: got ['compare', 'digits'"),
+    ):
+        file.write_text(text)
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert message in capsys.readouterr().err
+
+
+def test_two_processes_at_once(tmp_path, monkeypatch):
+    """What another process has made meanwhile is not written a second time."""
+    command = runpy.run_path(str(EXPERIMENTS / "__main__.py"))
+    file = tmp_path / "out.csv"
+
+    def results(runs, *_):
+        for run in runs:
+            rows = [training.Row(*run.key[:5], run.seed, run.epochs, *[0.5] * 7)]
+            if run.setting.loss == "ce":
+                runner.append(file, rows)  # as if by the other one
+            yield run, rows
+
+    monkeypatch.setitem(command["main"].__globals__, "results", results)
+    command["main"](["compare", "--data", "digits", "--seeds", "2", "--output", str(file)])
+    assert len(runner.read_rows(file)) == 6
 
 
 def test_report():
@@ -454,3 +500,16 @@ def test_report():
     for draw in report.FIGURES.values():
         figure = draw(rows)
         assert all(axes.lines for axes in figure.axes)
+
+
+@pytest.mark.parametrize("name", ["compare", "ablation", "batch_size", "networks", "checkpoints"])
+@pytest.mark.filterwarnings("ignore:An input array is constant")
+def test_report_averages_no_run_twice(name):
+    """Neither a run that was written twice nor one of another length is taken for one more seed."""
+    rows = rows_of(getattr(plans, name)(["digits"], 2, None))
+    table = getattr(report, name)
+    table(rows)
+    longer = [row | {"epochs": "9"} for row in rows]
+    for others in (rows,) if name == "compare" else (rows, longer):  # that one has a line for each length
+        with pytest.raises(ValueError, match=r"^(seed|setting): got"):
+            table(rows + others)

@@ -74,6 +74,35 @@ def test_limits(separation):
 
 
 @pytest.mark.parametrize("separation", SEPARATIONS)
+def test_where_the_focus_has_no_choice(separation):
+    """Of two classes only one is another; centroids that are all the same are all as near."""
+    z, target, xi = problem()
+    for classes in (xi[:2].detach(), xi[:1].detach().expand(CLASSES, -1)):
+        here = target % len(classes)
+        grads = []
+        for focus in (0.0, 10.0):
+            loss = ncmi_loss(z, here, classes, separation=separation, separation_focus=focus, backend="reference")
+            grads.append(torch.cat([loss[None], torch.autograd.grad(loss, z)[0].flatten()]))
+        assert relative(*grads) < 1e-9
+
+
+def test_ignored_rows():
+    z, target, xi = problem()
+    with torch.no_grad():
+        z[3] = math.nan
+    target[3] = -100
+    kept = target != -100
+    for ratio in ("batch", "sample"):
+        loss = ncmi_loss(z, target, xi, separation_focus=10.0, ratio=ratio)
+        rest = z[kept].detach().requires_grad_()
+        expected = ncmi_loss(rest, target[kept], xi, separation_focus=10.0, ratio=ratio)
+        assert relative(loss, expected) < 1e-12
+        (grad,) = torch.autograd.grad(loss, z)
+        assert not grad[3].any()
+        assert relative(grad[kept], torch.autograd.grad(expected, rest)[0]) < 1e-12
+
+
+@pytest.mark.parametrize("separation", SEPARATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_precision(separation, dtype):
     """Small divergences, as of features of length one: no further from float64 than with equal weights."""

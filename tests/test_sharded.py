@@ -163,6 +163,9 @@ def check_special_batches():
         sharded.scores(features)
     with pytest.raises(AttributeError, match="process_group"):
         sharded.process_group = None
+    sharded.separation_focus = 2.0
+    with pytest.raises(ValueError, match=r"separation_focus: got 2.0, expected 0"):
+        sharded(features, target[0, :3])
 
 
 def test_special_batches_and_what_is_refused():

@@ -58,13 +58,16 @@ def main(arguments: list[str] | None = None) -> None:
         if plan is plans.final:
             plan = partial(plan, rows=rows)
         runs = missing(plan(datasets, seeds, options.epochs), rows)
+        if options.work_dir is not None:
+            options.work_dir.mkdir(parents=True, exist_ok=True)
         for dataset in dict.fromkeys(run.dataset for run in runs):
             load_images(dataset, options.data_dir)  # a missing file is told before anything is trained
     except (OSError, ValueError) as error:
         parser.error(str(error))
     with tqdm(total=sum(run.epochs for run in runs), unit="epoch", smoothing=0.1) as bar:
         for run, made in results(runs, options.jobs, options.data_dir, options.work_dir):
-            append(options.output, made)
+            if missing([run], read_rows(options.output)):  # not made by another process meanwhile
+                append(options.output, made)
             bar.set_postfix_str(f"{run.dataset}, {run.name}: {made[-1].accuracy:.1f}%")
             bar.update(run.epochs)
     print(f"{len(runs)} networks trained; {options.output} has them", file=sys.stderr)

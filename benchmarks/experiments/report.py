@@ -37,14 +37,27 @@ def grouped(rows: Iterable[Row], *columns: str) -> dict[tuple[str, ...], list[Ro
     return groups
 
 
+def of_seeds(rows: Iterable[Row], column: str) -> list[float]:
+    """The values of a column, one for each seed.
+
+    Raises:
+        ValueError: a seed has more than one: the same run twice, or runs of different length.
+    """
+    rows = list(rows)
+    seeds = [row["seed"] for row in rows]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seed: got {seeds}, expected each once, in rows such as {rows[0]}")
+    return [float(row[column]) for row in rows]
+
+
 def spread(rows: Iterable[Row], column: str, digits: int = 1, factor: float = 1.0) -> str:
     """Mean and standard deviation over the seeds."""
-    return demo.spread([factor * float(row[column]) for row in rows], digits)
+    return demo.spread([factor * value for value in of_seeds(rows, column)], digits)
 
 
 def mean(rows: Iterable[Row], column: str) -> float:
     """Mean over the seeds."""
-    return statistics.mean(float(row[column]) for row in rows)
+    return statistics.mean(of_seeds(rows, column))
 
 
 def _seeds(group: list[Row]) -> str:
@@ -114,7 +127,7 @@ def networks(rows: list[Row]) -> str:
     for (dataset, loss), group in grouped(_in_order(of(rows, "networks")), "dataset", "setting").items():
         means = [(mean(g, "ncmi"), mean(g, "accuracy")) for g in grouped(group, "network").values()]
         low, high = min(a for _, a in means), max(a for _, a in means)
-        lines.append([f"{dataset}, {loss}", str(len(means)), f"{low:.1f} to {high:.1f}", _rank(means)])
+        lines.append([f"{dataset}, {loss}", str(len(means)), f"{low:.1f} to {high:.1f}", f"{_rank(means):.2f}"])
     return markdown(("data, loss", "networks", "test accuracy, %", "rank correlation with NCMI"), lines)
 
 
@@ -124,7 +137,7 @@ def checkpoints(rows: list[Row]) -> str:
     for (dataset, loss), runs in _runs_of_checkpoints(rows).items():
         whole = [_rank([(float(r["ncmi"]), float(r["accuracy"])) for r in run]) for run in runs]
         late = [_rank([(float(r["ncmi"]), float(r["accuracy"])) for r in run[len(run) // 2 :]]) for run in runs]
-        cells = [f"{statistics.mean(map(float, values)):.2f}" for values in (whole, late)]
+        cells = [f"{statistics.mean(values):.2f}" for values in (whole, late)]
         last = [run[-1] for run in runs]
         lines.append([f"{dataset}, {loss}", str(len(runs[0])), spread(last, "accuracy"), *cells])
     return markdown(
@@ -137,12 +150,15 @@ def _runs_of_checkpoints(rows: list[Row]) -> dict[tuple[str, ...], list[list[Row
     for row in of(rows, "checkpoints"):
         name = row["setting"].partition(STEP)[0]
         found.setdefault((row["dataset"], name), {}).setdefault(row["seed"], []).append(row)
+    for run in (run for runs in found.values() for run in runs.values()):
+        if len({row["setting"] for row in run}) < len(run) or len({row["epochs"] for row in run}) > 1:
+            raise ValueError(f"setting: got rows of more than one run, such as {run[0]}")
     order = sorted(found, key=lambda key: (key[0], _loss_order(key[1])))
     return {key: list(found[key].values()) for key in order}
 
 
-def _rank(pairs: list[tuple[float, float]]) -> str:
-    return f"{spearmanr([a for a, _ in pairs], [b for _, b in pairs]).statistic:.2f}"
+def _rank(pairs: list[tuple[float, float]]) -> float:
+    return float(spearmanr([a for a, _ in pairs], [b for _, b in pairs]).statistic)
 
 
 def search(rows: list[Row]) -> str:
@@ -217,7 +233,7 @@ def draw_batch_size(rows: list[Row]) -> Figure:
 
     def draw(axes: Axes, name: str, sizes: dict[int, list[Row]], style: dict[str, Any]) -> None:
         x = sorted(sizes)
-        values = [[float(row["accuracy"]) for row in sizes[size]] for size in x]
+        values = [of_seeds(sizes[size], "accuracy") for size in x]
         axes.plot(x, [statistics.mean(v) for v in values], markersize=5, label=name, **style)
         low, high = [min(v) for v in values], [max(v) for v in values]
         axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)

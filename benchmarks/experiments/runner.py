@@ -16,7 +16,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """The lines of a CSV file of results; none where there is no file.
 
     Raises:
-        ValueError: the file has other columns.
+        ValueError: the file has other columns, or a line that is not whole.
     """
     if not path.exists():
         return []
@@ -24,7 +24,15 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != Row._fields:
             raise ValueError(f"{path}: got columns {reader.fieldnames}, expected {list(Row._fields)}")
-        return list(reader)
+        rows = list(reader)
+    ended = path.read_bytes().endswith(b"\n")  # else a number may have lost its last digits
+    for number, row in enumerate(rows, 2):
+        if None in row or None in row.values() or (number > len(rows) and not ended):
+            raise ValueError(
+                f"{path}, line {number}: got {list(row.values())}, expected a whole line of {len(Row._fields)} cells; "
+                "delete it, with the other checkpoints of its run"
+            )
+    return rows
 
 
 def append(path: Path, rows: list[Row]) -> None:

@@ -113,8 +113,8 @@ def train(
     Args:
         run: what to train.
         images: the data.
-        work: a file to keep the state in at the end of each epoch, so that a run that was killed goes on from there;
-            removed at the end. None to keep nothing.
+        work: a file to keep the state in at the end of each epoch, so that a run that was killed goes on from there,
+            if it had the same setting; removed at the end. None to keep nothing.
         on_epoch: called after each epoch.
         on_end: called with the trained network and the criterion, both in evaluation mode.
 
@@ -128,9 +128,9 @@ def train(
     steps = math.ceil(len(images.train_x) / run.setting.batch_size)
     parts["schedule"] = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(run, steps))
     keep = checkpoint_steps(run.epochs * steps, run.checkpoints)
-    state: dict[str, Any] = {"epoch": 0, "seconds": 0.0, "rows": []}
+    state: dict[str, Any] = {"run": repr(run), "epoch": 0, "seconds": 0.0, "rows": []}
     if work is not None and work.exists():
-        state = _restore(work, parts)
+        state = _restore(work, parts, state)
     rows = [Row(*row) for row in state["rows"]]
     seconds: float = state["seconds"]
     for epoch in range(state["epoch"], run.epochs):
@@ -155,7 +155,8 @@ def train(
                 start += time.perf_counter() - paused
         seconds += time.perf_counter() - start
         if work is not None and epoch + 1 < run.epochs:
-            _save(work, parts, {"epoch": epoch + 1, "seconds": seconds, "rows": [tuple(row) for row in rows]})
+            rows_so_far = [tuple(row) for row in rows]
+            _save(work, parts, {"run": repr(run), "epoch": epoch + 1, "seconds": seconds, "rows": rows_so_far})
         on_epoch()
     if not run.checkpoints:
         rows = [_row(run, run.name, network, criterion, images, seconds)]
@@ -215,8 +216,10 @@ def _save(path: Path, parts: dict[str, Any], state: dict[str, Any]) -> None:
     os.replace(whole, path)  # so that a kill in between leaves the last one
 
 
-def _restore(path: Path, parts: dict[str, Any]) -> dict[str, Any]:
+def _restore(path: Path, parts: dict[str, Any], start: dict[str, Any]) -> dict[str, Any]:
     state: dict[str, Any] = torch.load(path)
+    if state.get("run") != start["run"]:  # the plan has changed since; the names are the same
+        return start
     for name, part in parts.items():
         part.load_state_dict(state["parts"][name])
     torch.set_rng_state(state["rng"])
@@ -297,7 +300,10 @@ def calibration_error(scores: Tensor, target: Tensor) -> float:
     temperature that makes the targets of one half of the images likeliest, and the error (15 bins, by the largest
     probability) is that of the other half; the mean of both ways.
     """
-    scores = scores.double().clamp(min=-1e6)  # a class without a mean scores -inf
+    scores = scores.double()
+    finite = scores.isfinite()
+    if not finite.all():  # a class without a mean scores -inf
+        scores = scores.masked_fill(~finite, scores[finite].min().item() if finite.any() else 0.0)
     halves = [(scores[part::2], target[part::2]) for part in (0, 1)]
     return sum(_error_at(_temperature(*a), *b) for a, b in (halves, halves[::-1])) / 2
 
