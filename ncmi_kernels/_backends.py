@@ -11,6 +11,8 @@ from torch import Tensor
 from ncmi_kernels._options import Options
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
+# The path of `separation_focus`, on any device: _focus. It has no name to ask for, as beside it is only the reference.
+FOCUS = "focus"
 
 
 class BackendWarning(UserWarning):
@@ -105,11 +107,21 @@ def _warn_reference(reason: str) -> None:
     warnings.warn(f"ncmi_kernels runs its slow PyTorch reference path: {reason}", BackendWarning, stacklevel=6)
 
 
+def kernels(input: Tensor) -> str:
+    """The kernels that can run on `input`, or "reference" where none can."""
+    names = _KERNELS.get(input.device.type, ())
+    return next((name for name in names if _reason(name) is None), "reference")
+
+
+# By device, the first that can run. CUDA before Triton: the same bytes, and launches that cost less.
+_KERNELS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+
+
 def _fastest(device: str) -> str:
-    """The first that can run, for a device type. CUDA before Triton: the same bytes, and launches that cost less."""
+    """The first that can run, for a device type."""
     if device == "meta":
         return "reference"
-    candidates = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(device, ())
+    candidates = _KERNELS.get(device, ())
     reasons = []
     for backend in candidates:
         reason = _reason(backend)
@@ -123,8 +135,7 @@ def _fastest(device: str) -> str:
 def resolve(backend: str | None, input: Tensor, options: Options) -> str:
     """The backend to run on `input`.
 
-    Other weights of the classes than equal ones (`separation_focus`) are the reference path's alone: there is nothing
-    faster for them to fall back from, so that choosing it is no warning.
+    Weights of the classes that differ (`separation_focus`) have one path beside the reference, FOCUS.
 
     Raises:
         ValueError: if `backend` is no backend's name.
@@ -133,7 +144,7 @@ def resolve(backend: str | None, input: Tensor, options: Options) -> str:
     device = input.device.type
     focused = options.separation_focus != 0
     if backend is None:
-        return "reference" if focused else _fastest(device)
+        return FOCUS if focused else _fastest(device)
     if backend == "reference":
         return backend
     if backend not in BACKENDS:
@@ -141,7 +152,7 @@ def resolve(backend: str | None, input: Tensor, options: Options) -> str:
     if focused:
         raise RuntimeError(
             f"backend: got {backend!r} with separation_focus={options.separation_focus}, expected None or 'reference': "
-            "the kernels weigh all classes alike"
+            "these kernels weigh all classes alike"
         )
     reason = _reason(backend)
     if reason is not None:

@@ -2,12 +2,13 @@
 
 import warnings
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ncmi_kernels import _backends, _ops, reference
+from ncmi_kernels import _backends, _focus, _ops, reference
 from ncmi_kernels._options import Options
 
 _NOTHING_IGNORED = torch.iinfo(torch.int64).min
@@ -162,6 +163,8 @@ def ncmi_terms(
     backend = _backends.resolve(backend, input, options)
     if backend == "reference":
         concentration, separated = reference.terms(rows, classes, centroid_logits, center, options)
+    elif backend == _backends.FOCUS:
+        concentration, separated = _focus.terms(rows, classes, centroid_logits, center, options)
     else:
         concentration, separated = _ops.terms(rows, classes, centroid_logits, center, options, backend)
     return concentration.reshape(target.shape), separated.reshape(target.shape)
@@ -231,17 +234,20 @@ def loss(
     weight: Tensor | None,
     options: Options,
     backend: str,
-    stats: _ops.CentroidStats | None = None,
+    stats: Any = None,
     update: _ops.CenterUpdate | None = None,
     *,
-    seen: list[Tensor] | None = None,
+    seen: list[Any] | None = None,
 ) -> Tensor:
     """:func:`ncmi_loss` on checked arguments and a resolved backend; the last three as :func:`_ops.loss` has them."""
     rows, classes = flatten(input, target)
     rows, centroid_logits, center, weight = to_arithmetic_dtype(rows, centroid_logits, center, weight)
-    if backend == "reference":
+    if backend in ("reference", _backends.FOCUS):
         check_range(classes, len(centroid_logits), options.ignore_index)
+    if backend == "reference":
         result = reference.loss(rows, classes, centroid_logits, center, weight, options, means=seen)
+    elif backend == _backends.FOCUS:
+        result = _focus.loss(rows, classes, centroid_logits, center, weight, options, stats, seen=seen)
     else:
         result = _ops.loss(rows, classes, centroid_logits, center, weight, options, backend, stats, update, seen=seen)
     return result.reshape(target.shape) if options.reduction == "none" else result
@@ -255,7 +261,8 @@ def centroid_gradient(
     weight: Tensor | None,
     options: Options,
     backend: str,
-    stats: _ops.CentroidStats | None = None,
+    stats: Any = None,
+    seen_rows: _focus.Rows | None = None,
 ) -> Tensor:
     """The gradient of :func:`loss` by `centroid_logits` [C, M], in its dtype, without a graph."""
     logits = centroid_logits.detach()
@@ -266,6 +273,9 @@ def centroid_gradient(
             return torch.autograd.grad(value, leaf)[0]
     rows, classes = flatten(input.detach(), target)
     rows, wide, center, weight = to_arithmetic_dtype(rows, logits, center, weight)
+    if backend == _backends.FOCUS:
+        check_range(classes, len(wide), options.ignore_index)
+        return _focus.centroid_gradient(rows, classes, wide, center, weight, options, stats, seen_rows).to(logits.dtype)
     grad = _ops.centroid_gradient(rows, classes, wide, center, weight, options, backend, stats)
     return grad.to(logits.dtype)
 
