@@ -8,11 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ncmi_kernels._options import Options
-
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-# The path of `separation_focus`, on any device: _focus. It has no name to ask for, as beside it is only the reference.
-FOCUS = "focus"
 
 
 class BackendWarning(UserWarning):
@@ -107,21 +103,11 @@ def _warn_reference(reason: str) -> None:
     warnings.warn(f"ncmi_kernels runs its slow PyTorch reference path: {reason}", BackendWarning, stacklevel=6)
 
 
-def kernels(input: Tensor) -> str:
-    """The kernels that can run on `input`, or "reference" where none can."""
-    names = _KERNELS.get(input.device.type, ())
-    return next((name for name in names if _reason(name) is None), "reference")
-
-
-# By device, the first that can run. CUDA before Triton: the same bytes, and launches that cost less.
-_KERNELS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
-
-
 def _fastest(device: str) -> str:
-    """The first that can run, for a device type."""
+    """The first that can run, for a device type. CUDA before Triton: the same bytes, and launches that cost less."""
     if device == "meta":
         return "reference"
-    candidates = _KERNELS.get(device, ())
+    candidates = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(device, ())
     reasons = []
     for backend in candidates:
         reason = _reason(backend)
@@ -132,28 +118,20 @@ def _fastest(device: str) -> str:
     return "reference"
 
 
-def resolve(backend: str | None, input: Tensor, options: Options) -> str:
+def resolve(backend: str | None, input: Tensor) -> str:
     """The backend to run on `input`.
-
-    Weights of the classes that differ (`separation_focus`) have one path beside the reference, FOCUS.
 
     Raises:
         ValueError: if `backend` is no backend's name.
-        RuntimeError: if the backend asked for by name cannot run here, not on this device or not with these options.
+        RuntimeError: if the backend asked for by name cannot run here, or not on this device.
     """
     device = input.device.type
-    focused = options.separation_focus != 0
     if backend is None:
-        return FOCUS if focused else _fastest(device)
+        return _fastest(device)
     if backend == "reference":
         return backend
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, expected None or one of {', '.join(map(repr, BACKENDS))}")
-    if focused:
-        raise RuntimeError(
-            f"backend: got {backend!r} with separation_focus={options.separation_focus}, expected None or 'reference': "
-            "these kernels weigh all classes alike"
-        )
     reason = _reason(backend)
     if reason is not None:
         raise RuntimeError(f"backend: got {backend!r}, which cannot run here: {reason}")

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ncmi_kernels import _backends, _focus, _ops, functional, reference
+from ncmi_kernels import _focus, _ops, functional, reference
 from ncmi_kernels._options import Options
 from ncmi_kernels._reduction import reduced, refuse_double_backward, row_weights
 
@@ -159,11 +159,9 @@ def loss(
     """:func:`functional.loss`, a scalar, over the batches of all processes; the gradients times their number."""
     rows, classes = functional.flatten(input, target)
     rows, centroid_logits, center, weight = functional.to_arithmetic_dtype(rows, centroid_logits, center, weight)
-    if backend == _backends.FOCUS:
-        functional.check_range(classes, len(centroid_logits), options.ignore_index)
-        if not _focus.as_reference():
-            return _focus.loss(rows, classes, centroid_logits, center, weight, options, stats, group, seen=means)
-        backend = "reference"
+    if options.separation_focus and backend != "reference":
+        focused = (classes, centroid_logits, center, weight, options, backend, stats, None)
+        return _focus.loss(rows, *focused, group=group, seen=means)
     others = (classes, center, weight, options, backend, stats, group, means)
     return _GroupLoss.apply(rows, centroid_logits, others)
 
@@ -178,16 +176,15 @@ def centroid_gradient(
     backend: str,
     stats: Any,
     group: Group,
-    of_rows: _focus.Rows | None = None,
+    seen_rows: _focus.Rows | None = None,
 ) -> Tensor:
     """:func:`functional.centroid_gradient` of the batches of all processes; the same bits on each."""
     logits = centroid_logits.detach()
     rows, classes = functional.flatten(input.detach(), target)
     rows, wide, center, weight = functional.to_arithmetic_dtype(rows, logits, center, weight)
-    if backend == _backends.FOCUS:
-        functional.check_range(classes, len(wide), options.ignore_index)
-        grad = _focus.centroid_gradient(rows, classes, wide, center, weight, options, stats, of_rows, group)
-        return group.all_reduce(grad).to(logits.dtype)
+    if options.separation_focus and backend != "reference":
+        others = (classes, wide, center, weight, options, backend, stats, seen_rows)
+        return group.all_reduce(_focus.centroid_gradient(rows, *others, group)).to(logits.dtype)
     terms, row_stats, stats = _terms(rows, classes, wide, center, weight, options, backend, stats)
     by_terms = reduced(*terms, options, group)[1]
     if row_stats is None:

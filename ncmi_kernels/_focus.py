@@ -1,10 +1,12 @@
-"""The loss with `separation_focus`, whose sum over the classes does not factorise: as matrix products, derived by hand.
+"""The loss with `separation_focus`, whose sum over the classes does not factorise: what :mod:`_ops` is without.
 
-What :func:`reference.loss` defines, by one product of [B, M] and [M, C] forward, one backward for the features and one
-for the centroids, as in a linear head; on any device, as the products are torch's.
+The divergences of all samples and classes are a product of [B, M] and [M, C], as the logits of a linear head are, and
+each gradient takes another one. The rest is the same operators. A row's gradient is that towards a mixture of the
+centroids, weighed by how near they are: the operator input_grad takes these mixtures as a table of centroids, one for
+each row.
 """
 
-from collections.abc import Callable, Sequence
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,187 +19,197 @@ from ncmi_kernels._reduction import reduced, refuse_double_backward, row_weights
 if TYPE_CHECKING:
     from ncmi_kernels._distributed import Group
 
-aten = torch.ops.aten
-
-
-class Activated(NamedTuple):
-    """Log-distributions of some rows, and what their derivative takes."""
-
-    log: Tensor  # [N, M]
-    input: Tensor  # [N, M], of the activation
-    buffer: Tensor | None  # log_sigmoid's own
-
-
-def _activate(x: Tensor, softmax: bool) -> Activated:
-    """:func:`reference.log_activation` of rows [N, M]."""
-    if softmax:
-        return Activated(torch.log_softmax(x, dim=1), x, None)
-    log_value, buffer = aten.log_sigmoid_forward(x)
-    return Activated(torch.log_softmax(log_value, dim=1), x, buffer)
-
-
-def _activate_backward(grad: Tensor, activated: Activated) -> Tensor:
-    """The gradient of the activation's input from that of the log-distribution."""
-    grad = aten._log_softmax_backward_data(grad, activated.log, 1, grad.dtype)
-    if activated.buffer is None:
-        return grad
-    return aten.log_sigmoid_backward(grad, activated.input, activated.buffer)
+# Columns of the operators' `rows` (RowStats in csrc/layout.h) and `norms` (ClassStats, and AllStats in the last row).
+SCALE, SHIFT, INVERSE_NORM, OWN_MEAN, ALL_MEAN, BY_CONCENTRATION, BY_SEPARATION = 0, 3, 4, 5, 6, 7, 8
+LOG_NORM, LONE = 0, 3
+MEAN_LOG_NORM, CLASSES = 1, 2
 
 
 class CentroidStats(NamedTuple):
-    """What the rows need to know of the centroids."""
+    """What the rows need to know of the centroids. Logarithms are relative to what the classes share, hence small."""
 
-    activated: Activated  # [C, M]
-    mean: Tensor  # [M], of the log-distributions over the classes
-    relative: Tensor  # [C, M], the log-distributions less their mean
-    distribution: Tensor  # [C, M], or [0, M] for sample_to_centroid
+    operators: _ops.CentroidStats
+    relative: Tensor  # [C, M], log q less what the classes share
+    distribution: Tensor  # [C, M] q, or [0, M] for sample_to_centroid
     entropy: Tensor  # [C], sum_k q_k relative_k, or [0]
 
 
-def centroid_stats(centroid_logits: Tensor, options: Options) -> CentroidStats:
-    """Statistics of centroid logits [C, M], float32 or float64, without a graph."""
+def centroid_stats(centroid_logits: Tensor, options: Options, backend: str) -> CentroidStats:
+    """Statistics of centroid logits [C, M], float32 or float64. Not differentiable: the autograd Functions are."""
     with torch.no_grad():
-        activated = _activate(centroid_logits.detach(), options.softmax)
-        mean = activated.log.mean(dim=0)
-        relative = activated.log - mean
-        distribution = activated.log.exp() if options.centroid_to_sample else relative[:0]
-        return CentroidStats(
-            activated, mean, relative, distribution, (distribution * relative[: len(distribution)]).sum(dim=1)
-        )
+        stats = _ops.centroid_stats(centroid_logits, options, backend)
+        log_norm = stats.norms[:-1, LOG_NORM, None]
+        above_mean = (log_norm - stats.norms[-1, MEAN_LOG_NORM]).to(stats.log_activation.dtype)
+        relative = (stats.log_activation - stats.reference[0]).sub_(above_mean)
+        distribution = stats.activation
+        if options.centroid_to_sample:
+            distribution = distribution * (-log_norm).exp().to(distribution.dtype)
+        entropy = (distribution * relative[: len(distribution)]).sum(dim=1)
+        return CentroidStats(stats, relative, distribution, entropy)
 
 
 class Rows(NamedTuple):
-    """What the forward pass knows of a batch."""
+    """What the forward pass knows of a batch; ignored rows are rows of any class, of finite numbers."""
 
-    classes: Tensor  # [B], any class for ignored rows
-    activated: Activated  # [B, M]
-    distribution: Tensor  # [B, M]
-    relative: Tensor  # [B, M], the log-distributions less the centroids' mean
-    direction: Tensor | None  # [B, M], the centred features at length one, where they are normalised
-    length: Tensor | None  # [B, 1], what they were divided by
-    nearness: Tensor  # [B, C], the weights of the other classes; 0 for the own one
+    kept: Tensor  # [B] bool
+    classes: Tensor  # [B]
+    stats: Tensor  # [B, 9] float64, those of the operators
+    level: Tensor  # [B] float64, sum_k p_k (log p_k less what the classes share)
+    distribution: Tensor  # [B, M] p
+    relative: Tensor  # [B, M] log p less what the classes share, or [0, M] for sample_to_centroid
+    nearness: Tensor  # [B, C], what the classes count for in the separation; 0 for the own one
     concentration: Tensor  # [B]
     separation: Tensor  # [B]
 
 
-SHORTEST = 1e-12  # the length below which features are not made longer
-
-
-def compute_rows(input: Tensor, target: Tensor, center: Tensor | None, stats: CentroidStats, options: Options) -> Rows:
-    """The terms of a batch [B, M], and what their derivative takes; without a graph."""
-    dtype = stats.mean.dtype
+def compute_rows(
+    input: Tensor, target: Tensor, center: Tensor | None, stats: CentroidStats, options: Options, backend: str
+) -> Rows:
+    """The terms of a batch [B, M] and what their derivatives take; without a graph."""
+    dtype = stats.relative.dtype
+    values, of_rows = _ops.operators(backend).terms(input, target, center, *stats.operators, *options.for_terms)
     kept = target != options.ignore_index
-    x, classes = input.to(dtype), target
-    # An ignored row may hold NaN, which zero times anything would keep. Only a CPU tells whether there is one for nothing.
-    if not target.is_cpu or not kept.all():
-        classes = target.masked_fill(~kept, 0)
-        x = torch.where(kept[:, None], x, 0)
+    classes = target.masked_fill(~kept, 0)
+    inverse_norm = of_rows[:, INVERSE_NORM]
+    log_inverse_norm = torch.where(kept, inverse_norm, 1).log() + stats.operators.norms[-1, MEAN_LOG_NORM]
+    level = of_rows[:, ALL_MEAN] + log_inverse_norm
+
+    f = input.to(dtype)
     if center is not None:
-        x = x - center
-    direction = length = None
-    if options.l2_normalize:
-        length = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_(min=SHORTEST)
-        direction = x / length
-        x = direction
-    else:
-        # The sigmoid saturates, and would hide an element that is infinite.
-        x = x + (x * 0).sum(dim=1, keepdim=True)
-    if options.temperature != 1:
-        x = x / options.temperature
-    activated = _activate(x, options.softmax)
-    p = activated.log.exp()
-    relative = activated.log - stats.mean
-    index = classes[:, None]
+        f = f - center
+    f = f * of_rows[:, SCALE, None].to(dtype)
+    # An ignored row may hold NaN, which zero times anything would keep. Only a CPU tells for nothing if there is one.
+    if torch.compiler.is_compiling() or not f.is_cpu or not kept.all():
+        f = f.masked_fill(~kept[:, None], 0)
+    p, relative = _activate(f, of_rows, inverse_norm, options, dtype)
     if options.centroid_to_sample:
-        own = stats.relative.index_select(0, classes)
-        concentration = (p * (relative - own)).sum(dim=1)
+        relative = (relative - stats.operators.reference[0]).add_(log_inverse_norm.to(dtype)[:, None])
         divergence = torch.addmm(stats.entropy, relative, stats.distribution.T, alpha=-1)
     else:
-        divergence = torch.addmm((p * relative).sum(dim=1, keepdim=True), p, stats.relative.T, alpha=-1)
-        concentration = divergence.gather(1, index)[:, 0]
-    divergence.clamp_(min=0).scatter_(1, index, torch.inf)
+        relative = p[:0]
+        divergence = torch.addmm(level.to(dtype)[:, None], p, stats.relative.T, alpha=-1)
+
+    own = classes[:, None]
+    divergence.clamp_(min=0).scatter_(1, own, torch.inf)  # rounding may leave less than zero
     nearest = divergence.amin(dim=1, keepdim=True).clamp_(min=torch.finfo(dtype).tiny)
-    nearness = torch.softmax((divergence / nearest).mul_(-options.separation_focus), dim=1)
-    nearness.mul_((len(stats.relative) - 1) / len(stats.relative))
-    separation = divergence.scatter_(1, index, 0).mul_(nearness).sum(dim=1)
-    return Rows(classes, activated, p, relative, direction, length, nearness, concentration, separation)
+    nearness = torch.softmax((divergence / nearest).mul_(-options.separation_focus), dim=1).mul_(_share(stats))
+    separation = divergence.scatter_(1, own, 0).mul_(nearness).sum(dim=1)
+    return Rows(kept, classes, of_rows, level, p, relative, nearness, values[0], separation)
 
 
-def grads(
-    rows: Rows, by_terms: Tensor, stats: CentroidStats, options: Options, wanted: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of the features [B, M] and the centroid logits [C, M], each only where it is wanted.
+def _share(stats: CentroidStats) -> float:
+    """What the other classes count for in the separation, together."""
+    return (len(stats.relative) - 1) / len(stats.relative)
 
-    `by_terms` [2, B] are those of concentration and separation.
-    """
-    by_concentration, by_separation = by_terms.to(rows.relative.dtype)[:, :, None]
-    shares = rows.nearness * by_separation  # [B, C]
-    index = rows.classes[:, None]
-    grad_input = grad_centroids = None
+
+def _activate(
+    f: Tensor, of_rows: Tensor, inverse_norm: Tensor, options: Options, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """p [B, M], and log a as the operators have it, or p again where nothing needs that."""
+    shift = of_rows[:, SHIFT, None].to(dtype)
+    norm = inverse_norm.to(dtype)[:, None]
+    if options.softmax:
+        log_activation = f - shift
+        return log_activation.exp().mul_(norm), log_activation
+    # Lengths of one and no small temperature: no sum of sigma underflows, there are no shifts.
+    if options.l2_normalize and options.temperature >= 0.05 and not options.centroid_to_sample:
+        p = torch.sigmoid(f).mul_(norm)
+        return p, p
+    # log 2 sigma, as the operators have it: small and exact where f is small, which log sigma + log 2 would not be.
+    log_activation = f.clamp(max=0).sub_(f.abs().neg_().expm1_().div_(2).log1p_()).sub_(shift)
+    return log_activation.exp().mul_(norm / 2), log_activation
+
+
+def input_grad(
+    input: Tensor,
+    center: Tensor | None,
+    rows: Rows,
+    by_terms: Tensor,
+    stats: CentroidStats,
+    options: Options,
+    backend: str,
+) -> Tensor:
+    """The gradient of the features [B, M], in their dtype, for those of the terms, `by_terms` [2, B] float64."""
+    dtype = stats.relative.dtype
+    by_concentration, by_separation = by_terms
+    by_all_others = by_separation * _share(stats)
+    count = len(input)
+    of_rows = rows.stats.clone()
+    norms = of_rows.new_zeros((count + 1, _ops.CLASS_STATS))
+    norms[:, LONE] = -1
     if options.centroid_to_sample:
-        own = (rows.relative - stats.relative.index_select(0, rows.classes)).mul_(rows.distribution)
-        if wanted[0]:
-            grad = torch.addmm(own.mul_(by_concentration), shares, stats.distribution, alpha=-1)
-            grad_input = _input_grad(grad, rows, options)
-        if wanted[1]:
-            grad = (stats.relative * shares.sum(dim=0)[:, None]).addmm_(shares.T, rows.relative, alpha=-1)
-            grad.mul_(stats.distribution).index_add_(0, rows.classes, rows.distribution * by_concentration, alpha=-1)
-            grad_centroids = _activate_backward(grad, stats.activated)
-        return grad_input, grad_centroids
-    shares.scatter_(1, index, by_concentration)
-    if wanted[0]:
-        grad = torch.addmm(rows.relative * shares.sum(dim=1, keepdim=True), shares, stats.relative, alpha=-1)
-        grad_input = _input_grad(grad.mul_(rows.distribution), rows, options)
-    if wanted[1]:
-        grad_centroids = _activate_backward((shares.T @ rows.distribution).neg_(), stats.activated)
-    return grad_input, grad_centroids
+        # The operator's (p - q_mean) + (q_y - p) / C, with q_mean = 0 and C = 1, is q_y: what takes its place.
+        table = stats.operators.log_activation.index_select(0, rows.classes)
+        activation = torch.addmm(rows.distribution, rows.nearness, stats.distribution, alpha=-1 / _share(stats))
+        of_centroids = stats.operators.reference * stats.operators.reference.new_tensor([[1.0], [0.0]])
+        norms[-1, CLASSES] = 1
+        of_rows[:, BY_CONCENTRATION] = by_concentration
+        of_rows[:, BY_SEPARATION] = by_all_others
+    else:
+        # The operator's by_all (log a - reference) + by_gap (reference - log a_y), with a mixture in the place of
+        # log a_y. by_gap is as large as the weights of the mixture, so that these are about one.
+        by_all = by_concentration + by_all_others
+        by_gap = by_concentration.abs() + by_separation.abs()
+        by_gap = torch.where(by_gap == 0, 1, by_gap)
+        mixture = rows.nearness * (by_separation / by_gap).to(dtype)[:, None]
+        mixture.scatter_(1, rows.classes[:, None], (by_concentration / by_gap).to(dtype)[:, None])
+        activation = stats.operators.activation
+        of_centroids = stats.operators.reference
+        table = torch.addmm(of_centroids[0], mixture, stats.relative)
+        terms = by_concentration * rows.concentration + by_separation * rows.separation
+        of_rows[:, OWN_MEAN] = of_rows[:, ALL_MEAN] - (by_all * rows.level - terms) / by_gap
+        norms[-1] = stats.operators.norms[-1]
+        of_rows[:, BY_CONCENTRATION] = by_gap + (by_all - by_gap) / len(stats.relative)
+        of_rows[:, BY_SEPARATION] = by_all - by_gap
+    return _ops.operators(backend).input_grad(
+        input,
+        torch.arange(count, device=input.device).masked_fill_(~rows.kept, -1),
+        center,
+        table,
+        activation,
+        of_centroids,
+        norms,
+        of_rows,
+        None,
+        options.centroid_to_sample,
+        -1,
+    )
 
 
-def _input_grad(grad: Tensor, rows: Rows, options: Options) -> Tensor:
-    """The gradient of the features from that of the log-distributions."""
-    grad = _activate_backward(grad, rows.activated)
-    if options.temperature != 1:
-        grad.div_(options.temperature)
-    if rows.direction is None or rows.length is None:
-        return grad
-    along = (grad * rows.direction).sum(dim=1, keepdim=True)
-    # A length that was held above its bound does not depend on the features.
-    along.masked_fill_(rows.length <= SHORTEST, 0)
-    return grad.sub_(rows.direction * along).div_(rows.length)
+def centroid_grad(
+    centroid_logits: Tensor, rows: Rows, by_terms: Tensor, stats: CentroidStats, options: Options
+) -> Tensor:
+    """The gradient of the centroid logits [C, M], for those of the terms, `by_terms` [2, B]."""
+    by_concentration, by_separation = by_terms.to(stats.relative.dtype)[:, :, None]
+    weight = rows.nearness * by_separation
+    if options.centroid_to_sample:
+        q = stats.distribution
+        grad = (stats.relative * weight.sum(dim=0)[:, None]).addmm_(weight.T, rows.relative, alpha=-1).mul_(q)
+        grad.index_add_(0, rows.classes, rows.distribution * by_concentration, alpha=-1)
+    else:
+        log_norm = stats.operators.norms[:-1, LOG_NORM, None] + (0 if options.softmax else math.log(2))
+        q = (stats.operators.log_activation - log_norm.to(weight.dtype)).exp_()
+        grad = (weight.scatter_(1, rows.classes[:, None], by_concentration).T @ rows.distribution).neg_()
+    grad.sub_(q * grad.sum(dim=1, keepdim=True))
+    return grad if options.softmax else grad.mul_(torch.sigmoid(-centroid_logits))
 
 
-class _Terms(torch.autograd.Function):
-    """Concentration and separation, of the arguments of :func:`terms`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, centroid_logits: Tensor, target: Tensor, center: Tensor | None, options: Options
-    ) -> tuple[Tensor, Tensor]:
-        with reference.no_autocast(input.device):
-            stats = centroid_stats(centroid_logits, options)
-            of_rows = compute_rows(input, target, center, stats, options)
-        ctx.save_for_backward(input, target, centroid_logits)
-        ctx.kept = center, options, stats, of_rows
-        return of_rows.concentration.clone(), of_rows.separation.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        input, target, centroid_logits = ctx.saved_tensors
-        center, options, stats, of_rows = ctx.kept
-        if _ops._plain_backward():
-            with reference.no_autocast(input.device):
-                found = grads(of_rows, torch.stack(upstream), stats, options, ctx.needs_input_grad[:2])
-            return *_in_dtype_of(input, found), None, None, None
+def _grads(
+    input: Tensor,
+    centroid_logits: Tensor,
+    center: Tensor | None,
+    rows: Rows,
+    by_terms: Tensor,
+    stats: CentroidStats,
+    options: Options,
+    backend: str,
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of features and centroid logits, each only where it is wanted."""
+    with reference.no_autocast(input.device):
         return (
-            *_reference_grads(
-                lambda: reference.terms(input, target, centroid_logits, center, options),
-                (input, centroid_logits),
-                upstream,
-                ctx.needs_input_grad,
-            ),
-            None,
-            None,
-            None,
+            input_grad(input, center, rows, by_terms, stats, options, backend) if wanted[0] else None,
+            centroid_grad(centroid_logits, rows, by_terms, stats, options) if wanted[1] else None,
         )
 
 
@@ -206,73 +218,75 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, centroid_logits: Tensor, others: tuple[Any, ...]) -> Tensor:
-        target, center, weight, options, stats, group, seen = others
+        target, center, weight, options, backend, stats, group, seen = others
         with reference.no_autocast(input.device):
-            stats = stats or centroid_stats(centroid_logits, options)
-            of_rows = compute_rows(input, target, center, stats, options)
+            stats = stats or centroid_stats(centroid_logits, options, backend)
+            rows = compute_rows(input, target, center, stats, options, backend)
         w = row_weights(target, weight, options.ignore_index)
-        result, by_terms, means = reduced(of_rows.concentration, of_rows.separation, w, options, group)
+        result, by_terms, means = reduced(rows.concentration, rows.separation, w, options, group)
         if group is not None:
             by_terms = by_terms * group.size  # of the average that DistributedDataParallel takes, the sum is left
         if seen is not None:
-            seen += [means, of_rows]
+            seen.append(means)
+            if not torch.compiler.is_compiling():
+                seen.append(rows)
         ctx.save_for_backward(input, target, centroid_logits)
-        ctx.kept = center, weight, options, stats, of_rows, by_terms, group
-        return result.to(stats.mean.dtype)
+        ctx.kept = center, weight, options, backend, stats, rows, by_terms, group
+        return result.to(stats.relative.dtype)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         input, target, centroid_logits = ctx.saved_tensors
-        center, weight, options, stats, of_rows, by_terms, group = ctx.kept
+        center, weight, options, backend, stats, rows, by_terms, group = ctx.kept
+        wanted = ctx.needs_input_grad
         if _ops._plain_backward():
-            with reference.no_autocast(input.device):
-                found = grads(of_rows, by_terms * upstream, stats, options, ctx.needs_input_grad[:2])
-            return *_in_dtype_of(input, found), None
+            by_terms = by_terms * upstream
+            return *_grads(input, centroid_logits, center, rows, by_terms, stats, options, backend, wanted), None
         if group is not None:
             refuse_double_backward("process_group")
-        return *_reference_grads(
-            lambda: reference.loss(input, target, centroid_logits, center, weight, options),
-            (input, centroid_logits),
-            (upstream,),
-            ctx.needs_input_grad,
-        ), None
+        create_graph = torch.is_grad_enabled()
+        leaves = [t for t, needed in zip((input, centroid_logits), wanted, strict=False) if needed]
+        with torch.enable_grad():
+            result = reference.loss(input, target, centroid_logits, center, weight, options)
+            found = iter(torch.autograd.grad(result, leaves, upstream, create_graph=create_graph))
+        return tuple(next(found) if needed else None for needed in wanted)
 
 
-def _in_dtype_of(input: Tensor, found: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients, that of the features in the dtype of these."""
-    return None if found[0] is None else found[0].to(input.dtype), found[1]
+class _Terms(torch.autograd.Function):
+    """Concentration and separation, of the arguments of :func:`terms`."""
 
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        centroid_logits: Tensor,
+        target: Tensor,
+        center: Tensor | None,
+        options: Options,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        with reference.no_autocast(input.device):
+            stats = centroid_stats(centroid_logits, options, backend)
+            rows = compute_rows(input, target, center, stats, options, backend)
+        ctx.save_for_backward(input, target, centroid_logits)
+        ctx.kept = center, options, backend, stats, rows
+        return rows.concentration.clone(), rows.separation.clone()
 
-def _reference_grads(
-    function: Callable[[], Any], inputs: tuple[Tensor, Tensor], upstream: tuple[Tensor, ...], wanted: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of `function` as the definition has them, for what differentiates or maps them again."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        found = iter(
-            torch.autograd.grad(
-                function(),
-                [each for each, needed in zip(inputs, wanted, strict=False) if needed],
-                upstream,
-                create_graph=create_graph,
-            )
-        )
-    first, second = (next(found) if needed else None for needed in wanted[:2])
-    return first, second
-
-
-def as_reference() -> bool:
-    """Whether the definition runs in the place of what is here: torch.func transforms it, Inductor fuses it."""
-    return _ops.transforming() or torch.compiler.is_compiling()
-
-
-def terms(
-    input: Tensor, target: Tensor, centroid_logits: Tensor, center: Tensor | None, options: Options
-) -> tuple[Tensor, Tensor]:
-    """As :func:`_ops.terms`, of checked targets."""
-    if as_reference():
-        return reference.terms(input, target, centroid_logits, center, options)
-    return _Terms.apply(input, centroid_logits, target, center, options)
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        input, target, centroid_logits = ctx.saved_tensors
+        center, options, backend, stats, rows = ctx.kept
+        wanted = ctx.needs_input_grad
+        if _ops._plain_backward():
+            by_terms = torch.stack(upstream).double()
+            grads = _grads(input, centroid_logits, center, rows, by_terms, stats, options, backend, wanted)
+            return *grads, None, None, None, None
+        create_graph = torch.is_grad_enabled()
+        leaves = [t for t, needed in zip((input, centroid_logits), wanted, strict=False) if needed]
+        with torch.enable_grad():
+            result = reference.terms(input, target, centroid_logits, center, options)
+            found = iter(torch.autograd.grad(result, leaves, upstream, create_graph=create_graph))
+        return tuple(next(found) if needed else None for needed in wanted)
 
 
 def loss(
@@ -282,15 +296,35 @@ def loss(
     center: Tensor | None,
     weight: Tensor | None,
     options: Options,
+    backend: str,
     stats: CentroidStats | None,
-    group: "Group | None" = None,
+    update: _ops.CenterUpdate | None,
     *,
+    group: "Group | None" = None,
     seen: list[Any] | None = None,
 ) -> Tensor:
-    """As :func:`_ops.loss`, of checked targets; over the processes of a `group` as :func:`_distributed.loss`."""
-    if as_reference():
-        return reference.loss(input, target, centroid_logits, center, weight, options, means=seen)
-    return _Loss.apply(input, centroid_logits, (target, center, weight, options, stats, group, seen))
+    """As :func:`_ops.loss`; with a `group` as :func:`_distributed.loss`. torch.func transforms the reference."""
+    if _ops.transforming():
+        assert group is None
+        return reference.loss(input, target, centroid_logits, center, weight, options)
+    if update is not None:
+        assert center is not None
+        classes = len(centroid_logits)
+        center = _ops.update_center_(center, update, input.detach(), target, classes, options.ignore_index, backend)
+    others = target, center, weight, options, backend, stats, group, seen
+    result = _Loss.apply(input, centroid_logits, others)
+    if seen is not None and torch.compiler.is_compiling():
+        seen.append(seen.pop().detach())  # what leaves a traced Function requires a gradient
+    return result
+
+
+def terms(
+    input: Tensor, target: Tensor, centroid_logits: Tensor, center: Tensor | None, options: Options, backend: str
+) -> tuple[Tensor, Tensor]:
+    """As :func:`_ops.terms`."""
+    if _ops.transforming():
+        return reference.terms(input, target, centroid_logits, center, options)
+    return _Terms.apply(input, centroid_logits, target, center, options, backend)
 
 
 def centroid_gradient(
@@ -300,19 +334,18 @@ def centroid_gradient(
     center: Tensor | None,
     weight: Tensor | None,
     options: Options,
+    backend: str,
     stats: CentroidStats | None,
-    of_rows: Rows | None,
+    rows: Rows | None = None,
     group: "Group | None" = None,
 ) -> Tensor:
-    """As :func:`_ops.centroid_gradient`; `of_rows` are what :func:`loss` has seen of the same batch, or None.
+    """As :func:`_ops.centroid_gradient`; `rows` are what :func:`loss` has seen of the same batch, or None.
 
     With a `group`, this process's part of the gradient of the loss of all processes' rows.
     """
     with torch.no_grad(), reference.no_autocast(input.device):
-        stats = stats or centroid_stats(centroid_logits, options)
-        of_rows = of_rows or compute_rows(input, target, center, stats, options)
+        stats = stats or centroid_stats(centroid_logits, options, backend)
+        rows = rows or compute_rows(input, target, center, stats, options, backend)
         w = row_weights(target, weight, options.ignore_index)
-        by_terms = reduced(of_rows.concentration, of_rows.separation, w, options, group)[1]
-        grad = grads(of_rows, by_terms, stats, options, (False, True))[1]
-    assert grad is not None
-    return grad
+        by_terms = reduced(rows.concentration, rows.separation, w, options, group)[1]
+        return centroid_grad(centroid_logits, rows, by_terms, stats, options)

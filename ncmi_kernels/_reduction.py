@@ -16,12 +16,12 @@ def reduced(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss from the terms and weights [B] of the rows, ignored rows zero in all three.
 
-    With a `group`, of the rows of all processes from those of each.
-    Reduction "none" communicates nothing: the losses and means are those of this process.
+    With a `group`, that of the rows of all processes, from those of each. Reduction "none" communicates nothing: the
+    losses and means are those of this process.
 
     Returns:
-        the loss [], or [B] for reduction "none"; its derivatives [2, B] by this process's terms, and the weighted
-        means of both terms over the group [2]; all float64.
+        the loss [], or [B] for reduction "none"; its derivatives [2, B] by these terms, and the weighted means of both
+        terms [2]; all float64.
     """
     a, g, w = concentration.double(), separation.double(), weight.double()
     sums = [w @ a, w @ g, w.sum()]

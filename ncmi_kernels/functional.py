@@ -105,7 +105,7 @@ def ncmi_loss(
     warn_if_degenerate(options)
     check_parameters(centroid_logits, center, weight)
     check_batch(input, target, centroid_logits)
-    return loss(input, target, centroid_logits, center, weight, options, _backends.resolve(backend, input, options))
+    return loss(input, target, centroid_logits, center, weight, options, _backends.resolve(backend, input))
 
 
 def ncmi_terms(
@@ -160,13 +160,12 @@ def ncmi_terms(
     rows, classes = flatten(input, target)
     rows, centroid_logits, center, _ = to_arithmetic_dtype(rows, centroid_logits, center, None)
     check_range(classes, len(centroid_logits), None)
-    backend = _backends.resolve(backend, input, options)
+    backend = _backends.resolve(backend, input)
     if backend == "reference":
         concentration, separated = reference.terms(rows, classes, centroid_logits, center, options)
-    elif backend == _backends.FOCUS:
-        concentration, separated = _focus.terms(rows, classes, centroid_logits, center, options)
     else:
-        concentration, separated = _ops.terms(rows, classes, centroid_logits, center, options, backend)
+        path = _focus if options.separation_focus else _ops
+        concentration, separated = path.terms(rows, classes, centroid_logits, center, options, backend)
     return concentration.reshape(target.shape), separated.reshape(target.shape)
 
 
@@ -242,14 +241,12 @@ def loss(
     """:func:`ncmi_loss` on checked arguments and a resolved backend; the last three as :func:`_ops.loss` has them."""
     rows, classes = flatten(input, target)
     rows, centroid_logits, center, weight = to_arithmetic_dtype(rows, centroid_logits, center, weight)
-    if backend in ("reference", _backends.FOCUS):
-        check_range(classes, len(centroid_logits), options.ignore_index)
     if backend == "reference":
+        check_range(classes, len(centroid_logits), options.ignore_index)
         result = reference.loss(rows, classes, centroid_logits, center, weight, options, means=seen)
-    elif backend == _backends.FOCUS:
-        result = _focus.loss(rows, classes, centroid_logits, center, weight, options, stats, seen=seen)
     else:
-        result = _ops.loss(rows, classes, centroid_logits, center, weight, options, backend, stats, update, seen=seen)
+        path = _focus if options.separation_focus else _ops
+        result = path.loss(rows, classes, centroid_logits, center, weight, options, backend, stats, update, seen=seen)
     return result.reshape(target.shape) if options.reduction == "none" else result
 
 
@@ -273,10 +270,11 @@ def centroid_gradient(
             return torch.autograd.grad(value, leaf)[0]
     rows, classes = flatten(input.detach(), target)
     rows, wide, center, weight = to_arithmetic_dtype(rows, logits, center, weight)
-    if backend == _backends.FOCUS:
-        check_range(classes, len(wide), options.ignore_index)
-        return _focus.centroid_gradient(rows, classes, wide, center, weight, options, stats, seen_rows).to(logits.dtype)
-    grad = _ops.centroid_gradient(rows, classes, wide, center, weight, options, backend, stats)
+    others = (classes, wide, center, weight, options, backend, stats)
+    if options.separation_focus:
+        grad = _focus.centroid_gradient(rows, *others, seen_rows)
+    else:
+        grad = _ops.centroid_gradient(rows, *others)
     return grad.to(logits.dtype)
 
 

@@ -189,7 +189,7 @@ class NCMILoss(nn.Module):
         """The loss of features [B, M] (or [M], [B, M, d1, ...]) for targets [B] (or [], [B, d1, ...])."""
         logits = self._whole_centroids()
         functional.check_batch(input, target, logits)
-        backend = _backends.resolve(self.backend, input, self.options)  # raises before anything has moved
+        backend = _backends.resolve(self.backend, input)  # raises before anything has moved
         center, update = self._moved_center(input, target, logits, backend)
         if logits.requires_grad:
             stats = None
@@ -292,15 +292,15 @@ class NCMILoss(nn.Module):
         logits = self._whole_centroids()
         self._check_one_loss()
         functional.check_batch(features, target, logits)
-        backend = _backends.resolve(self.backend, features, self.options)
+        backend = _backends.resolve(self.backend, features)
         center = None if self.center_momentum is None else self.center
         stats = None if logits.requires_grad else self._fixed_stats(features, logits, backend)
-        of_rows = self._rows_of(features, target, backend) if backend == _backends.FOCUS else None
+        seen_rows = self._rows_of(features, target, backend) if self.options.separation_focus else None
         self._forget()  # what comes now is a step, perhaps of a fused optimiser, which moves no version counter
-        others = logits, center, self.weight, self.options, backend, stats
+        others = (logits, center, self.weight, self.options, backend, stats)
         if self._group is not None:
-            return _distributed.centroid_gradient(features, target, *others, self._group, of_rows)
-        return functional.centroid_gradient(features, target, *others, of_rows)
+            return _distributed.centroid_gradient(features, target, *others, self._group, seen_rows)
+        return functional.centroid_gradient(features, target, *others, seen_rows)
 
     def centroids(self) -> Tensor:
         """The centroids [C, M] as distributions: each row sums to one. Differentiable."""
@@ -458,20 +458,19 @@ class NCMILoss(nn.Module):
         if not torch.compiler.is_compiling() and _graph_task() >= 0:
             return center, None
         dtype = center.dtype
-        moving = _backends.kernels(input) if backend == _backends.FOCUS else backend
         if (
-            moving != "reference"
+            backend != "reference"
             and self._group is None
             and dtype is logits.dtype
             and (dtype is torch.float64 or (dtype is torch.float32 and input.dtype is not torch.float64))
             and center.is_contiguous()
         ):
             update = (self.num_batches_tracked, self.center_momentum)
-            if not torch.compiler.is_compiling() and moving == backend:
+            if not torch.compiler.is_compiling():
                 return center, update
             rows, classes = functional.flatten(input.detach(), target)
             ignore_index = self.options.ignore_index
-            return _ops.update_center_(center, update, rows, classes, self.num_classes, ignore_index, moving), None
+            return _ops.update_center_(center, update, rows, classes, self.num_classes, ignore_index, backend), None
         with torch.no_grad():
             return self._move_center(*functional.flatten(input, target)), None
 
@@ -527,11 +526,7 @@ class NCMILoss(nn.Module):
             or (input.dtype == torch.float64 and logits.dtype != torch.float64)
         ):
             return None
-        stats: Any
-        if backend == _backends.FOCUS:
-            stats = _focus.centroid_stats(logits, options)
-        else:
-            stats = _ops.centroid_stats(logits, options, backend)
+        stats = (_focus if options.separation_focus else _ops).centroid_stats(logits, options, backend)
         self._keep_stats(backend, stats)
         return stats
 
@@ -546,9 +541,9 @@ class NCMILoss(nn.Module):
 
     def _stats_for_step(self, features: Tensor) -> tuple[_ops.CentroidStats | None, str]:
         """The backend of a step of the centroids, with the statistics of these if it can take the step in one pass."""
-        backend = _backends.resolve(self.backend, features, self.options)
+        backend = _backends.resolve(self.backend, features)
         logits = self.centroid_logits
-        one_pass = self._group is None and logits.is_contiguous() and backend != _backends.FOCUS
+        one_pass = self._group is None and logits.is_contiguous() and not self.options.separation_focus
         return self._fixed_stats(features, logits, backend) if one_pass else None, backend
 
     def train(self, mode: bool = True) -> "NCMILoss":

@@ -175,7 +175,7 @@ class ShardedNCMILoss(NCMILoss):
         return self._as_dtensor(step.centroid_grad(rows, logits, None).to(local.dtype))
 
     def _stats_for_step(self, features: Tensor) -> tuple[_ops.CentroidStats | None, str]:
-        return None, _backends.resolve(self.backend, features, self.options)
+        return None, _backends.resolve(self.backend, features)
 
     def centroids(self) -> Tensor:
         """The centroids as distributions, a DTensor [C, M] like `centroid_logits`. Differentiable."""
@@ -253,7 +253,7 @@ class ShardedNCMILoss(NCMILoss):
                 f"separation_focus: got {self.options.separation_focus}, expected 0: with centroids on several "
                 "processes all classes count alike"
             )
-        backend = _backends.resolve(self.backend, input, self.options)
+        backend = _backends.resolve(self.backend, input)
         if backend == "reference":
             raise RuntimeError(
                 "backend: got 'reference', expected one with kernels: there is no reference for centroids on several "
