@@ -40,7 +40,7 @@ def centroid_stats(centroid_logits: Tensor, options: Options, backend: str) -> C
         stats = _ops.centroid_stats(centroid_logits, options, backend)
         log_norm = stats.norms[:-1, LOG_NORM, None]
         above_mean = (log_norm - stats.norms[-1, MEAN_LOG_NORM]).to(stats.log_activation.dtype)
-        relative = (stats.log_activation - stats.reference[0]).sub_(above_mean)
+        relative = stats.log_activation - stats.reference[0] - above_mean
         distribution = stats.activation
         if options.centroid_to_sample:
             distribution = distribution * (-log_norm).exp().to(distribution.dtype)
@@ -56,12 +56,13 @@ class Rows(NamedTuple):
     stats: Tensor  # [B, 9] float64, those of the operators
     level: Tensor  # [B] float64, sum_k p_k (log p_k less what the classes share)
     distribution: Tensor  # [B, M] p
-    relative: Tensor  # [B, M] log p less what the classes share, or [0, M] for sample_to_centroid
-    nearness: Tensor  # [B, C], what the classes count for in the separation; 0 for the own one
+    relative: Tensor | None  # [B, M] log p less what the classes share; centroid_to_sample only
+    nearness: Tensor  # [B, C], the weights of the other classes, with sum one; 0 for the own one
     concentration: Tensor  # [B]
     separation: Tensor  # [B]
 
 
+# Nothing that is kept is a view or comes of an operation in place: torch.compile refuses to keep an alias.
 def compute_rows(
     input: Tensor, target: Tensor, center: Tensor | None, stats: CentroidStats, options: Options, backend: str
 ) -> Rows:
@@ -81,20 +82,20 @@ def compute_rows(
     # An ignored row may hold NaN, which zero times anything would keep. Only a CPU tells for nothing if there is one.
     if torch.compiler.is_compiling() or not f.is_cpu or not kept.all():
         f = f.masked_fill(~kept[:, None], 0)
-    p, relative = _activate(f, of_rows, inverse_norm, options, dtype)
-    if options.centroid_to_sample:
-        relative = (relative - stats.operators.reference[0]).add_(log_inverse_norm.to(dtype)[:, None])
+    p, log_activation = _activate(f, of_rows, inverse_norm, options, dtype)
+    relative = None
+    if log_activation is not None:
+        relative = log_activation - stats.operators.reference[0] + log_inverse_norm.to(dtype)[:, None]
         divergence = torch.addmm(stats.entropy, relative, stats.distribution.T, alpha=-1)
     else:
-        relative = p[:0]
         divergence = torch.addmm(level.to(dtype)[:, None], p, stats.relative.T, alpha=-1)
 
     own = classes[:, None]
     divergence.clamp_(min=0).scatter_(1, own, torch.inf)  # rounding may leave less than zero
     nearest = divergence.amin(dim=1, keepdim=True).clamp_(min=torch.finfo(dtype).tiny)
-    nearness = torch.softmax((divergence / nearest).mul_(-options.separation_focus), dim=1).mul_(_share(stats))
-    separation = divergence.scatter_(1, own, 0).mul_(nearness).sum(dim=1)
-    return Rows(kept, classes, of_rows, level, p, relative, nearness, values[0], separation)
+    nearness = torch.softmax((divergence / nearest).mul_(-options.separation_focus), dim=1)
+    separation = divergence.scatter_(1, own, 0).mul_(nearness).sum(dim=1) * _share(stats)
+    return Rows(kept, classes, of_rows, level, p, relative, nearness, values[0].clone(), separation)
 
 
 def _share(stats: CentroidStats) -> float:
@@ -104,20 +105,19 @@ def _share(stats: CentroidStats) -> float:
 
 def _activate(
     f: Tensor, of_rows: Tensor, inverse_norm: Tensor, options: Options, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """p [B, M], and log a as the operators have it, or p again where nothing needs that."""
+) -> tuple[Tensor, Tensor | None]:
+    """p [B, M], and for centroid_to_sample log a [B, M] as the operators have it."""
     shift = of_rows[:, SHIFT, None].to(dtype)
     norm = inverse_norm.to(dtype)[:, None]
     if options.softmax:
         log_activation = f - shift
-        return log_activation.exp().mul_(norm), log_activation
+        return log_activation.exp() * norm, log_activation if options.centroid_to_sample else None
     # Lengths of one and no small temperature: no sum of sigma underflows, there are no shifts.
     if options.l2_normalize and options.temperature >= 0.05 and not options.centroid_to_sample:
-        p = torch.sigmoid(f).mul_(norm)
-        return p, p
+        return torch.sigmoid(f) * norm, None
     # log 2 sigma, as the operators have it: small and exact where f is small, which log sigma + log 2 would not be.
     log_activation = f.clamp(max=0).sub_(f.abs().neg_().expm1_().div_(2).log1p_()).sub_(shift)
-    return log_activation.exp().mul_(norm / 2), log_activation
+    return log_activation.exp() * (norm / 2), log_activation if options.centroid_to_sample else None
 
 
 def input_grad(
@@ -140,7 +140,7 @@ def input_grad(
     if options.centroid_to_sample:
         # The operator's (p - q_mean) + (q_y - p) / C, with q_mean = 0 and C = 1, is q_y: what takes its place.
         table = stats.operators.log_activation.index_select(0, rows.classes)
-        activation = torch.addmm(rows.distribution, rows.nearness, stats.distribution, alpha=-1 / _share(stats))
+        activation = torch.addmm(rows.distribution, rows.nearness, stats.distribution, alpha=-1)
         of_centroids = stats.operators.reference * stats.operators.reference.new_tensor([[1.0], [0.0]])
         norms[-1, CLASSES] = 1
         of_rows[:, BY_CONCENTRATION] = by_concentration
@@ -151,7 +151,7 @@ def input_grad(
         by_all = by_concentration + by_all_others
         by_gap = by_concentration.abs() + by_separation.abs()
         by_gap = torch.where(by_gap == 0, 1, by_gap)
-        mixture = rows.nearness * (by_separation / by_gap).to(dtype)[:, None]
+        mixture = rows.nearness * (by_all_others / by_gap).to(dtype)[:, None]
         mixture.scatter_(1, rows.classes[:, None], (by_concentration / by_gap).to(dtype)[:, None])
         activation = stats.operators.activation
         of_centroids = stats.operators.reference
@@ -181,8 +181,8 @@ def centroid_grad(
 ) -> Tensor:
     """The gradient of the centroid logits [C, M], for those of the terms, `by_terms` [2, B]."""
     by_concentration, by_separation = by_terms.to(stats.relative.dtype)[:, :, None]
-    weight = rows.nearness * by_separation
-    if options.centroid_to_sample:
+    weight = rows.nearness * (by_separation * _share(stats))
+    if rows.relative is not None:
         q = stats.distribution
         grad = (stats.relative * weight.sum(dim=0)[:, None]).addmm_(weight.T, rows.relative, alpha=-1).mul_(q)
         grad.index_add_(0, rows.classes, rows.distribution * by_concentration, alpha=-1)
