@@ -107,14 +107,14 @@ def _activate(
     f: Tensor, of_rows: Tensor, inverse_norm: Tensor, options: Options, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
     """p [B, M], and for centroid_to_sample log a [B, M] as the operators have it."""
-    shift = of_rows[:, SHIFT, None].to(dtype)
     norm = inverse_norm.to(dtype)[:, None]
+    # Lengths of one and no small temperature: no sum of sigma underflows, there are no shifts.
+    if options.l2_normalize and options.temperature >= 0.05 and not (options.softmax or options.centroid_to_sample):
+        return torch.sigmoid(f) * norm, None
+    shift = of_rows[:, SHIFT, None].to(dtype)
     if options.softmax:
         log_activation = f - shift
         return log_activation.exp() * norm, log_activation if options.centroid_to_sample else None
-    # Lengths of one and no small temperature: no sum of sigma underflows, there are no shifts.
-    if options.l2_normalize and options.temperature >= 0.05 and not options.centroid_to_sample:
-        return torch.sigmoid(f) * norm, None
     # log 2 sigma, as the operators have it: small and exact where f is small, which log sigma + log 2 would not be.
     log_activation = f.clamp(max=0).sub_(f.abs().neg_().expm1_().div_(2).log1p_()).sub_(shift)
     return log_activation.exp() * (norm / 2), log_activation if options.centroid_to_sample else None
@@ -189,9 +189,9 @@ def centroid_grad(
     else:
         log_norm = stats.operators.norms[:-1, LOG_NORM, None] + (0 if options.softmax else math.log(2))
         q = (stats.operators.log_activation - log_norm.to(weight.dtype)).exp_()
-        grad = (weight.scatter_(1, rows.classes[:, None], by_concentration).T @ rows.distribution).neg_()
-    grad.sub_(q * grad.sum(dim=1, keepdim=True))
-    return grad if options.softmax else grad.mul_(torch.sigmoid(-centroid_logits))
+        grad = weight.scatter_(1, rows.classes[:, None], by_concentration).neg_().T @ rows.distribution
+    grad.addcmul_(q, grad.sum(dim=1, keepdim=True), value=-1)
+    return grad if options.softmax else grad.mul_(torch.sigmoid_(-centroid_logits))
 
 
 def _grads(

@@ -25,8 +25,8 @@ def reduced(
     """
     a, g, w = concentration.double(), separation.double(), weight.double()
     sums = [w @ a, w @ g, w.sum()]
-    each = a / (g + options.eps)
     if not options.batch_ratio:
+        each = a / (g + options.eps)
         sums.append(w @ each)
     total = torch.stack(sums)
     if group is not None and options.reduction != "none":
