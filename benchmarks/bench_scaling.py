@@ -48,7 +48,6 @@ from cases import (
     Implementation,
     Shape,
     batch,
-    ncmi,
 )
 from devices import CPU, Cpu, Cuda, Device, describe_machine, free_bytes, memory_worker, peak_of
 from gpu_results import FULL, NO_GRAD
@@ -317,7 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--C, --M, --B: got no sizes, expected at least one")
     torch.set_num_threads(options.threads)
     device: Device = Cuda() if options.device == "cuda" else Cpu()
-    backend = _backends.resolve(None, torch.empty(0, device=device.torch_device), ncmi(TINY).options)
+    backend = _backends.resolve(None, torch.empty(0, device=device.torch_device))
     if backend == "reference":
         parser.error(f"nothing to measure: {available_backends()}")
     common = {**describe_machine(device.torch_device), "threads": options.threads, "backend": backend}

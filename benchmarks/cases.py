@@ -230,7 +230,7 @@ class CentroidStatistics(nn.Module):
     def forward(self, z: Tensor, y: Tensor) -> Any:
         """The statistics; of the batch only the place counts."""
         logits, options = self.criterion.centroid_logits, self.criterion.options
-        backend = ncmi_kernels._backends.resolve(None, z, options)
+        backend = ncmi_kernels._backends.resolve(None, z)
         return ncmi_kernels._ops.centroid_stats(logits, options, backend)
 
 

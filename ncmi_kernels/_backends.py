@@ -8,8 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ncmi_kernels._options import Options
-
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 
@@ -119,29 +117,20 @@ def _fastest(device: str) -> str:
     return "reference"
 
 
-def resolve(backend: str | None, input: Tensor, options: Options) -> str:
+def resolve(backend: str | None, input: Tensor) -> str:
     """The backend to run on `input`.
-
-    Other weights of the classes than equal ones (`separation_focus`) are the reference path's alone: there is nothing
-    faster for them to fall back from, so that choosing it is no warning.
 
     Raises:
         ValueError: if `backend` is no backend's name.
-        RuntimeError: if the backend asked for by name cannot run here, not on this device or not with these options.
+        RuntimeError: if the backend asked for by name cannot run here, or not on this device.
     """
     device = input.device.type
-    focused = options.separation_focus != 0
     if backend is None:
-        return "reference" if focused else _fastest(device)
+        return _fastest(device)
     if backend == "reference":
         return backend
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, expected None or one of {', '.join(map(repr, BACKENDS))}")
-    if focused:
-        raise RuntimeError(
-            f"backend: got {backend!r} with separation_focus={options.separation_focus}, expected None or 'reference': "
-            "the kernels weigh all classes alike"
-        )
     reason = _reason(backend)
     if reason is not None:
         raise RuntimeError(f"backend: got {backend!r}, which cannot run here: {reason}")

@@ -11,8 +11,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ncmi_kernels import _ops, functional, reference
+from ncmi_kernels import _focus, _ops, functional, reference
 from ncmi_kernels._options import Options
+from ncmi_kernels._reduction import reduced, refuse_double_backward, row_weights
 
 # Renamed in torch 2.13.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
@@ -75,48 +76,6 @@ class Group:
             "process_group: got a module with a process group, which cannot be pickled; expected its state_dict(), or "
             "process_group = None first"
         )
-
-
-def reduced(
-    concentration: Tensor, separation: Tensor, weight: Tensor, options: Options, group: Group
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of the whole group from this process's terms and row weights [B], ignored rows zero in all three.
-
-    Reduction "none" communicates nothing: the losses and means are those of this process.
-
-    Returns:
-        the loss [], or [B] for reduction "none"; its derivatives [2, B] by this process's terms, and the weighted
-        means of both terms over the group [2]; all float64.
-    """
-    a, g, w = concentration.double(), separation.double(), weight.double()
-    sums = [w @ a, w @ g, w.sum()]
-    each = a / (g + options.eps)
-    if not options.batch_ratio:
-        sums.append(w @ each)
-    total = torch.stack(sums)
-    if options.reduction != "none":
-        group.all_reduce(total)
-    means = total[:2] / total[2]
-    if options.batch_ratio:
-        slope = 1 / (means[1] + options.eps)
-        loss = means[0] * slope
-        share = w / total[2]
-        return loss, torch.stack([share * slope, share * (-loss * slope)]), means
-    if options.reduction == "mean":
-        w = w / total[2]
-        loss = total[3] / total[2]
-    else:
-        loss = total[3] if options.reduction == "sum" else w * each
-    slope = w / (g + options.eps)
-    return loss, torch.stack([slope, -each * slope]), means
-
-
-def row_weights(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """What each row counts for, [B] float64: the weight of its class, 0 where ignored."""
-    kept = target != ignore_index
-    if weight is None:
-        return kept.double()
-    return torch.where(kept, weight.double()[target.masked_fill(~kept, 0)], 0)
 
 
 class _GroupLoss(torch.autograd.Function):
@@ -185,15 +144,6 @@ def _reference_grads(
     return torch.autograd.grad(terms, wanted, tuple(grad.to(terms[0].dtype)))
 
 
-def refuse_double_backward(name: str) -> None:
-    """Raise RuntimeError in a backward pass that is to be differentiated itself."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"create_graph: got True for a loss with {name}, expected False: double backward is not supported over "
-            "several processes"
-        )
-
-
 def loss(
     input: Tensor,
     target: Tensor,
@@ -202,13 +152,16 @@ def loss(
     weight: Tensor | None,
     options: Options,
     backend: str,
-    stats: _ops.CentroidStats | None,
+    stats: Any,
     group: Group,
-    means: list[Tensor] | None = None,
+    means: list[Any] | None = None,
 ) -> Tensor:
     """:func:`functional.loss`, a scalar, over the batches of all processes; the gradients times their number."""
     rows, classes = functional.flatten(input, target)
     rows, centroid_logits, center, weight = functional.to_arithmetic_dtype(rows, centroid_logits, center, weight)
+    if options.separation_focus and backend != "reference":
+        focused = (classes, centroid_logits, center, weight, options, backend, stats, None)
+        return _focus.loss(rows, *focused, group=group, seen=means)
     others = (classes, center, weight, options, backend, stats, group, means)
     return _GroupLoss.apply(rows, centroid_logits, others)
 
@@ -221,13 +174,17 @@ def centroid_gradient(
     weight: Tensor | None,
     options: Options,
     backend: str,
-    stats: _ops.CentroidStats | None,
+    stats: Any,
     group: Group,
+    seen_rows: _focus.Rows | None = None,
 ) -> Tensor:
     """:func:`functional.centroid_gradient` of the batches of all processes; the same bits on each."""
     logits = centroid_logits.detach()
     rows, classes = functional.flatten(input.detach(), target)
     rows, wide, center, weight = functional.to_arithmetic_dtype(rows, logits, center, weight)
+    if options.separation_focus and backend != "reference":
+        others = (classes, wide, center, weight, options, backend, stats, seen_rows)
+        return group.all_reduce(_focus.centroid_gradient(rows, *others, group)).to(logits.dtype)
     terms, row_stats, stats = _terms(rows, classes, wide, center, weight, options, backend, stats)
     by_terms = reduced(*terms, options, group)[1]
     if row_stats is None:

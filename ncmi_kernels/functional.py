@@ -2,12 +2,13 @@
 
 import warnings
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ncmi_kernels import _backends, _ops, reference
+from ncmi_kernels import _backends, _focus, _ops, reference
 from ncmi_kernels._options import Options
 
 _NOTHING_IGNORED = torch.iinfo(torch.int64).min
@@ -104,7 +105,7 @@ def ncmi_loss(
     warn_if_degenerate(options)
     check_parameters(centroid_logits, center, weight)
     check_batch(input, target, centroid_logits)
-    return loss(input, target, centroid_logits, center, weight, options, _backends.resolve(backend, input, options))
+    return loss(input, target, centroid_logits, center, weight, options, _backends.resolve(backend, input))
 
 
 def ncmi_terms(
@@ -160,11 +161,12 @@ def ncmi_terms(
     rows, classes = flatten(input, target)
     rows, centroid_logits, center, _ = to_arithmetic_dtype(rows, centroid_logits, center, None)
     check_range(classes, len(centroid_logits), None)
-    backend = _backends.resolve(backend, input, options)
+    backend = _backends.resolve(backend, input)
     if backend == "reference":
         concentration, separated = reference.terms(rows, classes, centroid_logits, center, options)
     else:
-        concentration, separated = _ops.terms(rows, classes, centroid_logits, center, options, backend)
+        path = _focus if options.separation_focus else _ops
+        concentration, separated = path.terms(rows, classes, centroid_logits, center, options, backend)
     return concentration.reshape(target.shape), separated.reshape(target.shape)
 
 
@@ -234,10 +236,10 @@ def loss(
     weight: Tensor | None,
     options: Options,
     backend: str,
-    stats: _ops.CentroidStats | None = None,
+    stats: Any = None,
     update: _ops.CenterUpdate | None = None,
     *,
-    seen: list[Tensor] | None = None,
+    seen: list[Any] | None = None,
 ) -> Tensor:
     """:func:`ncmi_loss` on checked arguments and a resolved backend; the last three as :func:`_ops.loss` has them."""
     rows, classes = flatten(input, target)
@@ -246,7 +248,8 @@ def loss(
         check_range(classes, len(centroid_logits), options.ignore_index)
         result = reference.loss(rows, classes, centroid_logits, center, weight, options, means=seen)
     else:
-        result = _ops.loss(rows, classes, centroid_logits, center, weight, options, backend, stats, update, seen=seen)
+        path = _focus if options.separation_focus else _ops
+        result = path.loss(rows, classes, centroid_logits, center, weight, options, backend, stats, update, seen=seen)
     return result.reshape(target.shape) if options.reduction == "none" else result
 
 
@@ -258,7 +261,8 @@ def centroid_gradient(
     weight: Tensor | None,
     options: Options,
     backend: str,
-    stats: _ops.CentroidStats | None = None,
+    stats: Any = None,
+    seen_rows: _focus.Rows | None = None,
 ) -> Tensor:
     """The gradient of :func:`loss` by `centroid_logits` [C, M], in its dtype, without a graph."""
     logits = centroid_logits.detach()
@@ -269,7 +273,11 @@ def centroid_gradient(
             return torch.autograd.grad(value, leaf)[0]
     rows, classes = flatten(input.detach(), target)
     rows, wide, center, weight = to_arithmetic_dtype(rows, logits, center, weight)
-    grad = _ops.centroid_gradient(rows, classes, wide, center, weight, options, backend, stats)
+    others = (classes, wide, center, weight, options, backend, stats)
+    if options.separation_focus:
+        grad = _focus.centroid_gradient(rows, *others, seen_rows)
+    else:
+        grad = _ops.centroid_gradient(rows, *others)
     return grad.to(logits.dtype)
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ncmi_kernels import _backends, _distributed, _ops, functional, reference
+from ncmi_kernels import _backends, _distributed, _focus, _ops, functional, reference
 from ncmi_kernels._options import OPTION_NAMES, Options, check_choice
 from ncmi_kernels._watch import Watch
 
@@ -189,7 +189,7 @@ class NCMILoss(nn.Module):
         """The loss of features [B, M] (or [M], [B, M, d1, ...]) for targets [B] (or [], [B, d1, ...])."""
         logits = self._whole_centroids()
         functional.check_batch(input, target, logits)
-        backend = _backends.resolve(self.backend, input, self.options)  # raises before anything has moved
+        backend = _backends.resolve(self.backend, input)  # raises before anything has moved
         center, update = self._moved_center(input, target, logits, backend)
         if logits.requires_grad:
             stats = None
@@ -197,7 +197,7 @@ class NCMILoss(nn.Module):
                 self._stats_cache = None
         else:
             stats = self._fixed_stats(input, logits, backend)
-        seen: list[Tensor] = []
+        seen: list[Any] = []
         others = logits, center, self.weight, self.options, backend, stats
         if self._group is not None and self.training and self.options.reduction != "none":
             result = _distributed.loss(input, target, *others, self._group, seen)
@@ -216,7 +216,7 @@ class NCMILoss(nn.Module):
         """
         return None if self._last_terms is None else BatchTerms(*self._last_terms)
 
-    def _keep(self, seen: list[Tensor], input: Tensor, target: Tensor, backend: str) -> None:
+    def _keep(self, seen: list[Any], input: Tensor, target: Tensor, backend: str) -> None:
         """Keep what was seen of a batch (:func:`_ops.loss`): for `last_terms`, and for the step of the centroids."""
         if _ops.transforming() or torch.compiler.is_exporting():
             return  # the tensors would outlive the transform
@@ -248,15 +248,14 @@ class NCMILoss(nn.Module):
         states = [(t.data_ptr(), t._version, t.shape, t.stride(), t.dtype) for t in tensors]
         return states, self.options, self.center_momentum is None, backend
 
-    def _rows_of(self, input: Tensor, target: Tensor, backend: str) -> Tensor | None:
+    def _rows_of(self, input: Tensor, target: Tensor, backend: str) -> Any:
         """The statistics of a batch's rows from the last forward pass, if that had this batch and nothing moved since.
 
         The operators move no version counter of the centre; but what moves it is a forward pass, which is the last one.
         """
         if self._last_rows is None or self._last_rows[0] != self._state_of_rows(input, target, backend):
             return None
-        rows: Tensor = self._last_rows[1]
-        return rows
+        return self._last_rows[1]
 
     def _forget(self) -> None:
         """Drop what was computed of the centroids and kept, for changes that no version counter sees."""
@@ -294,15 +293,15 @@ class NCMILoss(nn.Module):
         logits = self._whole_centroids()
         self._check_one_loss()
         functional.check_batch(features, target, logits)
-        backend = _backends.resolve(self.backend, features, self.options)
+        backend = _backends.resolve(self.backend, features)
         center = None if self.center_momentum is None else self.center
         stats = None if logits.requires_grad else self._fixed_stats(features, logits, backend)
+        seen_rows = self._rows_of(features, target, backend) if self.options.separation_focus else None
         self._forget()  # what comes now is a step, perhaps of a fused optimiser, which moves no version counter
+        others = (logits, center, self.weight, self.options, backend, stats)
         if self._group is not None:
-            return _distributed.centroid_gradient(
-                features, target, logits, center, self.weight, self.options, backend, stats, self._group
-            )
-        return functional.centroid_gradient(features, target, logits, center, self.weight, self.options, backend, stats)
+            return _distributed.centroid_gradient(features, target, *others, self._group, seen_rows)
+        return functional.centroid_gradient(features, target, *others, seen_rows)
 
     def centroids(self) -> Tensor:
         """The centroids [C, M] as distributions: each row sums to one. Differentiable."""
@@ -497,7 +496,7 @@ class NCMILoss(nn.Module):
         self.num_batches_tracked.add_(usable)
         return self.center.clone()
 
-    def _fixed_stats(self, input: Tensor, logits: Tensor, backend: str) -> _ops.CentroidStats | None:
+    def _fixed_stats(self, input: Tensor, logits: Tensor, backend: str) -> Any:
         """The cached statistics of fixed centroids; None where they have to be computed.
 
         Keyed on the tensor, its memory (kept alive, so no other tensor can get the address) and its version
@@ -533,11 +532,11 @@ class NCMILoss(nn.Module):
             or (input.dtype == torch.float64 and logits.dtype != torch.float64)
         ):
             return None
-        stats = _ops.centroid_stats(logits, options, backend)
+        stats = (_focus if options.separation_focus else _ops).centroid_stats(logits, options, backend)
         self._keep_stats(backend, stats)
         return stats
 
-    def _keep_stats(self, backend: str, stats: _ops.CentroidStats) -> None:
+    def _keep_stats(self, backend: str, stats: Any) -> None:
         """Keep the statistics of the centroids as they are now."""
         logits = self.centroid_logits
         self._stats_cache = (logits, self.options, backend, logits._version, logits.detach(), stats)
@@ -548,9 +547,9 @@ class NCMILoss(nn.Module):
 
     def _stats_for_step(self, features: Tensor) -> tuple[_ops.CentroidStats | None, str]:
         """The backend of a step of the centroids, with the statistics of these if it can take the step in one pass."""
-        backend = _backends.resolve(self.backend, features, self.options)
+        backend = _backends.resolve(self.backend, features)
         logits = self.centroid_logits
-        one_pass = self._group is None and logits.is_contiguous()
+        one_pass = self._group is None and logits.is_contiguous() and not self.options.separation_focus
         return self._fixed_stats(features, logits, backend) if one_pass else None, backend
 
     def train(self, mode: bool = True) -> "NCMILoss":

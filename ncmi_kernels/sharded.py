@@ -8,9 +8,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ncmi_kernels import _backends, _distributed, _ops, functional, reference
+from ncmi_kernels import _backends, _ops, functional, reference
 from ncmi_kernels._distributed import Group
 from ncmi_kernels._options import Options
+from ncmi_kernels._reduction import reduced, refuse_double_backward, row_weights
 from ncmi_kernels.modules import INITIAL_LOGIT, NCMILoss
 
 NOBODY = -1  # the ignore_index of targets that were renumbered
@@ -175,7 +176,7 @@ class ShardedNCMILoss(NCMILoss):
         return self._as_dtensor(step.centroid_grad(rows, logits, None).to(local.dtype))
 
     def _stats_for_step(self, features: Tensor) -> tuple[_ops.CentroidStats | None, str]:
-        return None, _backends.resolve(self.backend, features, self.options)
+        return None, _backends.resolve(self.backend, features)
 
     def centroids(self) -> Tensor:
         """The centroids as distributions, a DTensor [C, M] like `centroid_logits`. Differentiable."""
@@ -253,7 +254,7 @@ class ShardedNCMILoss(NCMILoss):
                 f"separation_focus: got {self.options.separation_focus}, expected 0: with centroids on several "
                 "processes all classes count alike"
             )
-        backend = _backends.resolve(self.backend, input, self.options)
+        backend = _backends.resolve(self.backend, input)
         if backend == "reference":
             raise RuntimeError(
                 "backend: got 'reference', expected one with kernels: there is no reference for centroids on several "
@@ -411,8 +412,8 @@ class _Step:
         self.shard = None if shard.stats is None else of_these(shard.stats)
         for_terms = (*options.for_terms[:-1], NOBODY)
         values, self.rows = self.run.terms(input, self.lookup.target, center, *self.own, *for_terms)
-        counts = _distributed.row_weights(target, weight, options.ignore_index)
-        result, by_terms, self.means = _distributed.reduced(values[0], values[1], counts, options, group)
+        counts = row_weights(target, weight, options.ignore_index)
+        result, by_terms, self.means = reduced(values[0], values[1], counts, options, group)
         self.result = result.to(logits.dtype)
         self.rows[:, -2:] = by_terms.T
 
@@ -472,7 +473,7 @@ class _ShardedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        _distributed.refuse_double_backward("device_mesh")
+        refuse_double_backward("device_mesh")
         input, logits = ctx.saved_tensors
         grad_input = ctx.step.input_grad(input, upstream) if ctx.needs_input_grad[0] else None
         grad_logits = ctx.step.centroid_grad(input, logits, upstream) if ctx.needs_input_grad[1] else None

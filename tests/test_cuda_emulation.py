@@ -133,6 +133,19 @@ def test_every_variant(runs, separation, ratio, activation, columns):
             check(problem, bounds, **options)
 
 
+@pytest.mark.parametrize("columns", [36, 37], ids=["in 16 bytes", "one by one"])
+@pytest.mark.parametrize("activation", ["nsf", "softmax"])
+@pytest.mark.parametrize("separation", SEPARATIONS)
+def test_focus(runs, separation, activation, columns):
+    """input_grad with a table of a row for each sample, and statistics that are not those of the operators."""
+    for l2, center, ignore in itertools.product((False, True), repeat=3):
+        options = {"temperature": 0.7, "l2_normalize": l2, "activation": activation}
+        options |= {"separation": separation, "separation_focus": 5.0}
+        for dtype, bounds in ((torch.float32, FLOAT32), (torch.float64, FLOAT64)):
+            problem = make(13, 7, columns, center=center, weight=center, ignore=ignore, dtype=dtype)
+            check(problem, bounds, **options)
+
+
 # A warp a row; a block; registers no longer enough; one element at a time.
 @pytest.mark.parametrize("columns", [2, 4, 512, 516, 8192, 8200, 8201])
 @pytest.mark.parametrize("separation", SEPARATIONS)

@@ -109,6 +109,11 @@ def check_steps(sizes):
     check_step(sizes, {"separation_focus": 10.0, "weight": weight}, torch.float64, torch.float64, 1e-12)
     check_step(sizes, {"weight": weight, "center_momentum": None}, torch.float32, torch.bfloat16, 1e-6)
     check_step(sizes, {"activation": "softmax", "l2_normalize": False}, torch.float32, torch.float16, 1e-6)
+    for options in VARIANTS[:2] + VARIANTS[3:5]:
+        focused = {**options, "separation_focus": 5.0, "weight": weight}
+        check_step(sizes, {**focused, "backend": "reference"}, torch.float64, torch.float64, 1e-12)
+        check_step(sizes, focused, torch.float64, torch.float64, 1e-12)
+        check_step(sizes, focused, torch.float32, torch.bfloat16, 5e-6)
 
 
 @pytest.mark.parametrize("sizes", [SIZES_OF_TWO, SIZES], ids=["2", "4"])

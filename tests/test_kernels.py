@@ -60,6 +60,7 @@ def evaluate(problem, options: Options, backend: str, literal=False, upstream=1.
                 "reduction",
                 "eps",
                 "ignore_index",
+                "separation_focus",
             )
         }
         loss = ncmi_loss(z, target, xi, center=center, weight=weight, backend=backend, **keywords)
