@@ -77,7 +77,9 @@ def ncmi_loss(
                 w_i = \text{softmax}_v(-\text{focus} \, D_{iv} / \min_u D_{iu})
 
             where w is not differentiated. 0 is the paper's G, 10 trains networks for many classes better. The sum no
-            longer factorises: this costs O(B C M) operations and O(B C) memory, and only "reference" has it.
+            longer factorises: this costs O(B C M) operations, two matrix products as large as those of a linear head,
+            and O(B C) memory. Of these products sums are in the type of the arithmetic, and the same bits every time
+            are as far as torch.mm gives them.
         backend: None for the fastest that can run, or one by name: "cpu" (C++), "cuda" (CUDA C++), "triton" or
             "reference" (PyTorch).
 

@@ -47,7 +47,7 @@ class NCMILoss(nn.Module):
         reduction: "mean", and for ratio "sample" also "sum" and "none".
         eps: added to the separation; > 0.
         separation_focus: >= 0; above 0 near classes count for more in the separation (:func:`ncmi_loss`). 10 trains
-            better where there are many classes, with `learn_centroids`; runs in PyTorch, not in the kernels.
+            better where there are many classes, with `learn_centroids`.
         backend: None, "cpu", "cuda", "triton" or "reference".
         process_group: a `torch.distributed.ProcessGroup` whose processes share the loss in training mode, each with a
             batch of its own; None for this process alone. See below.

@@ -422,6 +422,7 @@ def test_command_line(tmp_path, capsys):
         ("ce", "cross-entropy"),
         ("ncmi", "NCMI"),
         ("ncmi", "NCMI, focus"),
+        ("ncmi", "NCMI, focus, fixed"),
     }
     before = file.read_bytes()
     main([*arguments, "--seeds", "1"])  # nothing is left to do
@@ -429,7 +430,7 @@ def test_command_line(tmp_path, capsys):
     assert "0 networks trained" in capsys.readouterr().err
     main([*arguments, "--seeds", "2", "--work-dir", str(tmp_path / "work")])
     assert file.read_bytes().startswith(before)
-    assert [row["seed"] for row in runner.read_rows(file)] == ["0"] * 3 + ["1"] * 3
+    assert [row["seed"] for row in runner.read_rows(file)] == ["0"] * 4 + ["1"] * 4
     assert not list((tmp_path / "work").iterdir())
     for bad, message in (
         (["--data-dir", str(tmp_path), "--data", "cifar-100"], "train: not there"),
@@ -467,7 +468,7 @@ def test_two_processes_at_once(tmp_path, monkeypatch):
 
     monkeypatch.setitem(command["main"].__globals__, "results", results)
     command["main"](["compare", "--data", "digits", "--seeds", "2", "--output", str(file)])
-    assert len(runner.read_rows(file)) == 6
+    assert len(runner.read_rows(file)) == 8
 
 
 def test_report():

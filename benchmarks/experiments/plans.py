@@ -68,14 +68,18 @@ TASKS = {
 
 
 def compare(datasets: Iterable[str], seeds: int, epochs: int | None) -> list[Run]:
-    """The losses on the same network with the same budget."""
-    return [
-        Run("compare", dataset, task.network, name, setting, seed, epochs or task.epochs)
-        for dataset in datasets
-        for task in (TASKS[dataset],)
-        for seed in range(seeds)
-        for name, setting in task.settings.items()
-    ]
+    """The losses on the same network with the same budget; focus with fixed centroids too."""
+    runs = []
+    for dataset in datasets:
+        task = TASKS[dataset]
+        fixed = dataclasses.replace(task.settings["NCMI, focus"], centroid_lr=0.0)
+        settings = {**task.settings, "NCMI, focus, fixed": fixed}
+        runs += [
+            Run("compare", dataset, task.network, name, setting, seed, epochs or task.epochs)
+            for seed in range(seeds)
+            for name, setting in settings.items()
+        ]
+    return runs
 
 
 def variants(base: Setting, centroid_lr: float) -> dict[str, Setting]:
@@ -192,7 +196,11 @@ def networks(datasets: Iterable[str], seeds: int, epochs: int | None) -> list[Ru
 def checkpoints(datasets: Iterable[str], seeds: int, epochs: int | None) -> list[Run]:
     """NCMI and accuracy on the way through training."""
     return [
-        dataclasses.replace(run, experiment="checkpoints", checkpoints=14) for run in compare(datasets, seeds, epochs)
+        Run("checkpoints", dataset, task.network, name, setting, seed, epochs or task.epochs, checkpoints=14)
+        for dataset in datasets
+        for task in (TASKS[dataset],)
+        for seed in range(seeds)
+        for name, setting in task.settings.items()
     ]
 
 
