@@ -443,10 +443,10 @@ def test_command_line(tmp_path, capsys):
     whole, header = file.read_text(), ",".join(reader.fieldnames)
     for text, message in (
         ("a,b\n", "out.csv: got columns ['a', 'b']"),
-        (whole[:-1], "out.csv, line 7: got ['compare', 'digits'"),  # the last number may have had more digits
-        (whole[:-60], "out.csv, line 7: got ['compare', 'digits'"),
+        (whole[:-1], "out.csv, line 9: got ['compare', 'digits'"),  # the last number may have had more digits
+        (whole[:-60], "out.csv, line 9: got ['compare', 'digits'"),
         (whole[: len(header) + 20], "out.csv, line 2: got ['compare', 'digits'"),
-        (whole[:-9] + whole[len(header) + 1 :], "out.csv, line 7: got ['compare', 'digits'"),
+        (whole[:-9] + whole[len(header) + 1 :], "out.csv, line 9: got ['compare', 'digits'"),
     ):
         file.write_text(text)
         with pytest.raises(SystemExit):
