@@ -141,7 +141,8 @@ def input_grad(
         # The operator's (p - q_mean) + (q_y - p) / C, with q_mean = 0 and C = 1, is q_y: what takes its place.
         table = stats.operators.log_activation.index_select(0, rows.classes)
         activation = torch.addmm(rows.distribution, rows.nearness, stats.distribution, alpha=-1)
-        of_centroids = stats.operators.reference * stats.operators.reference.new_tensor([[1.0], [0.0]])
+        of_centroids = stats.operators.reference.clone()
+        of_centroids[1] = 0
         norms[-1, CLASSES] = 1
         of_rows[:, BY_CONCENTRATION] = by_concentration
         of_rows[:, BY_SEPARATION] = by_all_others
@@ -231,6 +232,7 @@ class _Loss(torch.autograd.Function):
             if not torch.compiler.is_compiling():
                 seen.append(rows)
         ctx.save_for_backward(input, target, centroid_logits)
+        ctx.given_center = _ops.given_center(center)
         ctx.kept = center, weight, options, backend, stats, rows, by_terms, group
         return result.to(stats.relative.dtype)
 
@@ -238,6 +240,7 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         input, target, centroid_logits = ctx.saved_tensors
         center, weight, options, backend, stats, rows, by_terms, group = ctx.kept
+        _ops.check_unchanged(center=ctx.given_center)
         wanted = ctx.needs_input_grad
         if _ops._plain_backward():
             by_terms = by_terms * upstream
@@ -268,14 +271,14 @@ class _Terms(torch.autograd.Function):
         with reference.no_autocast(input.device):
             stats = centroid_stats(centroid_logits, options, backend)
             rows = compute_rows(input, target, center, stats, options, backend)
-        ctx.save_for_backward(input, target, centroid_logits)
-        ctx.kept = center, options, backend, stats, rows
+        ctx.save_for_backward(input, target, centroid_logits, center)
+        ctx.kept = options, backend, stats, rows
         return rows.concentration.clone(), rows.separation.clone()
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        input, target, centroid_logits = ctx.saved_tensors
-        center, options, backend, stats, rows = ctx.kept
+        input, target, centroid_logits, center = ctx.saved_tensors
+        options, backend, stats, rows = ctx.kept
         wanted = ctx.needs_input_grad
         if _ops._plain_backward():
             by_terms = torch.stack(upstream).double()

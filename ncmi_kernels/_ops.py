@@ -148,6 +148,28 @@ def _plain_backward() -> bool:
     return not (torch.is_grad_enabled() or transforming()) or torch.compiler.is_compiling()
 
 
+Given = tuple[Tensor, int] | None  # a tensor that the graph uses and does not own, with its version
+
+
+def given_center(center: Tensor | None) -> Given:
+    """A centre that nothing but its version tells of a change.
+
+    Not saved as other tensors are: a forward pass that torch.utils.checkpoint repeats finds a centre that moved on.
+    """
+    if center is None or torch.compiler.is_compiling() or center.is_inference():
+        return None
+    return center, center._version
+
+
+def check_unchanged(**tensors: Given) -> None:
+    """Raise RuntimeError for one that was modified since the forward pass."""
+    for name, given in tensors.items():
+        if given is not None and given[0]._version != given[1]:
+            raise RuntimeError(
+                f"{name}: modified by an inplace operation since the forward pass, expected the backward pass first"
+            )
+
+
 class _Loss(torch.autograd.Function):
     """The loss, of the arguments of :func:`loss`; what is not differentiated comes in one, as each costs time."""
 
@@ -172,10 +194,7 @@ class _Loss(torch.autograd.Function):
         # Statistics that were given, a step of the centroids overwrites. Autograd sees that it moves the centroids, but
         # not where hooks on saved tensors put copies in their place.
         ctx.given = None if stats is None else (centroid_logits, centroid_logits._version)
-        # Not saved as the others are: a forward pass that torch.utils.checkpoint repeats finds a centre that moved on.
-        ctx.given_center = None
-        if not (center is None or update is not None or torch.compiler.is_compiling() or center.is_inference()):
-            ctx.given_center = center, center._version
+        ctx.given_center = None if update is not None else given_center(center)
         if stats is None:
             stats = centroid_stats(centroid_logits, options, backend)
         moving = (center, None, None, 0.0) if update is None else (None, center, *update)
@@ -203,11 +222,7 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         input, target, centroid_logits = ctx.saved_tensors
         center, weight, stats, rows, options, backend = ctx.kept
-        for name, given in (("centroid_logits", ctx.given), ("center", ctx.given_center)):
-            if given is not None and given[0]._version != given[1]:
-                raise RuntimeError(
-                    f"{name}: modified by an inplace operation since the forward pass, expected the backward pass first"
-                )
+        check_unchanged(centroid_logits=ctx.given, center=ctx.given_center)
         if _plain_backward():
             grads = _grads(
                 ctx.needs_input_grad,

@@ -436,3 +436,14 @@ def test_autocast_changes_nothing(backend):
     assert torch.equal(actual, expected)
     for a, e in zip(grads, torch.autograd.grad(expected, (z, xi)), strict=True):
         assert torch.equal(a, e)
+
+
+def test_what_moves_before_the_backward_pass():
+    z, target, xi = problem()
+    center = torch.randn(COLUMNS, dtype=torch.float64)
+    for moved, name in ((center, "center"), (xi, "modified by an inplace operation")):
+        loss = ncmi_loss(z, target, xi, center=center, separation_focus=10.0)
+        with torch.no_grad():
+            moved.add_(1)
+        with pytest.raises(RuntimeError, match=name):
+            loss.backward()

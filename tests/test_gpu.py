@@ -70,11 +70,13 @@ def same_bits(actual, expected):
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("learn", [False, True])
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
-def test_a_captured_training_step_gives_the_bits_of_an_eager_one(backend, ratio, learn, dtype):
+@pytest.mark.parametrize("focus", [0.0, 10.0])
+def test_a_captured_training_step_gives_the_bits_of_an_eager_one(backend, ratio, learn, dtype, focus):
     """Forward, backward and the optimiser's step in one graph; the features are what is trained."""
     start, _ = problem(96, 10, 200, dtype)
     targets = torch.randint(10, (9, 96), device="cuda")
-    fresh = NCMILoss(10, 200, ratio=ratio, learn_centroids=learn, backend=backend, device="cuda")
+    options = {"ratio": ratio, "separation_focus": focus, "learn_centroids": learn}
+    fresh = NCMILoss(10, 200, backend=backend, device="cuda", **options)
 
     def train(graphed):
         criterion = copy.deepcopy(fresh)
@@ -236,8 +238,10 @@ def test_the_current_stream_is_used(backend, ratio, learn):
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("learn", [False, True])
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
-def test_the_host_never_waits(backend, ratio, learn, dtype):
-    criterion = NCMILoss(10, 300, ratio=ratio, learn_centroids=learn, backend=backend, device="cuda")
+@pytest.mark.parametrize("focus", [0.0, 10.0])
+def test_the_host_never_waits(backend, ratio, learn, dtype, focus):
+    options = {"ratio": ratio, "separation_focus": focus, "learn_centroids": learn}
+    criterion = NCMILoss(10, 300, backend=backend, device="cuda", **options)
     z, y = problem(64, 10, 300, dtype)
     step(criterion, z, y)
     torch.cuda.set_sync_debug_mode("error")
