@@ -11,12 +11,12 @@ used more than their share of the time. A step starts with no gradients allocate
 - forward+backward: the same step to the end, the graph freed;
 - no-grad forward: the same criterion, still in training mode, under torch.no_grad().
 Steps that compile or load code, and a few rounds more, are thrown away. Reported are the median and the 20th
-and 80th percentile. `ratio_to_cross_entropy` is the median over the rounds of the quotient with the
-cross_entropy step of the round before. The quotient of the two medians would compare steps from different
-moments; on a machine whose speed drifts (neighbours, clock frequency) the halves of a pair drift together.
-In its own round a slow step would lower its own ratio: it empties the caches, and half of the time cross_entropy
-comes after it. `ratio_to_head`, of "ncmi focus" alone, is the same with the "cross_entropy with head" step of its own
-round: it takes part in no others.
+and 80th percentile. `ratio_to_cross_entropy` is the median over the rounds of the quotient with the median
+cross_entropy step of the three rounds before. The quotient of the two medians would compare steps from
+different moments; on a machine whose speed drifts (neighbours, clock frequency) the halves of a pair drift
+together. In its own round a slow step would lower its own ratio: it empties the caches, and half of the time
+cross_entropy comes after it. And what has one step alone would have the noise of one cross_entropy.
+`ratio_to_head`, of "ncmi focus" alone, is the same with the "cross_entropy with head" step of its own round.
 
 The allocator keeps its defaults, as it does for users. glibc hands large freed blocks back to the system, and
 touching new pages may then cost more than the arithmetic; so the minor page faults of a step are reported
@@ -35,6 +35,7 @@ import random
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
@@ -56,6 +57,7 @@ import ncmi_kernels
 MODES = (FORWARD, FULL, NO_GRAD)
 
 WARM_UP_ROUNDS = 3
+PRICE_ROUNDS = 3
 MIN_ROUNDS = 20
 MAX_ROUNDS = 2000
 QUICK_LITERAL_BYTES = 2**28
@@ -206,21 +208,22 @@ class Keeper:
     """Puts the results of rounds where they belong, with the quotients of steps."""
 
     def __init__(self) -> None:
-        self._price: dict[str, Sample] = {}  # of cross_entropy in the round before
+        self._before: deque[dict[str, Sample]] = deque(maxlen=PRICE_ROUNDS)  # of cross_entropy
 
     def keep(self, due: Sequence[Measurement], results: Sequence[dict[str, Sample]], number: int) -> None:
         """Of a round; one of a negative number is for warming up."""
         found = {each.candidate.name: result for each, result in zip(due, results, strict=True)}
         for measurement, result in zip(due, results, strict=True) if number >= 0 else ():
             candidate = measurement.candidate
-            price = result if candidate is CROSS_ENTROPY else self._price
+            prices = [result] if candidate is CROSS_ENTROPY else self._before
             beside = found.get(candidate.beside)
             for mode, sample in result.items():
                 measurement.samples[mode].append(sample)
-                measurement.ratios[mode].append(sample.microseconds / price[mode].microseconds)
+                price = median(each[mode].microseconds for each in prices)
+                measurement.ratios[mode].append(sample.microseconds / price)
                 if beside is not None:
                     measurement.ratios_beside[mode].append(sample.microseconds / beside[mode].microseconds)
-        self._price = found[CROSS_ENTROPY.name]
+        self._before.append(found[CROSS_ENTROPY.name])
 
 
 def fill(measurements: Sequence[Measurement], z: Tensor, y: Tensor, deadline: float) -> None:

@@ -323,7 +323,7 @@ class Implementation:
         traffic: what a step has to move.
         share: of the measuring time; it sits out rounds while it has used more. 1 never sits out. (bench_gpu.py and
             bench_scaling.py give all the same share.)
-        beside: the name of another one, whose rounds are its rounds.
+        beside: the name of another one of the same share, with which it has that share and all rounds in common.
         heavy: a step may take seconds and gigabytes, so it is not run more often than needed.
         kernels: one of this package's.
         compiled: its first step runs torch.compile.
@@ -387,7 +387,7 @@ NCMI_LEARNT, NCMI_CENTROIDS = _OURS["batch, learnt"], _OURS["batch + centroids"]
 NCMI_STATISTICS = Implementation("ncmi statistics", CentroidStatistics, kernels=True)
 KERNELS = (NCMI_BATCH, NCMI_SAMPLE, NCMI_LEARNT, NCMI_CENTROIDS)
 NCMI_FOCUS = Implementation(
-    "ncmi focus", lambda shape: ncmi(shape, separation_focus=10.0), beside=CROSS_ENTROPY_WITH_HEAD.name
+    "ncmi focus", lambda shape: ncmi(shape, separation_focus=10.0), share=0.15, beside=CROSS_ENTROPY_WITH_HEAD.name
 )
 
 _PLAIN = NCMI_BATCH.traffic
@@ -442,11 +442,11 @@ def run_rounds(
     """Rounds without the garbage collector, until the deadline.
 
     Args:
-        entries: of which the slow ones sit out rounds.
+        entries: of which the slow ones sit out rounds. Where all would, the light ones take part.
         take: takes the round of those that are due, adds to their `spent`, and is given the number of the round,
             negative in warm-up, and what to draw an order from.
-        deadline: a reading of time.perf_counter. What the heavy ones use is put on top: a step of seconds must not
-            cost the others their repetitions.
+        deadline: a reading of time.perf_counter. What the heavy ones use is put on top, and is not part of the time
+            that the others have a share of: a step of seconds must not cost them their repetitions.
         least: rounds, whatever the deadline is.
         most: rounds.
         each: the first rounds, which nothing sits out.
@@ -454,21 +454,26 @@ def run_rounds(
         warm_up: rounds before these, for what never sits out.
     """
     order = random.Random(0)
-    leaders = {entry.candidate.name: entry for entry in entries}
+    light = [entry for entry in entries if not entry.candidate.heavy]
     began = time.perf_counter()
 
     def is_due(entry: AnyEntry, number: int, elapsed: float) -> bool:
-        entry = leaders.get(entry.candidate.beside, entry)
-        share = max_share or entry.candidate.share
-        return share == 1 or 0 <= number < each or (number >= 0 and entry.spent <= share * elapsed)
+        mine, share = entry.candidate, max_share or entry.candidate.share
+        if share == 1 or number < 0:
+            return share == 1
+        pair = [
+            other for other in entries if mine.name == other.candidate.beside or mine.beside == other.candidate.name
+        ]
+        return number < each or sum(other.spent for other in (entry, *pair)) <= share * elapsed
 
     gc.collect()
     gc.disable()
     try:
         for number in range(-warm_up, most):
-            now = time.perf_counter()
-            if number >= least and now > deadline + sum(entry.spent for entry in entries if entry.candidate.heavy):
+            now = time.perf_counter() - sum(entry.spent for entry in entries if entry.candidate.heavy)
+            if number >= least and now > deadline:
                 break
-            take([entry for entry in entries if is_due(entry, number, now - began)], number, order)
+            due = [entry for entry in entries if is_due(entry, number, now - began)]
+            take(due or [*light], number, order)
     finally:
         gc.enable()
