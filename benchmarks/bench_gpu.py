@@ -25,7 +25,6 @@ cross-entropy overwrites its input, and has one of its own.
 
 import argparse
 import csv
-import gc
 import importlib.metadata
 import json
 import random
@@ -58,6 +57,7 @@ from cases import (
     Shape,
     batch,
     kernels,
+    run_rounds,
 )
 from devices import Cpu, Cuda, Device, describe_machine, driver_version, free_bytes
 from gpu_results import (
@@ -293,24 +293,23 @@ def _warm_up(timed: Timed, device: Device) -> None:
         timed.peak = device.peak(step.run)
 
 
-def run_rounds(timed: Sequence[Timed], device: Device, deadline: float, max_share: float = MAX_SHARE) -> None:
+def time_steps(
+    timed: Sequence[Timed],
+    device: Device,
+    deadline: float,
+    *,
+    least: int | None = None,
+    max_share: float = MAX_SHARE,
+) -> None:
     """Fill in the samples until the deadline, a reading of time.perf_counter; at least MIN_ROUNDS of each."""
-    order = random.Random(0)
-    began = time.perf_counter()
-    gc.collect()
-    gc.disable()
-    try:
-        for number in range(MAX_ROUNDS):
-            if number >= MIN_ROUNDS and time.perf_counter() > deadline:
-                break
-            elapsed = time.perf_counter() - began
-            due = [each for each in timed if number < MIN_ROUNDS or each.spent <= max_share * elapsed]
-            order.shuffle(due)
-            for each in due:
-                if each.step is not None:
-                    _sample(each, each.step, device)
-    finally:
-        gc.enable()
+
+    def take(due: list[Timed], number: int, order: random.Random) -> None:
+        order.shuffle(due)
+        for each in due:
+            if each.step is not None:
+                _sample(each, each.step, device)
+
+    run_rounds(timed, take, deadline, least=least or MIN_ROUNDS, most=MAX_ROUNDS, each=MIN_ROUNDS, max_share=max_share)
 
 
 def _sample(timed: Timed, step: Step, device: Device) -> None:
@@ -422,7 +421,7 @@ def measure_times(
             for implementation in implementations
             for each in prepare(implementation, shape, z, y, wanted, bench.device, spare)
         ]
-        run_rounds(timed, bench.device, max(now + share, time.perf_counter() + share / 4))
+        time_steps(timed, bench.device, max(now + share, time.perf_counter() + share / 4))
         bench.write(*(bench.timed_row(shape, dtype, each) for each in timed))
         del timed, z, y
 

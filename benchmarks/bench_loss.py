@@ -11,9 +11,12 @@ used more than their share of the time. A step starts with no gradients allocate
 - forward+backward: the same step to the end, the graph freed;
 - no-grad forward: the same criterion, still in training mode, under torch.no_grad().
 Steps that compile or load code, and a few rounds more, are thrown away. Reported are the median and the 20th
-and 80th percentile. `ratio_to_cross_entropy` is the median over the rounds of the quotient with the
-cross_entropy step of the same round. The quotient of the two medians would compare steps from different
-moments; on a machine whose speed drifts (neighbours, clock frequency) the halves of a pair drift together.
+and 80th percentile. `ratio_to_cross_entropy` is the median over the rounds of the quotient with the median
+cross_entropy step of the three rounds before. The quotient of the two medians would compare steps from
+different moments; on a machine whose speed drifts (neighbours, clock frequency) the halves of a pair drift
+together. In its own round a slow step would lower its own ratio: it empties the caches, and half of the time
+cross_entropy comes after it. And what has one step alone would have the noise of one cross_entropy.
+`ratio_to_head`, of "ncmi focus" alone, is the same with the "cross_entropy with head" step of its own round.
 
 The allocator keeps its defaults, as it does for users. glibc hands large freed blocks back to the system, and
 touching new pages may then cost more than the arithmetic; so the minor page faults of a step are reported
@@ -28,11 +31,11 @@ found. Code was loaded and compiled, and threads were started, by a step of anot
 """
 
 import argparse
-import gc
 import random
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
@@ -41,7 +44,7 @@ from typing import Any, NamedTuple
 
 import torch
 from arguments import output, positive, seconds
-from cases import CROSS_ENTROPY, DTYPE, IMPLEMENTATIONS, SHAPES, Implementation, Shape, batch
+from cases import CROSS_ENTROPY, DTYPE, IMPLEMENTATIONS, SHAPES, Implementation, Shape, batch, run_rounds
 from devices import CPU, describe_machine, memory_worker, peak_of
 from gpu_results import FORWARD, FULL, NO_GRAD
 from records import Measured, spread, write_rows
@@ -54,6 +57,7 @@ import ncmi_kernels
 MODES = (FORWARD, FULL, NO_GRAD)
 
 WARM_UP_ROUNDS = 3
+PRICE_ROUNDS = 3
 MIN_ROUNDS = 20
 MAX_ROUNDS = 2000
 QUICK_LITERAL_BYTES = 2**28
@@ -82,6 +86,7 @@ class Row(Measured):
     p20_us: float | None = None
     p80_us: float | None = None
     ratio_to_cross_entropy: float | None = None
+    ratio_to_head: float | None = None
     peak_extra_bytes: int | None = None
     later_peak_extra_bytes: int | None = None
     minor_faults_per_step: float | None = None
@@ -165,13 +170,14 @@ def step_peaks(name: str, shape: Shape, threads: int) -> tuple[int | None, int |
 class Measurement:
     """What is known of one implementation at one shape."""
 
-    implementation: Implementation
+    candidate: Implementation
     criterion: nn.Module | None = None
     note: str = ""
     peaks: tuple[int | None, int | None] = (None, None)
     spent: float = 0.0
     samples: dict[str, list[Sample]] = field(default_factory=lambda: {mode: [] for mode in MODES})
     ratios: dict[str, list[float]] = field(default_factory=lambda: {mode: [] for mode in MODES})
+    ratios_beside: dict[str, list[float]] = field(default_factory=lambda: {mode: [] for mode in MODES})
 
 
 def prepare(implementation: Implementation, shape: Shape, threads: int, worker: Executor) -> Measurement:
@@ -184,34 +190,7 @@ def prepare(implementation: Implementation, shape: Shape, threads: int, worker: 
     return Measurement(implementation, criterion, peaks=peaks)
 
 
-def run_rounds(measurements: Sequence[Measurement], z: Tensor, y: Tensor, deadline: float) -> None:
-    """Fill in the samples and ratios until the deadline, a reading of time.perf_counter."""
-    order = random.Random(0)
-    running = [measurement for measurement in measurements if measurement.criterion is not None]
-    began = time.perf_counter()
-    gc.collect()
-    gc.disable()
-    try:
-        for number in range(-WARM_UP_ROUNDS, MAX_ROUNDS):
-            now = time.perf_counter()
-            # What a step of seconds has used is given back: it must not cost the others their repetitions.
-            heavy = sum(measurement.spent for measurement in running if measurement.implementation.heavy)
-            if number >= MIN_ROUNDS and now > deadline + heavy:
-                break
-            due = [
-                measurement
-                for measurement in running
-                if measurement.implementation.share == 1
-                or (number >= 0 and measurement.spent <= measurement.implementation.share * (now - began))
-            ]
-            results = _round(due, z, y, order)
-            if number >= 0:
-                _keep(due, results)
-    finally:
-        gc.enable()
-
-
-def _round(due: Sequence[Measurement], z: Tensor, y: Tensor, order: random.Random) -> list[dict[str, Sample]]:
+def take_round(due: Sequence[Measurement], z: Tensor, y: Tensor, order: random.Random) -> list[dict[str, Sample]]:
     """One step of each, trained and without gradients, in random order; one dict by mode for each."""
     results: list[dict[str, Sample]] = [{} for _ in due]
     steps = [(index, step) for index in range(len(due)) for step in (train_step, no_grad_step)]
@@ -225,14 +204,39 @@ def _round(due: Sequence[Measurement], z: Tensor, y: Tensor, order: random.Rando
     return results
 
 
-def _keep(due: Sequence[Measurement], results: Sequence[dict[str, Sample]]) -> None:
-    price = next(
-        result for measurement, result in zip(due, results, strict=True) if measurement.implementation is CROSS_ENTROPY
+class Keeper:
+    """Puts the results of rounds where they belong, with the quotients of steps."""
+
+    def __init__(self) -> None:
+        self._before: deque[dict[str, Sample]] = deque(maxlen=PRICE_ROUNDS)  # of cross_entropy
+
+    def keep(self, due: Sequence[Measurement], results: Sequence[dict[str, Sample]], number: int) -> None:
+        """Of a round; one of a negative number is for warming up."""
+        found = {each.candidate.name: result for each, result in zip(due, results, strict=True)}
+        for measurement, result in zip(due, results, strict=True) if number >= 0 else ():
+            candidate = measurement.candidate
+            prices = [result] if candidate is CROSS_ENTROPY else self._before
+            beside = found.get(candidate.beside)
+            for mode, sample in result.items():
+                measurement.samples[mode].append(sample)
+                price = median(each[mode].microseconds for each in prices)
+                measurement.ratios[mode].append(sample.microseconds / price)
+                if beside is not None:
+                    measurement.ratios_beside[mode].append(sample.microseconds / beside[mode].microseconds)
+        self._before.append(found[CROSS_ENTROPY.name])
+
+
+def fill(measurements: Sequence[Measurement], z: Tensor, y: Tensor, deadline: float) -> None:
+    """Fill in the samples and ratios until the deadline, a reading of time.perf_counter."""
+    keeper = Keeper()
+    run_rounds(
+        [measurement for measurement in measurements if measurement.criterion is not None],
+        lambda due, number, order: keeper.keep(due, take_round(due, z, y, order), number),
+        deadline,
+        least=MIN_ROUNDS,
+        most=MAX_ROUNDS,
+        warm_up=WARM_UP_ROUNDS,
     )
-    for measurement, result in zip(due, results, strict=True):
-        for mode, sample in result.items():
-            measurement.samples[mode].append(sample)
-            measurement.ratios[mode].append(sample.microseconds / price[mode].microseconds)
 
 
 def measure(shape: Shape, threads: int, budget: float, worker: Executor, *, quick: bool = False) -> list[Row]:
@@ -261,7 +265,7 @@ def measure(shape: Shape, threads: int, budget: float, worker: Executor, *, quic
             measurements.append(Measurement(implementation, note=note))
         else:
             measurements.append(prepare(implementation, shape, threads, worker))
-    run_rounds(measurements, z, y, max(start + budget, time.perf_counter() + budget / 3))
+    fill(measurements, z, y, max(start + budget, time.perf_counter() + budget / 3))
     common = {**describe_machine(), **shape._asdict(), "threads": threads}
     common["dtype"] = str(DTYPE).removeprefix("torch.")
     return [Row(**common, **_summary(measurement, mode)) for measurement in measurements for mode in MODES]
@@ -269,16 +273,17 @@ def measure(shape: Shape, threads: int, budget: float, worker: Executor, *, quic
 
 def _summary(measurement: Measurement, mode: str) -> dict[str, Any]:
     summary: dict[str, Any] = {
-        "implementation": measurement.implementation.name,
+        "implementation": measurement.candidate.name,
         "mode": mode,
         "note": measurement.note,
     }
-    samples = measurement.samples[mode]
+    samples, beside = measurement.samples[mode], measurement.ratios_beside[mode]
     if not samples:
         return summary
     return summary | {
         **spread([sample.microseconds for sample in samples]),
         "ratio_to_cross_entropy": round(median(measurement.ratios[mode]), 4),
+        "ratio_to_head": round(median(beside), 4) if beside else None,
         "peak_extra_bytes": measurement.peaks[0] if mode == FULL else None,
         "later_peak_extra_bytes": measurement.peaks[1] if mode == FULL else None,
         "minor_faults_per_step": round(sum(sample.faults for sample in samples) / len(samples), 1),
@@ -309,7 +314,7 @@ def make_table(rows: Sequence[Row]) -> Table:
         table.add_column(name, no_wrap=True)
     names = list(dict.fromkeys(row.implementation for row in rows))
     for name in names:
-        table.add_column(name, justify="right", max_width=22)
+        table.add_column(name, justify="right", max_width=24)
     found = {((row.B, row.C, row.M, row.threads), row.implementation, row.mode): row for row in rows}
     for case in dict.fromkeys(key[0] for key in found):
         cells = [_cell({mode: found[case, name, mode] for mode in MODES}) for name in names]

@@ -12,7 +12,8 @@ From one base shape each size is varied on its own (cases.SCALING_BASE, SCALING_
 But for the statistics it is forward and backward, down to the features.
 
 Time: the implementations run interleaved as in bench_gpu.py (wall time on a CPU; on a GPU cold, by events), until their
-part of --budget is over and at least five times each; one that has used more than a third of the time sits out rounds.
+part of --budget is over and for 20 rounds at least; from the sixth on one that has used more than a third of the time
+sits out rounds. What the literal form uses is put on top of the part, so that the others do not go short.
 Memory, `peak_extra_bytes`: what a step allocates at once, at most, on top of what was there (devices.py). It is a
 later step, not the first: parameters and the statistics of fixed centroids are there before it.
 
@@ -34,7 +35,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from arguments import at_least, output, positive, seconds
-from bench_gpu import MAX_LEAD_US, Step, Timed, run_rounds
+from bench_gpu import MAX_LEAD_US, Step, Timed, time_steps
 from cases import (
     CROSS_ENTROPY_WITH_HEAD,
     DTYPE,
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
 IMPLEMENTATIONS = (NCMI_LEARNT, NCMI_CENTROIDS, NCMI_STATISTICS, LITERAL, CROSS_ENTROPY_WITH_HEAD)
 STATISTICS = "statistics"
 CAPS = ("time: ", "memory: ")
+LEAST_ROUNDS = 20
 MAX_SHARE = 1 / 3
 
 
@@ -173,13 +175,14 @@ def measure(
     worker: Executor | None,
 ) -> list[dict[str, Any]]:
     """The columns of a shape's rows that differ; `notes` are of those that are left out."""
-    end = time.perf_counter() + budget
+    start = time.perf_counter()
     timed = [
         Timed(each, FULL, note=notes[each.name]) if notes[each.name] else prepare(each, point.shape, device, worker)
         for each in implementations
     ]
     running = [each for each in timed if each.step is not None]
-    run_rounds(running, device, end, MAX_SHARE)
+    deadline = max(start + budget, time.perf_counter() + budget / 3)  # memory and warm-up take a part of it
+    time_steps(running, device, deadline, least=LEAST_ROUNDS, max_share=MAX_SHARE)
     rows = [
         {
             "axis": point.axis,

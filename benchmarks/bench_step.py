@@ -7,10 +7,12 @@ Float32, medians, everything that a table compares interleaved in random order i
 Steps. The demo's convolutional network, on noise of the size of its images: what they show changes no time. Its last
 layer is the linear head, to C logits for cross-entropy and to M features for NCMI, and counts as the network's. A step
 is cut where the features leave the network; its phases are the network's forward pass, the loss, its gradient by the
-features (and, "jointly", by the centroids), the network's backward pass, the step of torch.optim.SGD ("jointly" with
-the centroids), and where the centroids alternate with the network, the step of CentroidSGD. `share` is that of the
-loss, forward and backward, and the centroid step in the whole step: the median of the quotients of each step. On a GPU
-the phases lie between CUDA events in the stream, so a phase that the device waits in for the host has that time too.
+features (and, "jointly", by the centroids), the network's backward pass, the network's step of torch.optim.SGD, and
+the centroids' step: of CentroidSGD where they alternate with the network, of torch.optim.SGD where they train jointly.
+There it is a call of its own, to be timed, and does what the README's group in the network's optimiser would do.
+`share` is that of the loss, forward and backward, and the centroid step in the whole step: the median of the quotients
+of each step. On a GPU the phases lie between CUDA events in the stream, so a phase that the device waits in for the
+host has that time too.
 
 Centroid steps (CPU; bench_gpu.py has those of a GPU). From features without a graph, by CentroidSGD, with and without a
 forward pass of the same features before it (not timed: it belongs to the network's step); and by what it replaces, the
@@ -103,15 +105,14 @@ class Training:
         self.device = device
         self.network = convolutional(outputs).to(device)
         self.criterion: nn.Module = nn.CrossEntropyLoss()
-        self.centroid_optimizer = None
-        groups: list[dict[str, Any]] = [{"params": list(self.network.parameters())}]
+        self.centroid_optimizer: Any = None
         if method != "cross-entropy":
             self.criterion = NCMILoss(task.C, task.M, learn_centroids=method == "NCMI, jointly", device=device)
             if method == "NCMI, jointly":
-                groups.append({"params": list(self.criterion.parameters()), "lr": CENTROID_LR})
+                self.centroid_optimizer = torch.optim.SGD(self.criterion.parameters(), CENTROID_LR, momentum=0.9)
             elif method == "NCMI, alternating":
                 self.centroid_optimizer = CentroidSGD(self.criterion, CENTROID_LR, 0.9)
-        self.optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9, weight_decay=5e-4)
+        self.optimizer = torch.optim.SGD(self.network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
         self.images = torch.randn(task.B, *task.image, device=device)
         self.target = torch.randint(task.C, (task.B,), device=device)
 
@@ -119,6 +120,7 @@ class Training:
         """Microseconds of each phase."""
         clock = Clock(self.device)
         self.optimizer.zero_grad()
+        self.criterion.zero_grad()
         outputs = self.network(self.images)
         clock.lap("network forward")
         leaf = outputs.detach().requires_grad_()
@@ -131,7 +133,10 @@ class Training:
         self.optimizer.step()
         clock.lap("network optimizer")
         if self.centroid_optimizer is not None:
-            self.centroid_optimizer.step(leaf, self.target)
+            if isinstance(self.centroid_optimizer, CentroidSGD):
+                self.centroid_optimizer.step(leaf, self.target)
+            else:
+                self.centroid_optimizer.step()
             clock.lap(CENTROIDS)
         return clock.laps()
 

@@ -6,13 +6,16 @@ defaults of :class:`NCMILoss` in training mode, so each of them also moves the r
 compare.py runs this with older revisions of the package, too: what these may lack is looked up where it is used.
 """
 
+import gc
 import importlib.util
 import os
+import random
 import shutil
+import time
 from argparse import ArgumentTypeError
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import devices
 import torch
@@ -93,11 +96,14 @@ def ncmi(shape: Shape, *, learn_centroids: bool = False, learnt: bool = False, *
 
 
 class CrossEntropyWithHead(nn.Module):
-    """cross_entropy of a linear layer from M features to C logits, whose weight takes a gradient: B C M operations."""
+    """cross_entropy of a linear layer from M features to C logits, whose weight takes a gradient: B C M operations.
+
+    Without a bias, which centroids do not have either.
+    """
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.head = nn.Linear(shape.M, shape.C, dtype=DTYPE)
+        self.head = nn.Linear(shape.M, shape.C, bias=False, dtype=DTYPE)
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
         """The loss of features z [B, M] and targets y [B]."""
@@ -138,10 +144,9 @@ def _liger(shape: Shape) -> nn.Module:
 
 
 class Collapsed(nn.Module):
-    """The loss for fixed centroids as a careful user would write it in PyTorch, compiled.
+    """The loss for fixed centroids as a careful user would write it in PyTorch, compiled or not.
 
-    It differs from `reference.loss` in its own favour: what depends on the centroids alone is computed once,
-    as NCMILoss does; at C > B that is most of the work.
+    What depends on the centroids alone is computed once, as NCMILoss does; at C > B that is most of the work.
     """
 
     log_q: Tensor
@@ -149,8 +154,9 @@ class Collapsed(nn.Module):
     center: Tensor
     seen: Tensor
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, *, compiled: bool) -> None:
         super().__init__()
+        self.loss = _compiled if compiled else _collapsed
         criterion = ncmi(shape)
         options = criterion.options
         log_q = reference.log_activation(criterion.centroid_logits.detach(), options.activation)
@@ -168,7 +174,7 @@ class Collapsed(nn.Module):
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
         """The loss of features z [B, M] and targets y [B]."""
-        return _compiled(z, y, self.log_q, self.mean_log_q, self.center, self.seen, *self.constants)
+        return self.loss(z, y, self.log_q, self.mean_log_q, self.center, self.seen, *self.constants)
 
 
 class Literal(nn.Module):
@@ -315,8 +321,9 @@ class Implementation:
         build: makes a fresh criterion for a shape, on the CPU.
         obstacle: why it cannot be measured at a shape on a device, or None.
         traffic: what a step has to move.
-        share: of the measuring time; it sits out rounds while it has used more. 1 never sits out. (bench_gpu.py gives
-            all the same share.)
+        share: of the measuring time; it sits out rounds while it has used more. 1 never sits out. (bench_gpu.py and
+            bench_scaling.py give all the same share.)
+        beside: the name of another one of the same share, with which it has that share and all rounds in common.
         heavy: a step may take seconds and gigabytes, so it is not run more often than needed.
         kernels: one of this package's.
         compiled: its first step runs torch.compile.
@@ -328,6 +335,7 @@ class Implementation:
     obstacle: Obstacle = lambda shape, device: None
     traffic: Traffic = _FEATURES_ALONE
     share: float = 1.0
+    beside: str = ""
     heavy: bool = False
     kernels: bool = False
     compiled: bool = False
@@ -364,8 +372,11 @@ def kernels(backend: str | None = None) -> dict[str, Implementation]:
 
 CROSS_ENTROPY = Implementation("cross_entropy", lambda shape: nn.CrossEntropyLoss())
 CROSS_ENTROPY_WITH_HEAD = Implementation("cross_entropy with head", CrossEntropyWithHead, share=0.15)
+COMPILED_CROSS_ENTROPY = Implementation(
+    "cross_entropy compiled", lambda shape: CompiledCrossEntropy(), _no_compiler, compiled=True
+)
 OTHER_CROSS_ENTROPIES = (
-    Implementation("cross_entropy compiled", lambda shape: CompiledCrossEntropy(), _no_compiler, compiled=True),
+    COMPILED_CROSS_ENTROPY,
     Implementation("liger cross_entropy", _liger, _needs("liger_kernel"), overwrites=True),
     Implementation("quack cross_entropy", lambda shape: QuackCrossEntropy(), _needs("quack")),
 )
@@ -375,14 +386,94 @@ NCMI_BATCH, NCMI_SAMPLE = _OURS["batch"], _OURS["sample"]
 NCMI_LEARNT, NCMI_CENTROIDS = _OURS["batch, learnt"], _OURS["batch + centroids"]
 NCMI_STATISTICS = Implementation("ncmi statistics", CentroidStatistics, kernels=True)
 KERNELS = (NCMI_BATCH, NCMI_SAMPLE, NCMI_LEARNT, NCMI_CENTROIDS)
+NCMI_FOCUS = Implementation(
+    "ncmi focus", lambda shape: ncmi(shape, separation_focus=10.0), share=0.15, beside=CROSS_ENTROPY_WITH_HEAD.name
+)
 
 _PLAIN = NCMI_BATCH.traffic
-EAGER = Implementation("collapsed eager", lambda shape: ncmi(shape, backend="reference"), traffic=_PLAIN, share=0.15)
-COMPILED = Implementation("collapsed compiled", Collapsed, _no_compiler, _PLAIN, share=0.15, compiled=True)
+EAGER = Implementation("collapsed eager", lambda shape: Collapsed(shape, compiled=False), traffic=_PLAIN, share=0.15)
+COMPILED = Implementation(
+    "collapsed compiled", lambda shape: Collapsed(shape, compiled=True), _no_compiler, _PLAIN, share=0.15, compiled=True
+)
 LITERAL = Implementation("literal", Literal, _no_memory, _PLAIN, share=0.15, heavy=True)
-IMPLEMENTATIONS = (CROSS_ENTROPY, *KERNELS, EAGER, COMPILED, LITERAL)
+IMPLEMENTATIONS = (
+    CROSS_ENTROPY,
+    COMPILED_CROSS_ENTROPY,
+    *KERNELS,
+    EAGER,
+    COMPILED,
+    LITERAL,
+    CROSS_ENTROPY_WITH_HEAD,
+    NCMI_FOCUS,
+)
 
 PLAIN_CENTROID_STEP = Implementation(
     "PyTorch, autograd, SGD", lambda shape: CentroidStep(shape, "reference", autograd=True), traffic=_PLAIN
 )
 CENTROID_STEPS = ("CentroidSGD", "CentroidSGD after forward", "kernels, autograd, SGD")  # of `kernels`
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Rounds
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Entry(Protocol):
+    """What takes part in rounds; `spent` are the seconds that it has used."""
+
+    candidate: Implementation
+    spent: float
+
+
+AnyEntry = TypeVar("AnyEntry", bound=Entry)
+
+
+def run_rounds(
+    entries: Sequence[AnyEntry],
+    take: Callable[[list[AnyEntry], int, random.Random], object],
+    deadline: float,
+    *,
+    least: int,
+    most: int,
+    each: int = 0,
+    max_share: float | None = None,
+    warm_up: int = 0,
+) -> None:
+    """Rounds without the garbage collector, until the deadline.
+
+    Args:
+        entries: of which the slow ones sit out rounds. Where all would, the light ones take part.
+        take: takes the round of those that are due, adds to their `spent`, and is given the number of the round,
+            negative in warm-up, and what to draw an order from.
+        deadline: a reading of time.perf_counter. What the heavy ones use is put on top, and is not part of the time
+            that the others have a share of: a step of seconds must not cost them their repetitions.
+        least: rounds, whatever the deadline is.
+        most: rounds.
+        each: the first rounds, which nothing sits out.
+        max_share: of the time, for each; None: Implementation.share.
+        warm_up: rounds before these, for what never sits out.
+    """
+    order = random.Random(0)
+    light = [entry for entry in entries if not entry.candidate.heavy]
+    began = time.perf_counter()
+
+    def is_due(entry: AnyEntry, number: int, elapsed: float) -> bool:
+        mine, share = entry.candidate, max_share or entry.candidate.share
+        if share == 1 or number < 0:
+            return share == 1
+        pair = [
+            other for other in entries if mine.name == other.candidate.beside or mine.beside == other.candidate.name
+        ]
+        return number < each or sum(other.spent for other in (entry, *pair)) <= share * elapsed
+
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(-warm_up, most):
+            now = time.perf_counter() - sum(entry.spent for entry in entries if entry.candidate.heavy)
+            if number >= least and now > deadline:
+                break
+            due = [entry for entry in entries if is_due(entry, number, now - began)]
+            take(due or [*light], number, order)
+    finally:
+        gc.enable()

@@ -70,7 +70,7 @@ def loss_speed() -> str:
 
 def _time(row: Row) -> str:
     if not row["median_us"]:
-        return "does not fit"
+        return "no compiler" if row["note"].startswith("torch.compile") else "does not fit"
     return f"{float(row['median_us']):.0f} ({float(row['ratio_to_cross_entropy']):.2f})"
 
 

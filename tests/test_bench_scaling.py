@@ -26,6 +26,7 @@ from cases import (
     SCALING_AXES,
     SCALING_BASE,
     TINY,
+    Literal,
     Shape,
     batch,
 )
@@ -59,13 +60,13 @@ def test_each_axis_varies_one_size():
     assert (min(SCALING_AXES["C"]), max(SCALING_AXES["C"])) == (10, 100_000)
 
 
-def test_the_head_is_a_linear_layer_with_all_of_its_gradients():
+def test_the_head_is_a_linear_layer_with_the_gradient_of_its_weight():
     z, y = batch(TINY)
     step = bench_scaling.make_step(CROSS_ENTROPY_WITH_HEAD, TINY, z.device)
     head = step.criterion.head
     assert head.weight.shape == (TINY.C, TINY.M)
-    assert all(a is b for a, b in zip(step.wanted, (step.z, head.weight, head.bias), strict=True))
-    expected = F.cross_entropy(z.double() @ head.weight.double().T + head.bias.double(), y)
+    assert all(a is b for a, b in zip(step.wanted, (step.z, head.weight), strict=True))
+    expected = F.cross_entropy(z.double() @ head.weight.double().T, y)
     assert relative(step.criterion(z, y), expected) < 1e-6
 
 
@@ -122,7 +123,7 @@ def test_command_line(tmp_path, capsys):
     assert [each.implementation for each in first] == [each.name for each in IMPLEMENTATIONS]
     for each in first:
         assert (each.axis, each.B, each.C, each.M, each.backend, each.note) == ("C", 16, 16, 32, "cpu", "")
-        assert each.repetitions >= 5
+        assert each.repetitions >= 5  # those that are slow here
         assert 0 < each.p20_us <= each.median_us <= each.p80_us
     assert [each.C for each in stopped] == [512] * len(IMPLEMENTATIONS)
     assert all(each.note.startswith("time: ") and each.median_us is None for each in stopped)
@@ -214,6 +215,25 @@ class Gpu(devices.Cpu):
     def peak(self, run):
         run()
         return 54321
+
+
+def test_a_heavy_step_leaves_the_light_ones_their_repetitions(monkeypatch):
+    """Five literal steps take longer than the budget; the light ones have 20 rounds, and as many more as without it."""
+    now = [0.0]
+    monkeypatch.setattr(bench_scaling.time, "perf_counter", lambda: now[0])
+    measured = (NCMI_LEARNT, LITERAL)
+
+    class Clock(Gpu):
+        def time(self, run, lead_us):
+            seconds = 2.0 if isinstance(run.__self__.criterion, Literal) else 0.1
+            now[0] += seconds
+            return 1e6 * seconds
+
+    for budget, least, most in ((0.0, 20, 20), (5.0, 45, 55)):
+        notes = dict.fromkeys((each.name for each in measured), "")
+        light, heavy = bench_scaling.measure(Point("C", TINY), measured, notes, Clock(), budget, None)
+        assert least <= light["repetitions"] <= most
+        assert heavy["repetitions"] == 5
 
 
 def test_memory_of_a_gpu_is_its_own():

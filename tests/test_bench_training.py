@@ -40,8 +40,8 @@ def test_steps_by_phase(tmp_path, capsys):
     assert list(steps) == list(bench_step.METHODS)
     for method, step in steps.items():
         phases = [row for row in rows if row.method == method and row.task == "digits" and row is not step]
-        alternates = method == "NCMI, alternating"
-        assert [row.phase for row in phases] == [*bench_step.PHASES[:-1], *bench_step.PHASES[-1:] * alternates]
+        learns = method in ("NCMI, alternating", "NCMI, jointly")
+        assert [row.phase for row in phases] == [*bench_step.PHASES[:-1], *bench_step.PHASES[-1:] * learns]
         assert sum(row.median_us for row in phases) == pytest.approx(step.median_us, rel=0.5)
         assert 0 < step.share < 1
     centroid_steps = [row for row in rows if row.task == "centroid step"]
@@ -165,6 +165,25 @@ def test_training_moves_what_it_should():
         assert any(not torch.equal(a, b) for a, b in zip(weights, training.network.parameters(), strict=True))
         moved = any(not torch.equal(a, b) for a, b in zip(centroids, training.criterion.parameters(), strict=True))
         assert moved == (method in ("NCMI, alternating", "NCMI, jointly"))
+
+
+def test_jointly_is_the_recipe_of_the_readme():
+    """The centroids in a group of the network's optimiser, at a rate of their own and without weight decay."""
+    training, expected = (bench_step.Training(bench_step.TASKS[0], "NCMI, jointly") for _ in range(2))
+    groups = [
+        {"params": expected.network.parameters(), "weight_decay": 5e-4},
+        {"params": expected.criterion.parameters(), "lr": 0.1, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9)
+    for _ in range(3):
+        training.step()
+        optimizer.zero_grad()
+        expected.criterion(expected.network(training.images), training.target).backward()
+        optimizer.step()
+    for part in ("network", "criterion"):
+        both = (getattr(each, part).parameters() for each in (training, expected))
+        for actual, wanted in zip(*both, strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=1e-7)
 
 
 def check_bytes():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ncmi_kernels import NCMILoss, available_backends, reference
 
@@ -23,7 +24,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import bench_loss
 import cases
 import devices
-from cases import COMPILED, CROSS_ENTROPY, IMPLEMENTATIONS, KERNELS, LITERAL, NCMI_SAMPLE, SHAPES, TINY, Shape
+from cases import (
+    COMPILED_CROSS_ENTROPY,
+    CROSS_ENTROPY,
+    CROSS_ENTROPY_WITH_HEAD,
+    EAGER,
+    IMPLEMENTATIONS,
+    KERNELS,
+    LITERAL,
+    NCMI_CENTROIDS,
+    NCMI_FOCUS,
+    NCMI_SAMPLE,
+    SHAPES,
+    TINY,
+    Shape,
+)
 from devices import CPU
 
 pytestmark = pytest.mark.skipif(
@@ -89,12 +104,13 @@ def test_gives_a_loss_and_a_gradient(implementation):
     for tensor in wanted:
         assert tensor.grad.isfinite().all()
         assert tensor.grad.abs().max() > 0
-    assert len(wanted) == (2 if implementation is cases.NCMI_CENTROIDS else 1)
+    assert len(wanted) == (2 if implementation in (NCMI_CENTROIDS, CROSS_ENTROPY_WITH_HEAD) else 1)
 
 
-@pytest.mark.parametrize(
-    "implementation", [each for each in IMPLEMENTATIONS if each not in (CROSS_ENTROPY, NCMI_SAMPLE)], ids=slug
-)
+OTHER_LOSSES = (CROSS_ENTROPY, COMPILED_CROSS_ENTROPY, CROSS_ENTROPY_WITH_HEAD, NCMI_SAMPLE, NCMI_FOCUS)
+
+
+@pytest.mark.parametrize("implementation", [each for each in IMPLEMENTATIONS if each not in OTHER_LOSSES], ids=slug)
 def test_the_same_loss(implementation):
     criterion, literal = build(implementation, TINY), LITERAL.build(TINY)
     if isinstance(criterion, NCMILoss):  # some start from centroids of their own
@@ -103,6 +119,39 @@ def test_the_same_loss(implementation):
     for (loss, grad), (expected_loss, expected_grad) in zip(two_steps(criterion), expected, strict=True):
         assert relative_error(loss, expected_loss) < 1e-4
         assert relative_error(grad, expected_grad) < 1e-4
+
+
+def test_cross_entropy_compiled():
+    criterion, (z, y) = build(COMPILED_CROSS_ENTROPY, TINY), cases.batch(TINY)
+    torch.testing.assert_close(criterion(z, y), F.cross_entropy(z, y))
+
+
+def test_without_a_compiler_what_needs_one_is_noted(worker, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(bench_loss, "IMPLEMENTATIONS", (CROSS_ENTROPY, COMPILED_CROSS_ENTROPY))
+    rows = bench_loss.measure(TINY, 1, 0.1, worker)
+    assert [row.note for row in rows] == [""] * 3 + ["torch.compile needs a C++ compiler (no-such-compiler)"] * 3
+    assert [row.median_us is None for row in rows] == [False] * 3 + [True] * 3
+
+
+def test_plain_pytorch_computes_log_q_once(monkeypatch):
+    criterion, (z, y) = build(EAGER, TINY), cases.batch(TINY)
+    activate, rows = reference.log_activation, []
+
+    def counted(x, activation):
+        rows.append(len(x))
+        return activate(x, activation)
+
+    monkeypatch.setattr(reference, "log_activation", counted)
+    for _ in range(2):
+        criterion(z, y).backward()
+    assert rows == [TINY.B] * 2  # and none of TINY.C
+
+
+def test_focus_and_the_head_that_it_replaces():
+    criterion, head = build(NCMI_FOCUS, TINY), build(CROSS_ENTROPY_WITH_HEAD, TINY).head
+    assert (criterion.options.separation_focus, criterion.centroid_logits.requires_grad) == (10, False)
+    assert [parameter.shape for parameter in head.parameters()] == [(TINY.C, TINY.M)]
 
 
 def test_ratio_by_sample():
@@ -148,7 +197,7 @@ def test_options_are_checked(arguments, message, capsys):
 
 
 def test_command_line(tmp_path, capsys, monkeypatch):
-    measured = [each for each in IMPLEMENTATIONS if each is not COMPILED]  # which takes seconds to compile
+    measured = [each for each in IMPLEMENTATIONS if not each.compiled]  # which takes seconds
     monkeypatch.setattr(bench_loss, "IMPLEMENTATIONS", measured)
     monkeypatch.setattr(bench_loss, "MAX_ROUNDS", bench_loss.MIN_ROUNDS + 2)
     file = tmp_path / "out.csv"
@@ -162,7 +211,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         rows = list(reader)
     columns = (
         "device torch ncmi_kernels cpu_capability date B C M dtype threads implementation mode repetitions "
-        "median_us p20_us p80_us ratio_to_cross_entropy peak_extra_bytes later_peak_extra_bytes "
+        "median_us p20_us p80_us ratio_to_cross_entropy ratio_to_head peak_extra_bytes later_peak_extra_bytes "
         "minor_faults_per_step note"
     )
     assert reader.fieldnames == columns.split()
@@ -180,20 +229,100 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         assert 1 <= int(row["repetitions"]) <= bench_loss.MAX_ROUNDS
         assert 0 < float(row["p20_us"]) <= float(row["median_us"]) <= float(row["p80_us"])
         assert float(row["ratio_to_cross_entropy"]) > 0
+        assert (row["ratio_to_head"] != "") == (row["implementation"] == NCMI_FOCUS.name)
         if row["implementation"] == CROSS_ENTROPY.name:
             assert int(row["repetitions"]) >= bench_loss.MIN_ROUNDS
             assert float(row["ratio_to_cross_entropy"]) == 1
 
 
-def test_ratios_are_of_the_same_round():
-    """A machine that is four times slower in one round of three leaves the ratio as it is."""
-    measured = [bench_loss.Measurement(each) for each in (cases.NCMI_BATCH, CROSS_ENTROPY, LITERAL)]
-    for speed, taking_part in ((1, 2), (4, 3), (1, 2)):
-        steps = [dict.fromkeys(bench_loss.MODES, bench_loss.Sample(speed * time, 0)) for time in (3.0, 2.0, 100.0)]
-        bench_loss._keep(measured[:taking_part], steps[:taking_part])
-    ours, cross_entropy, literal = (bench_loss._summary(each, "forward") for each in measured)
+def kept(names, *rounds):
+    """The forward rows of implementations whose steps took these times; a round is as long as those that took part."""
+    measured, keeper = [bench_loss.Measurement(each) for each in names], bench_loss.Keeper()
+    for number, times in enumerate(rounds, start=-3):  # the first three warm up
+        steps = [dict.fromkeys(bench_loss.MODES, bench_loss.Sample(time, 0)) for time in times]
+        keeper.keep(measured[: len(times)], steps, number)
+    return [bench_loss._summary(each, "forward") for each in measured]
+
+
+def test_ratios_are_of_rounds_next_to_each_other():
+    """A machine that is slower for a while leaves the ratio as it is."""
+    rounds = [(3.0 * speed, 2.0 * speed) for speed in (1, 1, 1, 1, 1, 1, 4, 4, 4, 4, 4, 4, 4)]
+    ours, cross_entropy = kept((cases.NCMI_BATCH, CROSS_ENTROPY), *rounds)
     assert (ours["ratio_to_cross_entropy"], cross_entropy["ratio_to_cross_entropy"]) == (1.5, 1)
-    assert (literal["ratio_to_cross_entropy"], literal["median_us"], literal["repetitions"]) == (50, 400, 1)
+    assert (ours["median_us"], ours["repetitions"], ours["ratio_to_head"]) == (12, 10, None)
+
+
+def test_what_a_slow_step_does_to_its_round_is_not_in_its_ratio():
+    """It makes the cross_entropy after it slower: here twice as slow."""
+    rounds = [(2.0,), (2.0,), (9.0,), (4.0, 100.0), (2.0,), (2.0,), (4.0, 100.0), (2.0,)]
+    cross_entropy, literal = kept((CROSS_ENTROPY, LITERAL), *rounds)
+    assert (literal["ratio_to_cross_entropy"], literal["repetitions"]) == (50, 2)
+    assert (cross_entropy["ratio_to_cross_entropy"], cross_entropy["median_us"]) == (1, 2)
+
+
+def test_focus_is_beside_the_head_in_every_round():
+    names = (CROSS_ENTROPY, CROSS_ENTROPY_WITH_HEAD, NCMI_FOCUS)
+    *_, focus = kept(names, (2.0,), (2.0,), (2.0,), (2.0, 40.0, 50.0), (2.0,), (2.0, 80.0, 100.0))
+    assert (focus["ratio_to_head"], focus["ratio_to_cross_entropy"]) == (1.25, 37.5)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Rounds
+# ------------------------------------------------------------------------------------------------------------
+
+
+def rounds_of(monkeypatch, seconds, deadline, **how):
+    """How many rounds each implementation takes part in, whose steps take so many seconds; and the time in all."""
+    now = [0.0]
+    monkeypatch.setattr(cases.time, "perf_counter", lambda: now[0])
+    entries = [bench_loss.Measurement(each) for each in seconds]
+    taken = {each.name: [] for each in seconds}
+
+    def take(due, number, order):
+        for entry in due:
+            now[0] += seconds[entry.candidate]
+            entry.spent += seconds[entry.candidate]
+            taken[entry.candidate.name].append(number)
+
+    cases.run_rounds(entries, take, deadline, **{"least": 20, "most": 2000, **how})
+    return taken, now[0]
+
+
+def test_slow_ones_sit_out_rounds(monkeypatch):
+    seconds = {CROSS_ENTROPY: 0.01, EAGER: 0.5}
+    taken, spent = rounds_of(monkeypatch, seconds, 20.0, warm_up=3)
+    assert taken["cross_entropy"][:4] == [-3, -2, -1, 0]
+    assert min(taken["collapsed eager"]) >= 0
+    assert 0.1 * spent < 0.5 * len(taken["collapsed eager"]) < 0.2 * spent
+    taken, spent = rounds_of(monkeypatch, seconds, 20.0, each=5, max_share=0.5)
+    assert taken["collapsed eager"][:5] == [0, 1, 2, 3, 4]
+    assert taken["collapsed eager"][5] > 100
+    assert 0.5 * len(taken["collapsed eager"]) == pytest.approx(0.5 * spent, abs=0.6)
+
+
+def test_few_slow_ones_use_all_of_the_time(monkeypatch):
+    """Of which each would sit out for good."""
+    taken, spent = rounds_of(monkeypatch, {EAGER: 0.1, NCMI_SAMPLE: 0.1}, 10.0, each=5, max_share=0.05)
+    assert spent == pytest.approx(10, abs=0.3)
+    assert len(taken["collapsed eager"]) == len(taken["ncmi sample"])
+
+
+def test_the_time_of_a_heavy_one_is_given_back(monkeypatch):
+    alone, _ = rounds_of(monkeypatch, {CROSS_ENTROPY: 0.1}, 10.0)
+    taken, spent = rounds_of(monkeypatch, {CROSS_ENTROPY: 0.1, LITERAL: 4.0}, 10.0)
+    assert len(taken["cross_entropy"]) == pytest.approx(len(alone["cross_entropy"]), abs=1)
+    assert spent == pytest.approx(10 + 4.0 * len(taken["literal"]), abs=0.2)
+    seconds = {CROSS_ENTROPY: 0.01, EAGER: 0.5}
+    alone, _ = rounds_of(monkeypatch, seconds, 20.0)
+    taken, _ = rounds_of(monkeypatch, {**seconds, LITERAL: 4.0}, 20.0)
+    assert len(taken["collapsed eager"]) == pytest.approx(len(alone["collapsed eager"]), abs=1)
+
+
+def test_what_is_beside_another_has_its_rounds(monkeypatch):
+    seconds = {CROSS_ENTROPY: 0.01, CROSS_ENTROPY_WITH_HEAD: 0.3, NCMI_FOCUS: 0.2}
+    taken, spent = rounds_of(monkeypatch, seconds, 20.0, warm_up=3)
+    assert taken["ncmi focus"] == taken["cross_entropy with head"]
+    assert 0.1 * spent < (0.3 + 0.2) * len(taken["ncmi focus"]) < 0.2 * spent  # the share of one
 
 
 def test_what_does_not_fit_is_noted(worker, monkeypatch):

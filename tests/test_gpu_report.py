@@ -606,7 +606,7 @@ def test_slow_ones_sit_out_rounds(monkeypatch):
         step = mock.Mock()
         step.run.side_effect = lambda: 0.02
         timed.append(bench_gpu.Timed(cross_entropy(), FULL, step))
-    bench_gpu.run_rounds(timed, Slow(), 100.0)
+    bench_gpu.time_steps(timed, Slow(), 100.0)
     assert now[0] >= 100.0
     assert bench_gpu.MIN_ROUNDS <= len(timed[1].samples) < 15
     assert len(timed[0].samples) > 40
