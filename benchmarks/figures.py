@@ -58,8 +58,8 @@ def unique(values: Iterable[str]) -> list[str]:
 
 def loss_speed() -> str:
     """Forward and backward of each implementation, microseconds and the ratio to cross_entropy."""
-    measured = [row for row in rows("cpu/bench_loss_avx512_intel.csv") if row["mode"] == "forward+backward"]
-    names = unique(row["implementation"] for row in measured)
+    measured = _loss_speeds()
+    names = [name for name in unique(row["implementation"] for row in measured) if name not in WITH_PRODUCTS]
     lines = []
     for key, group in report.grouped(measured, "B", "C", "M", "threads").items():
         cells = {row["implementation"]: row for row in group}
@@ -68,13 +68,36 @@ def loss_speed() -> str:
     return f"{command} ({machine(measured)}):\n\n" + markdown(("B, C, M", "threads", *names), lines)
 
 
+WITH_PRODUCTS = ("cross_entropy with head", "ncmi focus")
+
+
+def focus_speed() -> str:
+    """Forward and backward with separation_focus, microseconds, beside the linear head that has products as large."""
+    head, focus = WITH_PRODUCTS
+    lines = []
+    for key, group in report.grouped(_loss_speeds(), "B", "C", "M", "threads").items():
+        cells = {row["implementation"]: row for row in group}
+        times = [f"{float(cells[name]['median_us']):.0f}" for name in (head, focus)]
+        lines.append([", ".join(key[:3]), key[3], *times, f"{float(cells[focus]['ratio_to_head']):.2f}"])
+    return markdown(("B, C, M", "threads", head, focus, "ratio"), lines)
+
+
+def _loss_speeds() -> list[Row]:
+    return [row for row in rows("cpu/bench_loss_avx512_intel.csv") if row["mode"] == "forward+backward"]
+
+
 def _time(row: Row) -> str:
     if not row["median_us"]:
         return "no compiler" if row["note"].startswith("torch.compile") else "does not fit"
     return f"{float(row['median_us']):.0f} ({float(row['ratio_to_cross_entropy']):.2f})"
 
 
-LOSS_SPEEDS = ("bench_loss_avx512_intel.csv", "bench_loss_avx512.csv", "bench_loss_avx2.csv")
+LOSS_SPEEDS = (
+    "bench_loss_avx512_intel.csv",
+    "bench_loss_amx_intel.csv",
+    "bench_loss_avx512.csv",
+    "bench_loss_avx2.csv",
+)
 
 
 def loss_speed_range() -> str:
@@ -213,6 +236,7 @@ def _drawn_experiment(draw: Callable[[list[Row]], Figure]) -> Figure:
 
 TABLES: dict[str, Callable[[], str]] = {
     "loss-speed": loss_speed,
+    "focus-speed": focus_speed,
     "loss-speed-range": loss_speed_range,
     "training-step": training_step,
     "centroid-step": centroid_step,
