@@ -58,14 +58,15 @@ NCMILoss.forward = _slowly()
 
 def test_what_is_slower_is_found(tree, capsys):
     copy = tree(SLOW)
-    assert compare.main(["--base-dir", str(compare.ROOT), "--head-dir", str(copy), *QUICK]) == 1
+    quick = (*QUICK, "--threshold", "2")  # a single pair of processes may differ by half for nothing
+    assert compare.main(["--base-dir", str(compare.ROOT), "--head-dir", str(copy), *quick]) == 1
     output = capsys.readouterr().out
     slower = [line for line in output.splitlines() if "SLOWER" in line]
     assert len(slower) == 9, output  # all but CentroidSGD alone, which needs no forward pass
     assert not any("CentroidSGD  " in line for line in slower)
     assert "9 of 10 cases slower" in output
     # Seen from the other side it is faster.
-    assert compare.main(["--base-dir", str(copy), "--head-dir", str(compare.ROOT), *QUICK]) == 0
+    assert compare.main(["--base-dir", str(copy), "--head-dir", str(compare.ROOT), *quick]) == 0
     assert capsys.readouterr().out.count("faster") >= 9
 
 
