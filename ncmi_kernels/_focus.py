@@ -247,12 +247,12 @@ class _Loss(torch.autograd.Function):
             return *_grads(input, centroid_logits, center, rows, by_terms, stats, options, backend, wanted), None
         if group is not None:
             refuse_double_backward("process_group")
-        create_graph = torch.is_grad_enabled()
-        leaves = [t for t, needed in zip((input, centroid_logits), wanted, strict=False) if needed]
-        with torch.enable_grad():
-            result = reference.loss(input, target, centroid_logits, center, weight, options)
-            found = iter(torch.autograd.grad(result, leaves, upstream, create_graph=create_graph))
-        return tuple(next(found) if needed else None for needed in wanted)
+        return _ops.grads_by_autograd(
+            lambda: reference.loss(input, target, centroid_logits, center, weight, options),
+            (input, centroid_logits),
+            wanted,
+            upstream,
+        )
 
 
 class _Terms(torch.autograd.Function):
@@ -284,12 +284,12 @@ class _Terms(torch.autograd.Function):
             by_terms = torch.stack(upstream).double()
             grads = _grads(input, centroid_logits, center, rows, by_terms, stats, options, backend, wanted)
             return *grads, None, None, None, None
-        create_graph = torch.is_grad_enabled()
-        leaves = [t for t, needed in zip((input, centroid_logits), wanted, strict=False) if needed]
-        with torch.enable_grad():
-            result = reference.terms(input, target, centroid_logits, center, options)
-            found = iter(torch.autograd.grad(result, leaves, upstream, create_graph=create_graph))
-        return tuple(next(found) if needed else None for needed in wanted)
+        return _ops.grads_by_autograd(
+            lambda: reference.terms(input, target, centroid_logits, center, options),
+            (input, centroid_logits),
+            wanted,
+            upstream,
+        )
 
 
 def loss(

@@ -148,6 +148,17 @@ def _plain_backward() -> bool:
     return not (torch.is_grad_enabled() or transforming()) or torch.compiler.is_compiling()
 
 
+def grads_by_autograd(
+    function: Callable[[], Any], inputs: Sequence[Tensor], wanted: Sequence[bool], upstream: Any
+) -> tuple[Tensor | None, ...]:
+    """For a backward pass that is no plain one: the gradients of `function`, each where it is wanted, else None."""
+    create_graph = torch.is_grad_enabled()
+    leaves = [each for each, needed in zip(inputs, wanted, strict=False) if needed]
+    with torch.enable_grad():
+        found = iter(torch.autograd.grad(function(), leaves, upstream, create_graph=create_graph))
+    return tuple(next(found) if needed else None for needed in wanted)
+
+
 Given = tuple[Tensor, int] | None  # a tensor that the graph uses and does not own, with its version
 
 
@@ -238,12 +249,12 @@ class _Loss(torch.autograd.Function):
                 ctx.made,
             )
             return *grads, None
-        create_graph = torch.is_grad_enabled()
-        wanted = [t for t, needed in zip((input, centroid_logits), ctx.needs_input_grad, strict=False) if needed]
-        with torch.enable_grad():
-            result = _transformable_loss(input, target, centroid_logits, center, weight, options, backend)
-            found = iter(torch.autograd.grad(result, wanted, upstream, create_graph=create_graph))
-        return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+        return grads_by_autograd(
+            lambda: _transformable_loss(input, target, centroid_logits, center, weight, options, backend),
+            (input, centroid_logits),
+            ctx.needs_input_grad,
+            upstream,
+        )
 
 
 class _Terms(torch.autograd.Function):
