@@ -68,6 +68,20 @@ def evaluate(problem, options: Options, backend: str, literal=False, upstream=1.
     return loss.detach(), *grads
 
 
+def check_against_the_literal_definition(problem, options: Options, backend: str):
+    """A problem in float64, of the collapsed reference and the backend, and of the backend in float32."""
+    expected = evaluate(problem, options, "float64", literal=True)
+    for actual in (evaluate(problem, options, "float64"), evaluate(problem, options, backend)):
+        for a, e in zip(actual, expected, strict=True):
+            assert relative(a, e) < 1e-10
+
+    single = tuple(None if t is None else t.float() if t.is_floating_point() else t for t in problem)
+    expected = evaluate(single, options, "float64", literal=True)
+    for a, e, bound in zip(evaluate(single, options, backend), expected, (2e-6, 5e-6, 5e-6), strict=True):
+        assert a.dtype == torch.float32
+        assert relative(a, e) < bound
+
+
 VARIANTS = list(
     itertools.product(SEPARATIONS, RATIOS, ACTIVATIONS, (False, True), (False, True), (False, True), (False, True))
 )
@@ -80,18 +94,8 @@ def test_every_variant_matches_the_literal_definition(
 ):
     if interpreted and not (center == weight == ignore or (center != ignore) == l2 == weight):
         pytest.skip(LEFT)
-    options = Options(0.7, l2, activation, separation, ratio)
     problem = make(13, 7, 37, center=center, weight=weight, ignore=ignore)
-    expected = evaluate(problem, options, "float64", literal=True)
-    for actual in (evaluate(problem, options, "float64"), evaluate(problem, options, backend)):
-        for a, e in zip(actual, expected, strict=True):
-            assert relative(a, e) < 1e-10
-
-    single = tuple(None if t is None else t.float() if t.is_floating_point() else t for t in problem)
-    expected = evaluate(single, options, "float64", literal=True)
-    for a, e, bound in zip(evaluate(single, options, backend), expected, (2e-6, 5e-6, 5e-6), strict=True):
-        assert a.dtype == torch.float32
-        assert relative(a, e) < bound
+    check_against_the_literal_definition(problem, Options(0.7, l2, activation, separation, ratio), backend)
 
 
 @every_backend
