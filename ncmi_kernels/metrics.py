@@ -43,7 +43,8 @@ class NCMIMetric(Metric):
 
     in nats, or KL(s_v || p_i) in Gamma. Computed in float64 from features of any floating dtype, within 1e-10 of the
     exact values where these are above 1e-6 nats. The state, [C, M + 2] numbers (and [C, M] more for
-    "centroid_to_sample"), stays float64 whatever `.to`, `.half` or `set_dtype` ask for, and adds up over processes.
+    "centroid_to_sample"), stays float64 whatever `.to`, `.half` or `set_dtype` ask for, and adds up over processes. No
+    two metrics share it in the compute groups of a `torchmetrics.MetricCollection`.
 
     A class without samples has no centroid and counts for nothing: the sum over v is over the classes that have
     samples, and C is their number, as if there were no others. With one such class Gamma is 0 and NCMI infinite. With
@@ -62,7 +63,8 @@ class NCMIMetric(Metric):
         **kwargs: those of every `torchmetrics.Metric`, such as `process_group` and `sync_on_compute`.
 
     Shape:
-        features [B, M]; target [B], int64; `compute` returns {"cmi", "gamma", "ncmi"}, float64 scalars.
+        features [B, M], [M] or [B, M, d1, ...], floating; target [B], [] or [B, d1, ...], int64 or uint8; `compute`
+        returns {"cmi", "gamma", "ncmi"}, float64 scalars.
 
     Raises:
         ImportError: torchmetrics is not installed.
@@ -85,6 +87,7 @@ class NCMIMetric(Metric):
     is_differentiable = False
     higher_is_better = False
     full_state_update = False
+    plot_lower_bound = 0.0
 
     moments: Tensor
     log_p: Tensor
@@ -107,6 +110,9 @@ class NCMIMetric(Metric):
         self.options = Options(temperature, l2_normalize, activation, separation, ignore_index=ignore_index)
         self.num_classes = _check_count("num_classes", num_classes)
         self.feature_dim = num_classes if feature_dim is None else _check_count("feature_dim", feature_dim)
+        # A MetricCollection makes one, for good, of metrics whose states are close after the first update (torchmetrics
+        # 1.4: the first of their states), where settings or centres may part them later. NaN is close to nothing.
+        self.add_state("ungrouped", torch.tensor(math.nan, dtype=torch.float64), dist_reduce_fx="max")
         moments = torch.zeros(self.num_classes, 2 + self.feature_dim, dtype=torch.float64)
         self.add_state("moments", moments, dist_reduce_fx=_merge_processes)
         if self.options.centroid_to_sample:
@@ -120,8 +126,16 @@ class NCMIMetric(Metric):
         self.register_buffer("center", center, persistent=False)
 
     def update(self, features: Tensor, target: Tensor) -> None:
-        """Add samples: features [B, M] (NSF's input, or logits for "softmax") and targets [B]."""
+        """Add samples.
+
+        Args:
+            features: NSF's input, or logits for "softmax"; [B, M], [M] or [B, M, d1, ...].
+            target: [B], [] or [B, d1, ...].
+        """
         self._check(features, target)
+        features, target = functional.flatten(features, target)
+        target = target.long()
+        functional.check_range(target, self.num_classes, self.options.ignore_index)
         kept = target != self.options.ignore_index
         target = target[kept]
         with reference.no_autocast(features.device):
@@ -164,15 +178,36 @@ class NCMIMetric(Metric):
         cmi, gamma = spread.sum() / samples, separation.sum() / samples
         return {"cmi": cmi, "gamma": gamma, "ncmi": cmi / gamma}
 
+    def plot(
+        self, val: dict[str, Tensor] | Sequence[dict[str, Tensor]] | None = None, ax: Any = None
+    ) -> tuple[Any, Any]:
+        """Draw values by matplotlib, as every metric of torchmetrics does.
+
+        Args:
+            val: what `compute` or `forward` returned, or a list of such, drawn as a curve each; None for `compute()`.
+            ax: the axes of matplotlib to draw into; None for new ones.
+
+        Returns:
+            The figure and the axes.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+        """
+        return self._plot(val, ax)
+
     def _check(self, features: Tensor, target: Tensor) -> None:
         functional.check_floating("features", features)
-        if features.dim() != 2 or features.shape[1] != self.feature_dim:
-            raise ValueError(f"features: got shape {tuple(features.shape)}, expected [B, {self.feature_dim}]")
         functional.check_target(target)
-        if target.shape != features.shape[:1]:
+        shape = features.shape
+        if len(shape) == 0 or shape[min(len(shape) - 1, 1)] != self.feature_dim:
             raise ValueError(
-                f"target: got shape {tuple(target.shape)}, expected ({len(features)},) "
-                f"for features {tuple(features.shape)}"
+                f"features: got shape {tuple(shape)}, expected [B, M], [M] or [B, M, d1, ...] with M = "
+                f"{self.feature_dim}, the metric's feature_dim"
+            )
+        expected = shape[:1] + shape[2:] if len(shape) > 1 else ()
+        if target.shape != expected:
+            raise ValueError(
+                f"target: got shape {tuple(target.shape)}, expected {tuple(expected)} for features {tuple(shape)}"
             )
         functional.check_device("target", target, features)
         if features.device != self.moments.device:
@@ -180,7 +215,6 @@ class NCMIMetric(Metric):
                 f"features: got device {features.device}, expected {self.moments.device}, that of the metric; "
                 "metric.to(device) moves it"
             )
-        functional.check_range(target, self.num_classes, self.options.ignore_index)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
         """Change devices as `fn` does, but no dtypes: a model that holds the metric may be cast to bfloat16."""

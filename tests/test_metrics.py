@@ -123,6 +123,19 @@ def test_centre_and_dtypes(separation, dtype):
     assert_close(result, two_pass(features, target, options))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+@pytest.mark.parametrize("shape", [(8,), (3, 8, 4), (2, 8, 3, 5), (0, 8, 3)])
+def test_shapes_and_targets_of_the_loss(separation, shape, dtype):
+    features = torch.randn(shape)
+    rows = features.movedim(1, -1).reshape(-1, 8) if len(shape) > 1 else features[None]
+    target = torch.randint(5, (len(rows),))
+    target[1:2] = 255
+    metric, by_rows = (NCMIMetric(5, 8, separation=separation, ignore_index=255) for _ in range(2))
+    metric.update(features, target.to(dtype).view(shape[:1] + shape[2:] if len(shape) > 1 else ()))
+    by_rows.update(rows, target)
+    torch.testing.assert_close(metric.metric_state, by_rows.metric_state, rtol=0, atol=0, equal_nan=True)
+
+
 def test_feature_dim_is_the_number_of_classes_unless_given():
     metric = NCMIMetric(5)
     assert (metric.num_classes, metric.feature_dim) == (5, 5)
@@ -284,11 +297,10 @@ def test_state_dict(separation):
 
 
 def test_collection():
-    """Several settings and an accuracy on one stream; torchmetrics updates those of one state only once."""
+    """Several settings and an accuracy on one stream, each as if alone."""
     features, target = samples(300, 5, 5, 1, 0.3)
     options = {
         "default": {},
-        "twin": {},
         "other": {"separation": "centroid_to_sample"},
         "centred": {"center": torch.full((5,), 0.3)},
         "softmax": {"activation": "softmax"},
@@ -297,11 +309,42 @@ def test_collection():
     collection = MetricCollection({"accuracy": MulticlassAccuracy(5, average="micro"), **metrics})
     for batch in zip(features.split(100), target.split(100), strict=True):
         collection.update(*batch)
-    assert sorted(map(len, collection.compute_groups.values())) == [1, 1, 1, 1, 2]
     result = collection.compute()
     assert result["accuracy"] == pytest.approx((features.argmax(dim=1) == target).double().mean().item())
     for name, each in options.items():
         assert_close({key: result[f"{name}_{key}"] for key in NAMES}, two_pass(features, target, each))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({}, {"ignore_index": 0}),
+        ({"ignore_index": 255}, {"ignore_index": 256}),
+        ({}, {"temperature": 1.000001}),
+        ({}, {"activation": "softmax"}),
+        ({}, {"l2_normalize": True}),
+        ({}, {"separation": "centroid_to_sample"}),
+        ({}, {"center": torch.zeros(8)}),
+        ({"center": torch.zeros(8)}, {"center": torch.zeros(8)}),
+    ],
+)
+def test_collection_keeps_apart_what_begins_alike(one, other):
+    """Of a first batch without a sample all states are the same. Centres move later, as criterion.center does."""
+    features, target = samples(100, 5, 8, 1, 0.3)
+    collection = MetricCollection({"one": NCMIMetric(5, 8, **one), "other": NCMIMetric(5, 8, **other)})
+    collection.update(features[:0], target[:0])
+    assert len(collection.compute_groups) == 2
+    if "center" in other:
+        other = {"center": torch.full((8,), 0.3)}
+        collection["other"].center.copy_(other["center"])
+    for _ in range(2):
+        collection.reset()
+        collection.update(features, target)
+        result = collection.compute()
+        for name, options in (("one", one), ("other", other)):
+            assert measured(NCMIMetric(5, 8, **options), features, target) == {
+                key: result[f"{name}_{key}"] for key in NAMES
+            }
 
 
 def test_state_stays_double(separation):
@@ -341,6 +384,24 @@ def test_inference_mode(separation):
         with torch.inference_mode(i % 2 == 0):
             metric.update(*part)
     assert_close(metric.compute(), expected)
+
+
+def test_plot(separation):
+    """The value so far, another one, several in a row."""
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    parts, _ = batches(separation)
+    metric = NCMIMetric(5, 8, separation=separation)
+    values = [metric(*part) for part in parts]
+    for value, length in ((None, 1), (values[0], 1), (values, len(parts))):
+        _, axes = metric.plot(value)
+        lines = {line.get_label(): line.get_ydata() for line in axes.get_lines()}
+        assert tuple(lines) == NAMES
+        assert all(len(line) == length for line in lines.values())
+        assert "Optimal" in axes.texts[0].get_text()
+    assert lines["ncmi"].tolist() == [value["ncmi"].item() for value in values]
+    assert metric.plot(ax=axes)[1] is axes
+    matplotlib.pyplot.close("all")
 
 
 @pytest.mark.gpu
@@ -430,16 +491,19 @@ X, Y = torch.zeros(2, 4), torch.tensor([0, 2])
         (X.tolist(), Y, TypeError, "features: got list, expected a torch.Tensor"),
         (X.long(), Y, RuntimeError, "features: got dtype torch.int64"),
         (X.to_sparse(), Y, RuntimeError, "features: got layout torch.sparse_coo"),
-        (X[:, :3], Y, ValueError, "features: got shape (2, 3), expected [B, 4]"),
-        (X[0], Y[0], ValueError, "features: got shape (4,), expected [B, 4]"),
-        (X[..., None], Y[:, None], ValueError, "features: got shape (2, 4, 1), expected [B, 4]"),
+        (X[:, :3], Y, ValueError, "features: got shape (2, 3), expected [B, M], [M] or [B, M, d1, ...] with M = 4"),
+        (X[:, None], Y, ValueError, "features: got shape (2, 1, 4), expected [B, M], [M] or [B, M, d1, ...]"),
+        (X[0, 0], Y[0], ValueError, "features: got shape (), expected [B, M], [M] or [B, M, d1, ...]"),
         (X, Y.tolist(), TypeError, "target: got list, expected a torch.Tensor"),
         (X, Y.int(), RuntimeError, "target: got dtype torch.int32, expected torch.int64"),
         (X, torch.rand(2, 3), RuntimeError, "class probabilities are not supported"),
         (X, Y[:1], ValueError, "target: got shape (1,), expected (2,) for features (2, 4)"),
         (X, Y[:, None], ValueError, "target: got shape (2, 1), expected (2,)"),
+        (X[0], Y[:1], ValueError, "target: got shape (1,), expected () for features (4,)"),
+        (X[..., None], Y, ValueError, "target: got shape (2,), expected (2, 1) for features (2, 4, 1)"),
         (X, Y + 1, IndexError, "target: value 3 at row 1 is out of range, expected a class in [0, 3)"),
         (X, Y - 1, IndexError, "target: value -1 at row 0 is out of range"),
+        (X, (Y - 100).to(torch.uint8), IndexError, "target: value 156 at row 0 is out of range"),
         (X, Y.to("meta"), RuntimeError, "target: got device meta, expected cpu"),
         (X.to("meta"), Y.to("meta"), RuntimeError, "features: got device meta, expected cpu, that of the metric"),
     ],
