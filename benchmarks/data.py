@@ -1,6 +1,7 @@
 """The images that the demo and the training tests learn: scikit-learn's digits, and Fashion-MNIST."""
 
 import gzip
+import io
 import math
 import struct
 import zlib
@@ -48,33 +49,43 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
     """Read an idx file of unsigned bytes (the format of MNIST), gzip where its name ends in .gz.
 
     Raises:
-        ValueError: the file is not an idx file of so many dimensions, or not as long as it says.
+        ValueError: the file is not an idx file of so many dimensions, is empty, or not as long as it says.
     """
-    raw = path.read_bytes()
-    if path.suffix == ".gz":
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         try:
-            raw = gzip.decompress(raw)
-        except (OSError, EOFError, zlib.error) as error:
+            return _read_idx(path, file, dimensions)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{path}: not a complete gzip file ({error})") from error
-    magic, header = bytes([0, 0, 8, dimensions]), 4 + 4 * dimensions
-    if raw[:4] != magic:
+
+
+def _read_idx(path: Path, file: io.BufferedIOBase, dimensions: int) -> Tensor:
+    magic, size = bytes([0, 0, 8, dimensions]), 4 + 4 * dimensions
+    header = file.read(size)
+    if header[:4] != magic:
         raise ValueError(
-            f"{path}: starts with {raw[:4].hex(' ') or 'nothing'}, expected {magic.hex(' ')}, "
+            f"{path}: starts with {header[:4].hex(' ') or 'nothing'}, expected {magic.hex(' ')}, "
             f"an idx file of unsigned bytes in {dimensions} dimension(s)"
         )
-    if len(raw) < header:
-        raise ValueError(f"{path}: got {len(raw)} bytes, expected a header of {header}")
-    shape = struct.unpack_from(f">{dimensions}I", raw, 4)
-    if len(raw) != header + math.prod(shape):
-        raise ValueError(f"{path}: got {len(raw)} bytes, expected {header} + {math.prod(shape)} for shape {shape}")
-    return torch.frombuffer(bytearray(raw), dtype=torch.uint8)[header:].view(shape)
+    if len(header) < size:
+        raise ValueError(f"{path}: got {len(header)} bytes, expected a header of {size}")
+    shape = struct.unpack_from(f">{dimensions}I", header, 4)
+    if 0 in shape:
+        raise ValueError(f"{path}: got shape {shape}, expected no size of 0")
+    # One byte more than there should be shows that there are more. In pieces: read() would reserve all that it is told.
+    expected, content = math.prod(shape), bytearray()
+    while piece := file.read(min(expected + 1 - len(content), 2**20)):
+        content += piece
+    if len(content) != expected:
+        found = "more" if len(content) > expected else size + len(content)
+        raise ValueError(f"{path}: got {found} bytes, expected {size} + {expected} for shape {shape}")
+    return torch.frombuffer(content, dtype=torch.uint8).view(shape)
 
 
 def _labelled_images(directory: Path, part: str) -> tuple[Tensor, Tensor]:
     images_path = _find(directory, f"{part}-images-idx3-ubyte")
     labels_path = _find(directory, f"{part}-labels-idx1-ubyte")
     images, labels = read_idx(images_path, 3), read_idx(labels_path, 1).long()
-    if len(images) == 0 or len(images) != len(labels):
+    if len(images) != len(labels):
         raise ValueError(
             f"{images_path} has {len(images)} images, {labels_path} has {len(labels)} labels: expected as many of both"
         )
