@@ -3,10 +3,13 @@
 import csv
 import dataclasses
 import importlib.util
+import io
 import pickle
 import runpy
+import struct
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -50,6 +53,27 @@ def _one_thread():
 # ------------------------------------------------------------------------------------------------------------
 
 
+class Python2Pickler(pickle._Pickler):
+    """Protocol 2 as Python 2 and NumPy 1 write it, and so the official files: bytes are strings."""
+
+    def save_string(self, text):
+        short = len(text) < 256
+        self.write(b"U" + struct.pack("<B", len(text)) if short else b"T" + struct.pack("<i", len(text)))
+        self.write(text)
+        self.memoize(text)
+
+    def save_str(self, text):
+        self.save_string(text.encode())
+
+    dispatch: ClassVar = {**pickle._Pickler.dispatch, bytes: save_string, str: save_str}
+
+
+def python_2(content):
+    file = io.BytesIO()
+    Python2Pickler(file, protocol=2).dump(content)
+    return file.getvalue().replace(b"numpy._core", b"numpy.core")
+
+
 def cifar_content(count, seed):
     generator = np.random.default_rng(seed)
     return {
@@ -65,9 +89,7 @@ def write_cifar(directory, train=24, test=8):
     directory.mkdir(parents=True)
     contents = {"train": cifar_content(train, 0), "test": cifar_content(test, 1)}
     for name, content in contents.items():
-        # As the official files, which are older than NumPy 2 and its name for the module.
-        written = pickle.dumps(content, protocol=2).replace(b"numpy._core", b"numpy.core")
-        (directory / name).write_bytes(written)
+        (directory / name).write_bytes(python_2(content))
     return contents
 
 
@@ -94,23 +116,33 @@ def test_cifar_100_refuses(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"train: not there. Unpack cifar-100-python.tar.gz"):
         images.load("cifar-100", tmp_path)
     good = cifar_content(4, 0)
-    bad = {
-        "KeyError": {b"data": good[b"data"]},
-        r"got data \(4, 3071\)": {**good, b"data": good[b"data"][:, 1:]},
-        r"torch.float64, expected \[N, 3072\] torch.uint8": {**good, b"data": good[b"data"].astype(np.float64)},
-        r"got fine_labels \(3,\) torch.int64, expected 4 integers": {**good, b"fine_labels": [0, 1, 2]},
-        r"integers in \[0, 100\)": {**good, b"fine_labels": [0, 1, 2, 100]},
-        "torch.float32, expected 4 integers": {**good, b"fine_labels": [0, 1, 2, 0.5]},
-        "infer dtype of NoneType": {**good, b"fine_labels": None},
-        "not a file of CIFAR-100": [1, 2],
-    }
-    for message, content in bad.items():
-        (tmp_path / "train").write_bytes(pickle.dumps(content, protocol=2))
+    data, labels = "got something else, expected data", r"got other fine_labels, expected 4 integers in \[0, 100\)"
+    bad = [
+        (data, {b"data": good[b"data"]}),
+        (data, {b"fine_labels": good[b"fine_labels"]}),
+        (data, [1, 2]),
+        ("got BINFLOAT, expected what arrays", {**good, b"fine_labels": [0, 1, 2, 0.5]}),
+        *((data, {**good, b"data": good[b"data"][rows]}) for rows in (0, slice(0), np.s_[:, 1:])),
+        *((data, {**good, b"data": good[b"data"].astype(dtype)}) for dtype in (bool, np.int8, np.float64, object)),
+        *((data, {**good, b"data": other}) for other in (None, 1, b"u1", good[b"fine_labels"], {})),
+        *((data, {**good, b"fine_labels": other}) for other in (None, 7, b"1234", {0: 1})),
+        *((labels, {**good, b"fine_labels": [0, 1, 2, other]}) for other in (100, -1, True, None, b"3", [3])),
+        *((labels, {**good, b"fine_labels": other}) for other in ([], [0] * 3, [0] * 5, good[b"data"])),
+    ]
+    for message, content in bad:
+        (tmp_path / "train").write_bytes(python_2(content))
         with pytest.raises(ValueError, match=message):
             images.load("cifar-100", tmp_path)
-    (tmp_path / "train").write_bytes(pickle.dumps(good)[:-9])
-    with pytest.raises(ValueError, match="not a file of CIFAR-100"):
-        images.load("cifar-100", tmp_path)
+
+
+def test_cifar_100_by_columns(tmp_path):
+    contents = write_cifar(tmp_path / "rows")
+    for content in contents.values():
+        content[b"data"] = np.asfortranarray(content[b"data"])
+    (tmp_path / "train").write_bytes(python_2(contents["train"]))
+    (tmp_path / "test").write_bytes(python_2(contents["test"]))
+    rows, columns = (images.load("cifar-100", directory) for directory in (tmp_path / "rows", tmp_path))
+    assert columns.train_x.equal(rows.train_x)
 
 
 class Malicious:
@@ -119,9 +151,109 @@ class Malicious:
 
 
 def test_cifar_100_runs_no_code(tmp_path):
-    (tmp_path / "train").write_bytes(pickle.dumps({**cifar_content(4, 0), b"x": Malicious()}, protocol=2))
-    with pytest.raises(ValueError, match=r"it names sys.exit, expected nothing but arrays"):
+    (tmp_path / "train").write_bytes(python_2({**cifar_content(4, 0), b"x": Malicious()}))
+    with pytest.raises(ValueError, match=r"it names sys exit, expected nothing but arrays"):
         images.load("cifar-100", tmp_path)
+
+
+def hostile_pickles():
+    """Contents of a file by name, most with something hostile in place of a label, which is loaded last."""
+
+    def string(raw):
+        return b"T" + struct.pack("<i", len(raw)) + raw
+
+    def dtype(name=b"u1", flags=0, size=-1):
+        state = b"(K\x03" + string(b"|") + b"NNN" + 2 * (b"J" + struct.pack("<i", size)) + b"J"
+        return b"cnumpy\ndtype\n" + string(name) + b"K\x00K\x01\x87R" + state + struct.pack("<i", flags) + b"tb"
+
+    def array(shape, dtype, raw, of=b"cnumpy\nndarray\n", state=b""):
+        start = b"cnumpy.core.multiarray\n_reconstruct\n" + of + b"K\x00\x85" + string(b"b") + b"\x87R"
+        shape = b"(" + b"".join(b"J" + struct.pack("<i", size) for size in shape) + b"t"
+        return start + b"(K\x01" + shape + dtype + b"\x89" + string(raw) + b"tb" + state
+
+    image, nothing = bytes(3072), b""
+    pixels = array((1, 3072), dtype(), image)
+
+    def file(label=b"K\x01", data=pixels):
+        return b"\x80\x02}(" + string(b"data") + data + string(b"fine_labels") + b"](" + label + b"eu."
+
+    yield "good", file()
+    # What is named is not looked up, by whatever opcode.
+    for name in (b"os\nsystem", b"builtins\neval", b"numpy\nload", b"_codecs\nencode", b"copyreg\n_reconstructor"):
+        yield f"global {name}", file(b"c" + name + b"\n" + string(b"echo") + b"\x85R")
+    yield "dotted global", file(b"\x8c\x05numpy\x8c\x0bcore.memmap\x93)R")
+    yield "inst", file(b"(" + string(b"echo") + b"ios\nsystem\n")
+    yield "obj", file(b"(cnumpy\ndtype\n" + string(b"O") + b"o")
+    yield "newobj", file(b"cnumpy\nndarray\n)\x81")
+    yield "newobj_ex", file(b"cnumpy\nndarray\n)}\x92")
+    yield "extension", file(b"\x82\x01")
+    yield "persistent", file(b"P1\n")
+    yield "persistent by value", file(b"K\x01Q")
+    yield "buffer", file(b"\x97")
+    yield "read-only buffer", file(b"\x96" + struct.pack("<Q", 4) + b"AAAA\x98")
+    # Objects as labels: none is a number, whatever state it was given.
+    for kind, flags in ((b"O8", 0), (b"O8", 63), (b"V8", 63), (b"i8", 0), (b"u1", 63)):
+        yield f"label of dtype {kind}, {flags}", file(array((1,), dtype(kind, flags), b"A" * 8))
+    yield "dtype as a label", file(dtype())
+    for target in (b"K\x01", b"N", b"]", b"}", b")", string(b"x"), b"cnumpy\ndtype\n", dtype(), pixels):
+        yield f"state of {target[:9]}", file(target + b"}" + string(b"__class__") + b"K\x01sb")
+        yield f"slots of {target[:9]}", file(target + b"N}" + string(b"__defaults__") + b")s\x86b")
+    # Arrays that are none.
+    for kind in (b"O1", b"O8", b"V1", b"S1", b"b1", b"i1", b"u2", b"u1,u1", b"(3072,)u1", b"3072u1", b"\xff", nothing):
+        yield f"data of dtype {kind}", file(data=array((1, 3072), dtype(kind), image))
+    for shape in (
+        (),
+        (0, 3072),
+        (-1, 3072),
+        (-1, -3072),
+        (2**31 - 1, 3072),
+        (2, 3072),
+        (1, 3071),
+        (3072, 1),
+        (1, 1, 3072),
+    ):
+        yield f"data of shape {shape}", file(data=array(shape, dtype(), image))
+    yield "no pixels", file(data=array((1, 3072), dtype(), nothing))
+    yield "huge numbers", file(data=pixels.replace(b"J\x01\x00\x00\x00", b"\x8a\x10" + b"\xff" * 15 + b"\x7f", 1))
+    yield "data without a state", file(data=pixels[: pixels.index(b"(K\x01")])
+    yield "state twice", file(data=pixels + b"(K\x01tb")
+    # Sizes, places and marks that are not there.
+    for size in (-1, 2**31 - 1):
+        yield f"string of {size}", file(b"T" + struct.pack("<i", size))
+    for opcode, size in ((b"\x8e", 2**40), (b"\x8d", 2**63), (b"\x95", 2**62), (b"\x96", 2**40)):
+        yield f"{opcode} of {size}", file(opcode + struct.pack("<Q", size))
+    yield "number of 2 GiB", file(b"\x8b\xff\xff\xff\x7f")
+    yield "digits", file(b"L" + b"9" * 100_000 + b"L\n")
+    for rest in (b"h\x07", b"j\xff\xff\xff\xff", b"N0a", b"0" * 9, b"2", b"e", b"u", b"tttt", b"\x87\x87b", b"R" * 9):
+        yield f"rest {rest}", file(rest)
+    yield "memo of 2^32 - 1", file(b"r\xff\xff\xff\xffN")
+    # Depth: in lists, in keys (of which a hash is taken), in an object that is shown.
+    for name, nested in (("lists", b"]" + b"]" * 100_000 + b"a" * 100_000), ("tuples", b")" + b"\x85" * 100_000)):
+        yield f"nested {name}", file(nested)
+        yield f"nested {name} as a key", file(b"}" + nested + b"Ns")
+        yield f"nested {name} as data", file(data=nested)
+        yield f"nested {name} as labels", file().replace(b"](K\x01e", nested)
+        yield f"nested {name} alone", b"\x80\x02" + nested + b"."
+    yield "a list in itself", file(b"]q\x01h\x01a")
+    yield "data in itself", file(data=b"]q\x01(h\x01h\x01h\x01e")
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        yield f"protocol {protocol}", pickle.dumps({**cifar_content(1, 0), b"fine_labels": [Malicious()]}, protocol)
+    for size in range(0, len(file()), 7):
+        yield f"first {size} bytes", file()[:size]
+
+
+def test_cifar_100_survives_hostile_files(tmp_path):
+    """A ValueError that names the file, and no long one."""
+    hostile = dict(hostile_pickles())
+    write_cifar(tmp_path / "cifar-100-python")
+    path = tmp_path / "cifar-100-python" / "train"
+    path.write_bytes(hostile.pop("good"))
+    assert images.load("cifar-100", tmp_path).train_y.tolist() == [1]
+    for name, content in hostile.items():
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="train: ") as caught:
+            images.load("cifar-100", tmp_path)
+        assert len(str(caught.value)) < 500, name
 
 
 def test_crop():

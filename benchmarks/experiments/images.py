@@ -4,8 +4,7 @@ Fashion-MNIST and the digits as in the demo; `fashion-pairs`, a task of 100 clas
 from its official files. The suffix ":validation" of a name keeps part of the training set to choose settings by.
 """
 
-import io
-import pickle
+import pickletools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,19 +90,68 @@ def fashion_pairs(fashion: data.Dataset) -> Images:
     return Images(*pair(fashion.train_x, fashion.train_y, 0), *pair(fashion.test_x, fashion.test_y, 1), 100)
 
 
-class _Unpickler(pickle.Unpickler):
-    """Reads arrays of NumPy and nothing that could run code: the files come from the network."""
+_NAMES = ("numpy.core.multiarray _reconstruct", "numpy ndarray", "numpy dtype")
 
-    allowed = frozenset(
-        (module, name)
-        for package in ("numpy.core.multiarray", "numpy._core.multiarray", "numpy")
-        for module, name in ((package, "_reconstruct"), (package, "ndarray"), (package, "dtype"))
-    ) | {("_codecs", "encode")}
 
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.allowed:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, expected nothing but arrays of NumPy")
-        return super().find_class(module, name)
+def _read_pickle(raw: bytes) -> Any:
+    """The strings, numbers, lists, dicts and arrays in what Python 2 wrote by protocol 2; strings as latin-1.
+
+    The files come from the network, and unpickling does what they say. Here nothing is looked up, called or given a
+    state: a global is its name, an object is [name, arguments, state]. Tuples are lists: hashing nested ones recurses.
+
+    Raises:
+        Exception: of any kind, for anything else.
+    """
+    stack: list[Any] = []
+    outer: list[list[Any]] = []
+    memo: dict[Any, Any] = {}
+    for opcode, argument, _ in pickletools.genops(raw):
+        match opcode.name:
+            case "PROTO" | "STOP":
+                pass
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINSTRING" | "SHORT_BINSTRING":
+                stack.append(argument)
+            case "NONE" | "NEWFALSE" | "NEWTRUE":
+                stack.append({"NONE": None, "NEWFALSE": False, "NEWTRUE": True}[opcode.name])
+            case "EMPTY_LIST":
+                stack.append([])
+            case "EMPTY_DICT":
+                stack.append({})
+            case "MARK":
+                outer.append(stack)
+                stack = []
+            case "TUPLE" | "APPENDS" | "SETITEMS":
+                items, stack = stack, outer.pop()
+                if opcode.name == "TUPLE":
+                    stack.append(items)
+                elif opcode.name == "APPENDS":
+                    stack[-1].extend(items)
+                else:
+                    stack[-1].update(zip(items[::2], items[1::2], strict=True))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                size = int(opcode.name[-1])
+                stack[-size:] = [stack[-size:]]
+            case "APPEND" | "BUILD":
+                item = stack.pop()
+                stack[-1].append(item)
+            case "SETITEM":
+                key, value = stack[-2:]
+                del stack[-2:]
+                stack[-1].update({key: value})
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "GLOBAL":
+                if argument not in _NAMES:
+                    raise ValueError(f"it names {argument:.99}, expected nothing but arrays of NumPy")
+                stack.append(argument)
+            case "REDUCE":
+                stack[-2:] = [stack[-2:]]
+            case name:
+                raise ValueError(f"got {name}, expected what arrays of NumPy, lists and dicts are made of")
+    (content,) = stack
+    return content
 
 
 def cifar_100(directory: Path | None) -> Images:
@@ -128,17 +176,22 @@ def _cifar_part(path: Path) -> tuple[Tensor, Tensor]:
             f"{path}: not there. Unpack cifar-100-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html"
         )
     try:
-        content = _Unpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-        pixels, labels = torch.as_tensor(content[b"data"]), torch.tensor(content[b"fine_labels"])
-    except Exception as error:  # a malformed pickle may raise any
+        content = _read_pickle(path.read_bytes())
+    except Exception as error:
         raise ValueError(f"{path}: not a file of CIFAR-100's python version ({error!r})") from error
-    if pixels.dtype != torch.uint8 or pixels.dim() != 2 or pixels.shape[1] != 3072 or len(pixels) == 0:
-        raise ValueError(f"{path}: got data {tuple(pixels.shape)} {pixels.dtype}, expected [N, 3072] torch.uint8")
-    whole = labels.shape == pixels.shape[:1] and labels.dtype == torch.int64
-    if not whole or labels.min() < 0 or labels.max() >= 100:
-        found = f"{tuple(labels.shape)} {labels.dtype}"
-        raise ValueError(f"{path}: got fine_labels {found}, expected {len(pixels)} integers in [0, 100)")
-    return pixels.view(-1, 3, 32, 32), labels
+    match content:
+        case {
+            "data": [_, _, [_, [int(rows), 3072], [_, ["u1" | "|u1", *_], *_], by_columns, str(pixels)]],
+            "fine_labels": list(labels),
+        } if len(pixels) == 3072 * rows > 0:
+            pass
+        case _:
+            raise ValueError(f"{path}: got something else, expected data, [N, 3072] of u1, and fine_labels, a list")
+    if len(labels) != rows or not all(type(label) is int and 0 <= label < 100 for label in labels):
+        raise ValueError(f"{path}: got other fine_labels, expected {rows} integers in [0, 100)")
+    x = torch.frombuffer(bytearray(pixels, "latin-1"), dtype=torch.uint8)
+    x = x.view(3072, -1).T if by_columns else x.view(-1, 3072)
+    return x.reshape(-1, 3, 32, 32), torch.tensor(labels)
 
 
 def _prepare_cifar(x: Tensor, augment: bool) -> Tensor:
