@@ -29,6 +29,10 @@ inline constexpr ScalarType kScalarType<int64_t> = ScalarType::Long;
 template <class T>
 constexpr bool kIsDouble = std::is_same_v<T, double>;
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name before torch 2.13
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 // Uninitialised and contiguous, straight from the allocator: no trip through the dispatcher.
 inline Tensor empty_on(int32_t device_type, int32_t device_index, std::initializer_list<int64_t> sizes,
                        ScalarType dtype) {
