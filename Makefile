@@ -4,9 +4,10 @@ PYTHON ?= python3
 VENV ?= .venv
 DATA ?= digits
 OUT ?= benchmarks/results/gpu
+TORCH ?= 2.12.1
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs bench bench-compare gpu-report figures wheel clean
+.PHONY: demo test lint docs bench bench-compare gpu-report figures wheel test-torch clean
 
 demo: $(VENV)/.built  ## train with cross-entropy and with NCMI, print a table, draw the curves (DATA=fashion-mnist)
 	$(BIN)/python benchmarks/demo.py --data $(DATA) $(ARGS)
@@ -45,12 +46,23 @@ wheel: $(VENV)/.dependencies  ## an abi3 wheel in dist/, tried in a second virtu
 	$(VENV)-wheel/bin/python -m pip install --quiet --no-deps dist/ncmi_kernels-*.whl
 	cd dist && ../$(VENV)-wheel/bin/python ../tests/smoke.py
 
+test-torch: $(VENV)-torch-$(TORCH)/.dependencies  ## the package built and tested with another torch (TORCH=2.12.1)
+	rm -rf build
+	$(VENV)-torch-$(TORCH)/bin/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall .
+	$(VENV)-torch-$(TORCH)/bin/pytest $(ARGS) $(addprefix tests/test_,$(addsuffix .py,module optim transforms focus metrics))
+
 clean:
-	rm -rf $(VENV) $(VENV)-wheel build dist docs/build *.egg-info ncmi_kernels/_C*.so ncmi_kernels/_cuda*.so
+	rm -rf $(VENV) $(VENV)-wheel $(VENV)-torch-* build dist docs/build *.egg-info ncmi_kernels/_C*.so ncmi_kernels/_cuda*.so
 
 $(VENV)/.dependencies: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+$(VENV)-torch-$(TORCH)/.dependencies: requirements-dev.txt
+	$(PYTHON) -m venv --clear $(@D)
+	grep -E '^(numpy|wheel|ninja|pytest|torchmetrics|lightning-utilities)' $< > $(@D)/requirements.txt
+	$(@D)/bin/python -m pip install --quiet torch==$(TORCH) 'setuptools>=77' -r $(@D)/requirements.txt
 	touch $@
 
 $(VENV)/.built: $(VENV)/.dependencies setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)

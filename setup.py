@@ -17,14 +17,17 @@ try:
     import torch
     from torch.utils import cpp_extension
     from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12):
+        raise ImportError(f"torch: got {torch.__version__}, expected 2.12 or later")
 except ImportError as error:
     sys.exit(
-        f"ncmi_kernels is compiled against the torch of your environment, and torch could not be imported ({error}).\n"
-        "Install torch >= 2.11 first, then run: pip install --no-build-isolation ncmi_kernels (or . in a checkout)"
+        f"ncmi_kernels is compiled against the torch of your environment, and that cannot be used ({error}).\n"
+        "Install torch >= 2.12 first, then run in a checkout: pip install --no-build-isolation ."
     )
 
 ROOT = Path(__file__).parent
-MINIMUM_TORCH = 0x020B000000000000  # 2.11, the oldest torch that the binary runs with
+MINIMUM_TORCH = 0x020C000000000000  # 2.12, the oldest torch that the binary runs with
 
 
 # Neither changes a result: errno and floating-point traps are never read here.

@@ -1,6 +1,6 @@
 // The operators of ncmi_kernels, declared once for every backend; csrc/cpu/ops_cpu.cpp implements them for the CPU.
 //
-// Only LibTorch's stable ABI is used, and no part of the CPython API: one binary serves every torch from 2.11 on
+// Only LibTorch's stable ABI is used, and no part of the CPython API: one binary serves every torch from 2.12 on
 // and every Python that those run on. The library is loaded with torch.ops.load_library.
 //
 // B rows, M columns, C classes. "Arithmetic type": float64 where centroid_logits are, else float32.

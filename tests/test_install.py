@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 USE = """
@@ -58,18 +60,18 @@ def test_without_a_compiler(tmp_path):
     subprocess.run([sys.executable, "-c", USE], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(target)}, check=True)
 
 
-def test_without_torch(tmp_path):
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ("sys.modules['torch'] = None", "import of torch halted"),
+        ("import torch; torch.__version__ = '2.11.1+cpu'", "torch: got 2.11.1+cpu, expected 2.12 or later"),
+    ],
+)
+def test_without_torch_or_with_an_old_one(state, message):
     """setup.py says what to install first, instead of a traceback."""
-    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "setup.py", "--version"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    run = f"import runpy, sys; {state}; sys.argv = ['setup.py', '--version']; runpy.run_path('setup.py')"
+    done = subprocess.run([sys.executable, "-c", run], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode != 0
-    assert "pip install --no-build-isolation" in done.stderr
+    assert message in done.stderr
+    assert "Install torch >= 2.12 first" in done.stderr
     assert "Traceback" not in done.stderr
