@@ -1,8 +1,9 @@
 """Builds the C++ operators against the torch that is installed; everything else stands in pyproject.toml.
 
-The CUDA kernels are built where nvcc and a torch with CUDA are found. FORCE_CUDA=1 builds them with any torch, and
-makes a failure an error; FORCE_CPU=1 leaves them out. TORCH_CUDA_ARCH_LIST names the GPUs to compile for, else those of
-this machine, or without one "8.0;9.0;10.0+PTX".
+The CUDA kernels are built where nvcc and a torch with CUDA are found: FORCE_CUDA=1 builds them with any torch,
+FORCE_CPU=1 leaves them out. Without a C++ compiler, or with FORCE_PYTHON=1, no kernels are built at all. Whatever is
+compiled has to compile. TORCH_CUDA_ARCH_LIST names the GPUs to compile for, else those of this machine, or without one
+"8.0;9.0;10.0+PTX".
 """
 
 import os
@@ -45,9 +46,9 @@ def enabled(name: str) -> bool:
     return os.environ.get(name, "0") not in ("", "0")
 
 
-FORCE_CUDA, FORCE_CPU = enabled("FORCE_CUDA"), enabled("FORCE_CPU")
-if FORCE_CUDA and FORCE_CPU:
-    sys.exit("ncmi_kernels: FORCE_CUDA and FORCE_CPU exclude each other")
+FORCE_CUDA, FORCE_CPU, FORCE_PYTHON = map(enabled, ("FORCE_CUDA", "FORCE_CPU", "FORCE_PYTHON"))
+if FORCE_CUDA and (FORCE_CPU or FORCE_PYTHON):
+    sys.exit("ncmi_kernels: FORCE_CUDA and FORCE_CPU or FORCE_PYTHON exclude each other")
 
 
 def cuda_home() -> str | None:
@@ -111,38 +112,32 @@ def cuda_extension() -> Extension | None:
     )
 
 
-class OptionalBuildExtension(BuildExtension):
-    """Installs without the operators that cannot be compiled; the package then says so when it is used."""
+def extensions() -> list[Extension]:
+    """Everything that can be compiled here. Without any the wheel is pure Python, and named so."""
+    if FORCE_PYTHON:
+        return []
+    if not (FORCE_CUDA or "CXX" in os.environ or any(map(shutil.which, ("c++", "g++", "clang++")))):
+        print("ncmi_kernels: no C++ compiler found, building without the kernels", file=sys.stderr)
+        return []
+    return [extension for extension in (cpu_extension(), cuda_extension()) if extension is not None]
+
+
+class BuildKernels(BuildExtension):
+    """Says after the compiler's output, and in the place of a traceback, how to install without what fails."""
 
     def run(self) -> None:
-        """Compile everything, or what can be; report why not the rest, and go on."""
-        everything, inplace, compiler = self.extensions, self.inplace, self.compiler
-        cpu_only = [extension for extension in everything if not extension.name.endswith("._cuda")]
-        if len(cpu_only) < len(everything):
-            try:
-                return super().run()
-            except (Exception, SystemExit) as error:
-                if FORCE_CUDA:
-                    raise
-                print(
-                    f"\nncmi_kernels: the CUDA kernels could not be built: {error}\n"
-                    "ncmi_kernels: installing without them.\n",
-                    file=sys.stderr,
-                )
-        self.extensions, self.inplace, self.compiler = cpu_only, inplace, compiler
+        """Compile all extensions, or exit."""
         try:
             super().run()
-        except (Exception, SystemExit) as error:
-            print(
-                f"\nncmi_kernels: the C++ kernels could not be built: {error}\n"
-                "ncmi_kernels: installing without them; the (slow) PyTorch reference path will be used.\n",
-                file=sys.stderr,
+        except Exception as error:
+            sys.exit(
+                f"ncmi_kernels: the kernels could not be compiled: {error}. "
+                "FORCE_CPU=1 leaves out the CUDA kernels, FORCE_PYTHON=1 all of them."
             )
-            self.extensions = []
 
 
 setup(
-    ext_modules=[extension for extension in (cpu_extension(), cuda_extension()) if extension is not None],
-    cmdclass={"build_ext": OptionalBuildExtension},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildKernels},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -1,4 +1,4 @@
-"""Installing where nothing can be compiled."""
+"""Installing: without kernels, with kernels that do not compile, without torch."""
 
 import os
 import shutil
@@ -34,30 +34,55 @@ else:
 """
 
 
-def test_without_a_compiler(tmp_path):
-    """The package installs, says once that it runs its reference path, and refuses "cpu" with the reason."""
-    source, target = tmp_path / "source", tmp_path / "site"
+@pytest.fixture
+def source(tmp_path):
+    """A copy of what a build reads."""
     for name in ("csrc", "ncmi_kernels"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source / name)
-    environment = {**os.environ, "CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
-    install = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--no-build-isolation",
-        "--no-deps",
-        "--target",
-        str(target),
-        ".",
-    ]
-    done = subprocess.run([*install, "-v"], cwd=source, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "the C++ kernels could not be built" in done.stdout + done.stderr
-    assert next(target.glob("*.dist-info/licenses/LICENSE")).read_text() == (ROOT / "LICENSE").read_text()
-    subprocess.run([sys.executable, "-c", USE], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(target)}, check=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def install(source, **variables):
+    """`pip install` of a copy into its directory `site`: the exit status and the output."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("CC", "CXX", "FORCE_CUDA")}
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--target", "site", "."],
+        cwd=source,
+        env={**environment, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout
+
+
+@pytest.mark.parametrize(
+    "variables", [{"PATH": "/nonexistent"}, {"FORCE_PYTHON": "1"}], ids=["none found", "asked for"]
+)
+def test_without_a_compiler(source, variables):
+    """The package installs, says once that it runs its reference path, and refuses "cpu" with the reason."""
+    status, output = install(source, **variables)
+    assert status == 0, output
+    site = source / "site"
+    assert "Tag: py3-none-any\n" in next(site.glob("*.dist-info/WHEEL")).read_text()
+    assert next(site.glob("*.dist-info/licenses/LICENSE")).read_text() == (ROOT / "LICENSE").read_text()
+    subprocess.run([sys.executable, "-c", USE], cwd=site, env={**os.environ, "PYTHONPATH": str(site)}, check=True)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler")
+def test_kernels_that_do_not_compile(source):
+    """Nothing is installed, and the end of the output says why, and how to do without."""
+    shutil.rmtree(source / "csrc" / "cpu")
+    (source / "csrc" / "ops.cpp").write_text("#error spoilt")
+    status, output = install(source, FORCE_CPU="1")
+    assert status != 0, output
+    assert "error: #error spoilt" in output
+    assert "Traceback" not in output.partition("#error spoilt")[2], output
+    assert "FORCE_CPU=1 leaves out the CUDA kernels, FORCE_PYTHON=1 all of them." in output
+    assert not (source / "site").exists()
 
 
 @pytest.mark.parametrize(
