@@ -19,8 +19,8 @@ def _load_library() -> str | None:
     candidates = sorted(Path(__file__).parent.glob("_C*.so"))
     if not candidates:
         return (
-            "ncmi_kernels was installed without its C++ kernels (no compiler was found, or compiling failed); "
-            "reinstall with a C++20 compiler and `pip install --no-build-isolation -v .` to see why"
+            "ncmi_kernels was installed without its C++ kernels (no compiler was found, or FORCE_PYTHON "
+            "was set); reinstall with a C++20 compiler: `pip install --no-build-isolation .`"
         )
     try:
         torch.ops.load_library(str(candidates[0]))
@@ -47,8 +47,8 @@ def load_cuda_library() -> str | None:
     candidates = sorted(Path(__file__).parent.glob("_cuda*.so"))
     if not candidates:
         return (
-            "ncmi_kernels was installed without its CUDA kernels (no nvcc or no CUDA torch was found, or compiling "
-            "failed); reinstall with nvcc and `pip install --no-build-isolation -v .` to see why"
+            "ncmi_kernels was installed without its CUDA kernels (no nvcc or no CUDA torch was found, or FORCE_CPU "
+            "was set); reinstall with nvcc: `FORCE_CUDA=1 pip install --no-build-isolation .`"
         )
     try:
         torch.ops.load_library(str(candidates[0]))

@@ -22,6 +22,7 @@ VARIABLES = (
     "NCMI_CPU_CAPABILITY",
     "FORCE_CPU",
     "FORCE_CUDA",
+    "FORCE_PYTHON",
     "CC",
     "CXX",
     "CUDA_HOME",
