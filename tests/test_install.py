@@ -1,9 +1,10 @@
-"""Installing: without kernels, with kernels that do not compile, without torch."""
+"""Installing: without kernels, with kernels that do not compile, without torch; packing."""
 
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,31 @@ def test_kernels_that_do_not_compile(source):
     assert "Traceback" not in output.partition("#error spoilt")[2], output
     assert "FORCE_CPU=1 leaves out the CUDA kernels, FORCE_PYTHON=1 all of them." in output
     assert not (source / "site").exists()
+
+
+def test_source_distribution(tmp_path):
+    """It has all sources, those of the CUDA kernels too where there is no CUDA, and the tests with their helpers."""
+    egg_info = ["egg_info", "--egg-base", str(tmp_path)]
+    subprocess.run(
+        [sys.executable, "setup.py", "--quiet", *egg_info, "sdist", "--formats=tar", "--dist-dir", str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "FORCE_PYTHON": "1"},
+        check=True,
+    )
+    with tarfile.open(next(tmp_path.glob("*.tar"))) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    folders = {
+        "csrc": ("*.h", "*.cpp", "*.cu", "*.cuh"),
+        "ncmi_kernels": ("*.py", "py.typed"),
+        "tests": ("*.py", "*.cpp", "*.h"),
+        "benchmarks": ("*.py", "*.csv"),
+        "docs": ("*.py", "*.md"),
+    }
+    for folder, patterns in folders.items():
+        for pattern in patterns:
+            assert {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob(pattern)} <= packed
+    assert {"Makefile", "requirements-dev.txt", "setup.py", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"} <= packed
+    assert not [name for name in packed if name.endswith((".so", ".pyc"))]
 
 
 @pytest.mark.parametrize(
