@@ -90,11 +90,18 @@ def fashion_pairs(fashion: data.Dataset) -> Images:
     return Images(*pair(fashion.train_x, fashion.train_y, 0), *pair(fashion.test_x, fashion.test_y, 1), 100)
 
 
-_NAMES = ("numpy.core.multiarray _reconstruct", "numpy ndarray", "numpy dtype")
+_BYTES = "_codecs encode"  # Python 3 writes bytes by protocol 2 as a call of it
+_NAMES = (
+    "numpy.core.multiarray _reconstruct",
+    "numpy._core.multiarray _reconstruct",
+    "numpy ndarray",
+    "numpy dtype",
+    _BYTES,
+)
 
 
 def _read_pickle(raw: bytes) -> Any:
-    """The strings, numbers, lists, dicts and arrays in what Python 2 wrote by protocol 2; strings as latin-1.
+    """The strings, numbers, lists, dicts and arrays in what Python 2 or 3 wrote by protocol 2; strings as latin-1.
 
     The files come from the network, and unpickling does what they say. Here nothing is looked up, called or given a
     state: a global is its name, an object is [name, arguments, state]. Tuples are lists: hashing nested ones recurses.
@@ -109,7 +116,7 @@ def _read_pickle(raw: bytes) -> Any:
         match opcode.name:
             case "PROTO" | "STOP":
                 pass
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINSTRING" | "SHORT_BINSTRING":
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINSTRING" | "SHORT_BINSTRING" | "BINUNICODE":
                 stack.append(argument)
             case "NONE" | "NEWFALSE" | "NEWTRUE":
                 stack.append({"NONE": None, "NEWFALSE": False, "NEWTRUE": True}[opcode.name])
@@ -147,7 +154,11 @@ def _read_pickle(raw: bytes) -> Any:
                     raise ValueError(f"it names {argument:.99}, expected nothing but arrays of NumPy")
                 stack.append(argument)
             case "REDUCE":
-                stack[-2:] = [stack[-2:]]
+                match stack[-2:]:
+                    case [name, [str(text), "latin1"]] if name == _BYTES:
+                        stack[-2:] = [text]
+                    case call:
+                        stack[-2:] = [call]
             case name:
                 raise ValueError(f"got {name}, expected what arrays of NumPy, lists and dicts are made of")
     (content,) = stack
