@@ -36,7 +36,7 @@ struct RowStats {
   double scale;             // f = (z - center) * scale
   double inverse_length;    // 1 / ||z - center||, or 0 where its chain rule does not apply
   double kind;              // how the row was activated (the backend's Kind)
-  double shift;             // what its log a was shifted by
+  double shift;             // the largest z - center, where log a is relative to that; else 0
   double inverse_norm;      // 1 / sum_k a_k
   double own_mean;          // mean under p of log a - log a(xi_y)
   double all_mean;          // mean under p of log a - reference
@@ -48,7 +48,7 @@ constexpr int64_t kRowStats = sizeof(RowStats) / sizeof(double);
 // What there is to know of a centroid but for its columns: a cache line.
 struct ClassStats {
   double log_norm;  // log sum_k a(xi_c)_k, shifted
-  double shift;     // what log a(xi_c) was shifted by; 0 but for softmax and rows that underflow
+  double shift;     // the largest logit, where log a(xi_c) is relative to that; else 0
   double kind;      // how the centroid was activated (the backend's Kind)
   // Where one column differs and all others are equal, as in one-hot centroids: which, and log a and a in it and in the
   // others. -1 for other centroids; what only some backends look at.
@@ -66,6 +66,9 @@ struct AllStats {
   double unused[5];
 };
 static_assert(sizeof(AllStats) == sizeof(ClassStats), "one tensor holds both");
+
+// One batch more, of a count that a checkpoint may have set to anything.
+NCMI_INLINE int64_t next_batch(int64_t batches) { return batches < INT64_MAX ? batches + 1 : batches; }
 
 // A step of torch.optim.SGD.
 template <class T>

@@ -28,6 +28,13 @@ NCMI_INLINE To bit_cast(From from) {
   return to;
 }
 
+template <class T>
+inline constexpr T kLargest = T(0);
+template <>
+inline constexpr float kLargest<float> = 3.4028234e38f;
+template <>
+inline constexpr double kLargest<double> = 1.7976931348623157e308;
+
 // ---------------------------------------------------------------------------------------------------------
 // Elementary functions. The float versions are branch-free so that a loop over them vectorises.
 // ---------------------------------------------------------------------------------------------------------
@@ -206,35 +213,56 @@ NCMI_INLINE NearSlope nsf_nearest_slope(float y) {
   return {(0.660809714f * w + -0.999988603f) * w + 1.0f, y - c * w};
 }
 
-// NSF of a row whose sum of sigma underflows (every f very negative): sigma(f) e^-shift with shift = max f < 0.
+// log(1 + s) for s in [0, e^-2]: s + s^2 R(s), R minimax, relative error 2e-9.
+NCMI_INLINE float log_one_plus(float s) {
+  float r = -0.120730922f;
+  r = r * s + 0.1937401f;
+  r = r * s + -0.249600187f;
+  r = r * s + 0.333322108f;
+  r = r * s + -0.499999911f;
+  return r * (s * s) + s;
+}
+NCMI_INLINE double log_one_plus(double s) { return log1p(s); }
+
+// (shift - x) * scale for x <= shift, the largest x of a row: exactly 0 there, which max(f) - f is not where the product
+// f = x * scale is contracted into the subtraction; and finite, as 0 times it has to be 0.
 template <class T>
-NCMI_INLINE Activation<T> nsf_shifted(T f, T shift) {
-  const T u = T(1) + exp_minus(absolute(f));
-  const T r = reciprocal(u);
-  const T below = shift - f;
-  const T value = exp_minus(absolute(below)) * r;
-  return {value, -below - log_half(u), r, value * r};
+NCMI_INLINE T below_largest(T x, T scale, T shift) {
+  const T below = (shift - x) * scale;
+  return below < kLargest<T> ? below : kLargest<T>;
 }
 
-// Softmax, the ablation: a = e^(f - shift) with shift = max f. (The rounding of a fused multiply-add can leave
-// f a hair above its own maximum, hence the absolute value.)
+// NSF of a row in which every f <= kShifted: sigma(f) e^-max(f) / 2, and the logarithm of twice that. Far below zero
+// log 2 sigma lies on a grid that is coarse beside that of sigma, where it rounds alike in all columns, and at last sigma
+// underflows. The logarithms of here are small, and a is formed from what they are rounded to.
+constexpr double kShifted = -2.0;
+
 template <class T>
-NCMI_INLINE Activation<T> softmax(T f, T shift) {
-  const T below = shift - f;
-  const T value = exp_minus(absolute(below));
+NCMI_INLINE Activation<T> nsf_shifted(T x, T scale, T shift) {
+  const T e = exp_minus(absolute(x * scale));
+  const T minus_log = below_largest(x, scale, shift) + log_one_plus(e);
+  const T value = T(0.5) * exp_minus(minus_log), slope = reciprocal(T(1) + e);
+  return {value, -minus_log, slope, value * slope};
+}
+
+// Whether rows of that kind can be among those with this sum of sigma over `columns` of them: only where it is under
+// sigma(kShifted), and a little more for rounding, times columns.
+NCMI_INLINE bool may_be_shifted(double sum, int64_t columns) { return !(sum > 0.1193 * double(columns)); }
+
+// Softmax, the ablation: a = e^(f - max f).
+template <class T>
+NCMI_INLINE Activation<T> softmax(T x, T scale, T shift) {
+  const T below = below_largest(x, scale, shift);
+  const T value = exp_minus(below);
   return {value, -below, T(1), value};
-}
-
-// A row sum of sigma under this is recomputed with nsf_shifted. Elements that exp_minus cut off are then
-// 2^-85 or less of the sum.
-template <class T>
-NCMI_INLINE T smallest_plain_sum() {
-  return T(9.094947017729282e-13);  // 2^-40
 }
 
 // ---------------------------------------------------------------------------------------------------------
 // Loss: from the concentration A_i and the separation G_i of a row, and from their weighted means.
 // ---------------------------------------------------------------------------------------------------------
+
+// Divergences are not negative; their rounding may be. NaN stays.
+NCMI_INLINE double not_negative(double divergence) { return divergence < 0 ? 0 : divergence; }
 
 struct Ratio {
   double value;            // A / (G + eps)

@@ -7,10 +7,16 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <new>
 #include <optional>
+#include <string>
 #include <type_traits>
 
 #include "layout.h"
+
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name before torch 2.13
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
 
 namespace ncmi {
 
@@ -29,9 +35,16 @@ inline constexpr ScalarType kScalarType<int64_t> = ScalarType::Long;
 template <class T>
 constexpr bool kIsDouble = std::is_same_v<T, double>;
 
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name before torch 2.13
-#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
-#endif
+// In Python a MemoryError.
+class OutOfMemory : public std::bad_alloc {
+ public:
+  explicit OutOfMemory(int64_t bytes)
+      : message_("ncmi_kernels: can't allocate memory: you tried to allocate " + std::to_string(bytes) + " bytes") {}
+  const char* what() const noexcept override { return message_.c_str(); }
+
+ private:
+  std::string message_;
+};
 
 // Uninitialised and contiguous, straight from the allocator: no trip through the dispatcher.
 inline Tensor empty_on(int32_t device_type, int32_t device_index, std::initializer_list<int64_t> sizes,
@@ -42,9 +55,11 @@ inline Tensor empty_on(int32_t device_type, int32_t device_index, std::initializ
     stride *= std::max<int64_t>(1, sizes.begin()[d]);
   }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, device_index, &handle));
+  const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  // With sizes of tensors that exist nothing else fails, but for a device after an error that stays.
+  if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, code, device_type,
+                               device_index, &handle) != TORCH_SUCCESS)
+    throw OutOfMemory(stride * int64_t(aoti_torch_dtype_element_size(code)));
   return Tensor(handle);
 }
 
@@ -54,12 +69,19 @@ inline void check_shape(const Tensor& t, const char* name, std::initializer_list
                   "ncmi_kernels: ", name, " has an unexpected shape");
 }
 
+// Null only without elements: not of a tensor whose storage was freed.
+inline void* memory_of(const Tensor& t, const char* name) {
+  void* memory = t.data_ptr();
+  STD_TORCH_CHECK(memory || t.numel() == 0, "ncmi_kernels: ", name, " has no memory");
+  return memory;
+}
+
 template <class T>
 const T* data(const Tensor& t, const char* name, std::initializer_list<int64_t> sizes) {
   STD_TORCH_CHECK(t.scalar_type() == kScalarType<T>, "ncmi_kernels: ", name, " has an unexpected dtype");
   STD_TORCH_CHECK(t.is_contiguous(), "ncmi_kernels: ", name, " must be contiguous");
   check_shape(t, name, sizes);
-  return static_cast<const T*>(t.data_ptr());
+  return static_cast<const T*>(memory_of(t, name));
 }
 
 template <class T>
@@ -84,7 +106,7 @@ inline Dtype dtype_of(ScalarType dtype, const char* name) {
 
 inline Matrix matrix(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.dim() == 2, "ncmi_kernels: ", name, " must have 2 dimensions");
-  return {t.data_ptr(), dtype_of(t.scalar_type(), name), t.stride(0), t.stride(1)};
+  return {memory_of(t, name), dtype_of(t.scalar_type(), name), t.stride(0), t.stride(1)};
 }
 
 // Calls f<T>() with the arithmetic type, which `name` must have.

@@ -35,7 +35,7 @@ REGISTERS = {
     "input_grad_kernel": 96,
     "move_center_kernel": 62,
     "reduce_kernel": 64,
-    "reduce_partials_kernel": 58,
+    "reduce_partials_kernel": 60,
     "row_totals_kernel": 102,
     "scale_kernel": 32,
     "sort_keys_kernel": 25,

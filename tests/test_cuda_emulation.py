@@ -7,6 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import test_extremes
+import test_operators
 import torch
 from conftest import relative
 from test_kernels import (
@@ -39,7 +41,7 @@ def library(tmp_path_factory):
     sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "csrc" / "cuda" / "ops_cuda.cpp"]
     sources += [ROOT / "csrc" / "ops.cpp", EMULATION / "emulation.cpp"]
     flags = ["-x", "c++", "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
-    flags += ["-Werror", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020B000000000000"]
+    flags += ["-Werror", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020C000000000000"]
     flags += ["-include", str(EMULATION / "emulation.h")]
     flags += [f"-isystem{path}" for path in cpp_extension.include_paths()]
     objects = [str(directory / f"{source.name}.o") for source in sources]
@@ -418,6 +420,44 @@ def test_same_outputs_as_the_cpu_operators(emulated, runs):
             outputs.append([*s, *terms, *itertools.chain(*loss), grad, xi_grad])
         for a, e in zip(*outputs, strict=True):
             assert (a.shape, a.dtype, a.stride()) == (e.shape, e.dtype, e.stride())
+
+
+@pytest.mark.parametrize("separation", SEPARATIONS)
+def test_where_float32_runs_out(runs, separation):
+    for level in (-2.2, -4.0, -8.0, -16.0, -24.0, -300.0):
+        test_extremes.test_rows_far_below_zero(level, separation, "cpu")
+    for level in (-8.0, -24.0):
+        test_extremes.test_centroids_far_below_zero(level, separation, "cpu")
+    for offset in (1e-6, 1e-3, "noise"):
+        test_extremes.test_centroids_that_are_one_hot_but_for_an_offset(offset, separation, "cpu")
+    for scale in (1e2, 1e5, 1e30):
+        test_extremes.test_softmax_of_large_logits(scale, separation, "cpu")
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        test_extremes.test_the_length_of_huge_features_drops_out(dtype, separation, "cpu")
+    test_extremes.test_terms_are_not_negative(separation, "cpu")
+
+
+def test_extremes_of_either_separation(runs):
+    test_extremes.test_rows_on_either_side_of_the_bound("cpu")
+    for dtype in (torch.float32, torch.bfloat16):
+        test_extremes.test_softmax_to_the_end_of_the_range(dtype, "cpu")
+    for upstream in (torch.inf, torch.nan):
+        test_extremes.test_ignored_rows_have_no_gradient_whatever_comes_upstream(upstream, "cpu")
+    test_extremes.test_a_step_of_a_batch_without_rows_moves_nothing("cpu")
+
+
+@pytest.mark.parametrize("name", _ops.NAMES)
+def test_tensors_that_do_not_fit(emulated, name):
+    for centroid_to_sample in (False, True):
+        test_operators.check_tensors(emulated, name, centroid_to_sample)
+
+
+def test_arguments_that_do_not_fit(emulated):
+    test_operators.check_combinations(emulated)
+    test_operators.check_targets(emulated)
+    test_operators.check_empty_batches(emulated)
+    test_operators.check_statistics_that_are_none(emulated)
+    test_operators.check_count_of_batches(emulated)
 
 
 def test_a_target_out_of_range_stops_the_kernel(runs):

@@ -11,6 +11,8 @@
 
 namespace ncmi::cpu {
 
+constexpr int64_t kWide = 64;  // columns that loops take side by side
+
 // What the rows need to know of the centroids. T is the type of the arithmetic, float or double.
 template <class T>
 struct Centroids {
@@ -119,7 +121,7 @@ struct TotalsArgs {
   double* totals;                 // [M]
 };
 
-// `scratch` is [columns] elements, for terms and input_grad [4, columns].
+// `scratch` is [columns] elements, for terms and input_grad [4, columns]. centroid_sums begins at a multiple of kWide.
 template <class T>
 struct Kernels {
   void (*terms)(const TermsArgs<T>&, int64_t row_begin, int64_t row_end, T* scratch);

@@ -17,19 +17,11 @@
 namespace ncmi::cpu {
 namespace {
 
-constexpr int64_t kWide = 64;     // partial sums side by side
 constexpr int64_t kBlock = 4096;  // elements of a sum in T before it goes to a double
 // Columns that an owner of columns works on at once: long enough stretches of a row for the prefetcher, short
 // enough for the sums to stay in cache.
 constexpr int64_t kColumnBlock = 2048;
 constexpr double kSmallestLength = 1e-12;  // as torch.nn.functional.normalize
-
-template <class T>
-constexpr T kLargest = T(0);
-template <>
-constexpr float kLargest<float> = 3.4028234e38f;
-template <>
-constexpr double kLargest<double> = 1.7976931348623157e308;
 
 constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -50,16 +42,19 @@ template <class T>
 struct alignas(64) Lanes {
   T lane[kWide] = {};
 
-  double total() {
+  // Folded in F.
+  template <class F = T>
+  double total() const {
+    F sum[32];
     NCMI_SIMD()
-    for (int j = 0; j < 32; ++j) lane[j] += lane[j + 32];
+    for (int j = 0; j < 32; ++j) sum[j] = F(lane[j]) + F(lane[j + 32]);
     NCMI_SIMD()
-    for (int j = 0; j < 16; ++j) lane[j] += lane[j + 16];
+    for (int j = 0; j < 16; ++j) sum[j] += sum[j + 16];
     NCMI_SIMD()
-    for (int j = 0; j < 8; ++j) lane[j] += lane[j + 8];
+    for (int j = 0; j < 8; ++j) sum[j] += sum[j + 8];
     NCMI_SIMD()
-    for (int j = 0; j < 4; ++j) lane[j] += lane[j + 4];
-    return double((lane[0] + lane[2]) + (lane[1] + lane[3]));
+    for (int j = 0; j < 4; ++j) sum[j] += sum[j + 4];
+    return double((sum[0] + sum[2]) + (sum[1] + sum[3]));
   }
 
   T maximum() const {
@@ -197,10 +192,21 @@ double norm(const T* x, int64_t n, const Size<T>& size) {
 // Row activation: which of the formulas, with the shift of the row where it needs one.
 // -------------------------------------------------------------------------------------------------------------
 
-// kNsfNear, kNsfNearest: a row with every |f| <= 1, <= 1/4. kNsfShifted: one whose sum of sigma underflows.
-enum class Kind { kNsf, kNsfNear, kNsfNearest, kNsfShifted, kSoftmax };
+// kNsfNear, kNsfNearest: a row with every |f| <= 1, <= 1/4. kNsfShifted: one with every f <= kShifted.
+// kNsfMostlyNear: no row, but a stretch of one (for_logits).
+enum class Kind { kNsf, kNsfNear, kNsfNearest, kNsfShifted, kSoftmax, kNsfMostlyNear };
+
+// As the statistics hold it; any kind for what is none.
+NCMI_INLINE Kind kind_of(double kind) {
+  return kind >= 0 && kind <= double(Kind::kSoftmax) ? Kind(int(kind)) : Kind::kNsf;
+}
 
 constexpr double kNear = 1.0, kNearest = 0.25;
+
+template <class T>
+NCMI_INLINE bool is_small(T f) {
+  return absolute(f) <= T(kNear);
+}
 
 constexpr bool is_near(Kind kind) { return kind == Kind::kNsfNear || kind == Kind::kNsfNearest; }
 
@@ -220,14 +226,21 @@ NCMI_INLINE NearSlope near_slope(float y) {
   return kind == Kind::kNsfNear ? nsf_near_slope(y) : nsf_nearest_slope(y);
 }
 
+// `scale` is that of argument_scale.
 template <Kind kind, class T>
-NCMI_INLINE Activation<T> activate(T f, T shift) {
-  if constexpr (kind == Kind::kNsf) return nsf(f);
-  if constexpr (kind == Kind::kNsfShifted) return nsf_shifted(f, shift);
-  if constexpr (kind == Kind::kSoftmax) return softmax(f, shift);
+NCMI_INLINE Activation<T> activate(T x, T scale, T shift) {
+  if constexpr (kind == Kind::kNsf) return nsf(x * scale);
+  if constexpr (kind == Kind::kNsfShifted) return nsf_shifted(x, scale, shift);
+  if constexpr (kind == Kind::kSoftmax) return softmax(x, scale, shift);
   if constexpr (is_near(kind)) {
-    const NearActivation a = near<kind>(f);
+    const NearActivation a = near<kind>(x * scale);
     return {T(0.5) + T(0.5) * a.excess, a.log, T(0.5) - T(0.5) * a.excess, T(0.25) * (T(1) - a.excess * a.excess)};
+  }
+  if constexpr (kind == Kind::kNsfMostlyNear) {
+    const Activation<T> a = nsf(x * scale), b = activate<Kind::kNsfNear>(x, T(0.5) * scale, shift);
+    const bool small = is_small(x * scale);
+    return {small ? b.value : a.value, small ? b.log : a.log, small ? b.slope : a.slope,
+            small ? b.value_slope : a.value_slope};
   }
 }
 
@@ -245,15 +258,18 @@ NCMI_INLINE auto with_kind(Kind kind, const F& f) {
 
 // Calls f<as>(k, m) over stretches [k, k + m) of a centroid's logits, m <= kWide. Stretches of a kNsf row in which
 // every |f| <= 1 are taken as kNsfNear, which means the same numbers and costs a third: logits that began one-hot are
-// small in all columns but a few. m is a multiple of a vector but for the last stretch.
+// small in all columns but a few. Where those few are, kNsfMostlyNear takes each by its size: in columns that are equal
+// roundings are equal too, and add up, so they should be those of small numbers. m is a multiple of a vector but for the
+// last stretch. Who calls it for a part of the columns starts at a multiple of kWide, for the same stretches as others.
 template <Kind kind, class T, class F>
 NCMI_INLINE void for_logits(const T* x, int64_t n, const F& f) {
   const auto stretch = [&](int64_t k, int64_t m) __attribute__((always_inline)) {
     if constexpr (kind == Kind::kNsf && sizeof(T) == sizeof(float)) {
-      uint32_t largest = 0;
-      NCMI_SIMD(reduction(max : largest))
-      for (int64_t j = k; j < k + m; ++j) largest = magnitude_bits(x[j]) > largest ? magnitude_bits(x[j]) : largest;
-      if (largest <= magnitude_bits(float(kNear))) return f.template operator()<Kind::kNsfNear>(k, m);
+      int large = 0;
+      NCMI_SIMD(reduction(+ : large))
+      for (int64_t j = k; j < k + m; ++j) large += is_small(x[j]) ? 0 : 1;
+      if (large == 0) return f.template operator()<Kind::kNsfNear>(k, m);
+      if (8 * large <= m) return f.template operator()<Kind::kNsfMostlyNear>(k, m);
     }
     f.template operator()<kind>(k, m);
   };
@@ -262,7 +278,7 @@ NCMI_INLINE void for_logits(const T* x, int64_t n, const F& f) {
   if (whole < n) stretch(whole, n - whole);
 }
 
-// The kind to try for a row with |f| up to `reach`; kNsf becomes kNsfShifted where its sum underflows.
+// The kind to try for a row with |f| up to `reach`; kNsf becomes kNsfShifted where no f is above kShifted.
 Kind first_kind(bool is_softmax, double reach, size_t size_of_type) {
   if (is_softmax) return Kind::kSoftmax;
   if (size_of_type > sizeof(float) || !(reach <= kNear)) return Kind::kNsf;
@@ -270,11 +286,11 @@ Kind first_kind(bool is_softmax, double reach, size_t size_of_type) {
 }
 
 template <class T>
-T scaled_max(const T* x, int64_t n, T scale) {
+T largest_of(const T* x, int64_t n) {
   T largest = x[0];
   NCMI_SIMD(reduction(max : largest))
   for (int64_t k = 0; k < n; ++k) largest = x[k] > largest ? x[k] : largest;
-  return largest * scale;  // scale > 0
+  return largest;
 }
 
 // Zero, or NaN where an element is NaN or infinite: added to a row's normaliser it carries them to the loss, which
@@ -397,7 +413,7 @@ struct RowLanes {
         weight = T(1) + a.excess;
         log = a.log;
       } else {
-        const Activation<T> a = activate<kind>(x[k] * s, shift);
+        const Activation<T> a = activate<kind>(x[k], s, shift);
         norm.lane[k] += double(masked ? a.value * mask[k] : a.value);
         weight = a.value;
         log = a.log;
@@ -420,9 +436,10 @@ struct RowLanes {
       sums.norm += 0.5 * excess.total();
     else
       sums.norm += norm.total();
-    sums.own += kHalf * own.total();
-    sums.all += (centroid_to_sample ? 1.0 : kHalf) * all.total();
-    if constexpr (centroid_to_sample) sums.own_cross += own_cross.total();
+    using Fold = double;
+    sums.own += kHalf * own.template total<Fold>();
+    sums.all += (centroid_to_sample ? 1.0 : kHalf) * all.template total<Fold>();
+    if constexpr (centroid_to_sample) sums.own_cross += own_cross.template total<Fold>();
   }
 };
 
@@ -453,12 +470,14 @@ template <bool centroid_to_sample, class T>
 RowSums sum_row_stable(const Row<T>& row, int64_t n, double scale, T largest, bool is_softmax, const Ahead& ahead,
                        Kind* kind, T* shift) {
   *kind = first_kind(is_softmax, double(largest) * scale, sizeof(T));
-  *shift = is_softmax ? scaled_max(row.x, n, T(scale)) : T(0);
+  *shift = is_softmax ? largest_of(row.x, n) : T(0);
   const auto sum_as = [&]<Kind as>() { return sum_row<as, centroid_to_sample>(row, n, scale, *shift, ahead); };
   const RowSums sums = with_kind<T>(*kind, sum_as);
-  if (*kind != Kind::kNsf || sums.norm > double(smallest_plain_sum<T>())) return sums;
+  if (*kind != Kind::kNsf || !may_be_shifted(sums.norm, n)) return sums;
+  const T most = largest_of(row.x, n);
+  if (!(most * T(scale) <= T(kShifted))) return sums;
   *kind = Kind::kNsfShifted;
-  *shift = scaled_max(row.x, n, T(scale));
+  *shift = most;
   return with_kind<T>(*kind, sum_as);
 }
 
@@ -488,7 +507,7 @@ struct GradRow {
       const T alpha = T(concentration_grad * stats.scale), beta = T(separation_grad * stats.scale);
       NCMI_SIMD()
       for (int64_t k = 0; k < n; ++k) {
-        const Activation<T> a = activate<kind>(x[k] * s, shift);
+        const Activation<T> a = activate<kind>(x[k], s, shift);
         const T p = a.value * inverse_norm;
         const T g = alpha * concentration_gradient(a.slope * p, a.log - own_log[k], own_mean) +
                     beta * separation_gradient_centroid(a.slope, p, q_mean[k], own_activation[k] * q_factor, inverse_c);
@@ -509,7 +528,7 @@ struct GradRow {
           value_slope = a.slope;
           log = a.log;
         } else {
-          const Activation<T> a = activate<kind>(x[k] * s, shift);
+          const Activation<T> a = activate<kind>(x[k], s, shift);
           value_slope = a.value_slope;
           log = a.log;
         }
@@ -559,13 +578,14 @@ NCMI_INLINE void grad_of_row(const Centroids<T>& q, const Row<T>& row, const Row
   const GradRow<centroid_to_sample, T> of_row{stats, centroid_to_sample ? exp(-q.of[y].log_norm) : 1.0,
                                               1.0 / q.of_all.classes, concentration_grad, separation_grad};
   const T* __restrict x = row.x;
-  const double dot = with_kind<T>(Kind(int(stats.kind)), [&]<Kind kind>() {
+  const double dot = with_kind<T>(kind_of(stats.kind), [&]<Kind kind>() {
     return of_row.template whole_row<kind>(row, n, grad, ahead);
   });
-  // Where the length counts, through x / ||x|| as well: g - x (x . g) / ||x||^2.
-  const T share = T(dot * stats.inverse_length * stats.inverse_length);
+  // Where the length counts, through x / ||x|| as well: g - x (x . g) / ||x||^2. The square may underflow, x . g be
+  // infinite where no length counts.
+  const T inverse_length = T(stats.inverse_length), share = inverse_length == T(0) ? T(0) : T(dot * stats.inverse_length);
   NCMI_SIMD()
-  for (int64_t k = 0; k < n; ++k) out[k] = narrow<Out>(grad[k] - x[k] * share);
+  for (int64_t k = 0; k < n; ++k) out[k] = narrow<Out>(grad[k] - (x[k] * inverse_length) * share);
 }
 
 template <bool centroid_to_sample, class Out, class T>
@@ -654,14 +674,14 @@ void terms_range(const TermsArgs<T>& args, int64_t row_begin, int64_t row_end, T
     const double own_mean = sums.own * inverse_norm, all_mean = sums.all * inverse_norm;
     const double own_gap = log_norm - q.of[y].log_norm;
     const double concentration = own_mean - own_gap;
-    args.concentration[i] = concentration;
-    args.separation[i] =
+    args.concentration[i] = not_negative(concentration);
+    args.separation[i] = not_negative(
         centroid_to_sample ? (q.of_all.weight_sum * log_norm - q.of_all.weighted_log_norm) - sums.all +
                                  (sums.own_cross * exp(-q.of[y].log_norm) - own_gap) * inverse_classes
-                           : all_mean - (log_norm - q.of_all.weighted_log_norm) - concentration * inverse_classes;
+                           : all_mean - (log_norm - q.of_all.weighted_log_norm) - concentration * inverse_classes);
     args.rows[i] = {scale, inverse_length, double(kind), double(shift), inverse_norm, own_mean, all_mean, 0, 0};
     if (out) {
-      const Ratio r = ratio(concentration, args.separation[i], args.eps);
+      const Ratio r = ratio(args.concentration[i], args.separation[i], args.eps);
       const double w = args.row_weight[i];
       grad_of_row<centroid_to_sample>(q, row, args.rows[i], y, w * r.d_concentration, w * r.d_separation, Ahead(),
                                       x + n, out);
@@ -705,8 +725,13 @@ double activate_row(const T* __restrict x, int64_t n, T shift, T* __restrict val
           log[k + j] = a.log;
           if constexpr (with_sums) sums[k + j] += double(a.log);
         } else {
-          const Activation<T> a = activate<as>(x[k + j] * s, shift);
-          norm.lane[j] += double(a.value);
+          const Activation<T> a = activate<as>(x[k + j], s, shift);
+          T in_norm = a.value;
+          if constexpr (as == Kind::kNsfMostlyNear) {
+            in_norm = is_small(x[k + j]) ? T(0.5) : a.value;
+            excess.lane[j] += is_small(x[k + j]) ? near<Kind::kNsfNear>(x[k + j] * T(0.5)).excess : T(0);
+          }
+          norm.lane[j] += double(in_norm);
           if constexpr (with_value) value[k + j] = a.value;
           log[k + j] = a.log;
           if constexpr (with_sums) sums[k + j] += double(a.log);
@@ -752,12 +777,11 @@ int64_t find_lone(const T* x, int64_t n) {
   return different <= 1 ? lone : -1;
 }
 
-// Whether a row of logits is to take kNsfShifted: its sum of sigma may come under smallest_plain_sum.
+// Whether a row of logits takes kNsfShifted. Nearly always the first element tells that it does not.
 template <class T>
-bool underflows(const T* x, int64_t n) {
-  constexpr T kEnough = T(-27);  // sigma(-27) is over 2^-40 by itself, and the first element is nearly always
+bool is_shifted(const T* x, int64_t n) {
   for (int64_t k = 0; k < n; ++k)
-    if (!(x[k] <= kEnough)) return false;
+    if (!(x[k] <= T(kShifted))) return false;
   return true;
 }
 
@@ -769,11 +793,8 @@ void stats_of_class(const CentroidStatsArgs<T>& args, int64_t c, const T* x, con
   T* value = centroid_to_sample ? args.activation + c * n : nullptr;
   T* log = args.log_activation + c * n;
   Kind kind = first_kind(args.softmax, double(size.largest), sizeof(T));
-  T shift = kind == Kind::kSoftmax ? scaled_max(x, n, T(1)) : T(0);
-  if (kind == Kind::kNsf && underflows(x, n)) {
-    kind = Kind::kNsfShifted;
-    shift = scaled_max(x, n, T(1));
-  }
+  if (kind == Kind::kNsf && is_shifted(x, n)) kind = Kind::kNsfShifted;
+  const T shift = kind == Kind::kSoftmax || kind == Kind::kNsfShifted ? largest_of(x, n) : T(0);
   const double norm = with_kind<T>(kind, [&]<Kind as>() {
     return activate_row<as, centroid_to_sample, !centroid_to_sample>(x, n, shift, value, log, sums, ahead);
   });
@@ -899,7 +920,7 @@ struct AddRow {
       const double own_share = own_factor * row.inverse_norm, total_share = separation_grad * row.inverse_norm;
       NCMI_SIMD()
       for (int64_t k = 0; k < n; ++k) {
-        const Activation<T> a = activate<kind>(x[k] * s, shift);
+        const Activation<T> a = activate<kind>(x[k], s, shift);
         if constexpr (with_own) own[k] += own_share * double(a.value);
         if constexpr (centroid_to_sample) {
           if constexpr (with_own) own_log[k] += separation_grad * double(a.log);
@@ -933,7 +954,7 @@ struct FinishClass {
       const T s = argument_scale<as, T>(1.0);
       NCMI_SIMD()
       for (int64_t k = begin; k < begin + m; ++k) {
-        const Activation<T> a = activate<as>(x[k] * s, shift);
+        const Activation<T> a = activate<as>(x[k], s, shift);
         const double p_sum = own[k] + (excess_base + double(own_excess[k]));
         grad[k] = T(p_sum - own_factor_sum * (double(a.value) * inverse_norm));
         if constexpr (centroid_to_sample)
@@ -976,9 +997,9 @@ void centroid_sums_range(const CentroidGradArgs<T>& args, int64_t column_begin, 
         const int64_t i = args.order[j];
         const RowStats& row = args.rows[i];
         load(args.input, i, begin, n, args.center, sums.x);
-        with_kind<T>(Kind(int(row.kind)),
+        with_kind<T>(kind_of(row.kind),
                      AddRow<centroid_to_sample, true, T>{sums, n, row, args.own_factor[i], args.separation_grad[i]});
-        if (is_near(Kind(int(row.kind))) && !centroid_to_sample)
+        if (is_near(kind_of(row.kind)) && !centroid_to_sample)
           total_base += 0.5 * args.separation_grad[i] * row.inverse_norm;
         if (++unflushed == kRowsPerFlush) {
           flush_totals(sums, n);
@@ -990,7 +1011,7 @@ void centroid_sums_range(const CentroidGradArgs<T>& args, int64_t column_begin, 
         continue;
       }
       load(args.logits, c, begin, n, static_cast<const T*>(nullptr), sums.x);
-      with_kind<T>(Kind(int(q.of[c].kind)),
+      with_kind<T>(kind_of(q.of[c].kind),
                    FinishClass<centroid_to_sample, T>{
                        sums, n, T(q.of[c].shift), exp(-q.of[c].log_norm), of_class.excess_base, of_class.own_factor,
                        of_class.separation_grad, own,
@@ -1014,9 +1035,9 @@ void totals_range(const TotalsArgs<T>& args, int64_t column_begin, int64_t colum
       if (args.target[i] == args.target.ignore_index) continue;
       const RowStats& row = args.rows[i];
       load(args.input, i, begin, n, args.center, sums.x);
-      with_kind<T>(Kind(int(row.kind)),
+      with_kind<T>(kind_of(row.kind),
                    AddRow<centroid_to_sample, false, T>{sums, n, row, 0, args.separation_grad[i]});
-      if (is_near(Kind(int(row.kind))) && !centroid_to_sample)
+      if (is_near(kind_of(row.kind)) && !centroid_to_sample)
         total_base += 0.5 * args.separation_grad[i] * row.inverse_norm;
     }
     flush_totals(sums, n);
@@ -1051,7 +1072,7 @@ void class_sums(const CentroidGradArgs<T>& args, ClassSums* result) {
     used += has_rows;
     for (int64_t j = args.class_begin[c]; j < args.class_begin[c + 1]; ++j) {
       const int64_t i = args.order[j];
-      const bool near = is_near(Kind(int(args.rows[i].kind)));
+      const bool near = is_near(kind_of(args.rows[i].kind));
       of_class.own_factor += args.own_factor[i];
       of_class.separation_grad += args.separation_grad[i];
       if (near && !args.centroids.centroid_to_sample)
@@ -1096,7 +1117,7 @@ struct GradFromSample {
           const T t = near<as>(x[k] * s).excess;
           grad[k] = (T(0.5) * t - T(0.5)) * ((near_base + rest) - near_factor * t);
         } else {
-          const Activation<T> a = activate<as>(x[k] * s, shift);
+          const Activation<T> a = activate<as>(x[k], s, shift);
           grad[k] = -a.slope * T((base + double(rest)) - q_factor * double(a.value));
         }
       }
@@ -1120,23 +1141,27 @@ struct GradFromCentroid {
   T shift;
   double inverse_norm, inverse_classes, separation_grad_sum;
   const double* __restrict totals;
-  bool has_rows;
-  const T* own;  // of the class; not read where it has no rows, nor is own_separation; may be grad
+  const T* own;  // of the class, and may be grad; null where it has no rows, as own_separation is
   const T* __restrict own_separation;
   T* grad;
 
-  template <Kind kind>
-  void operator()() const {
+  template <Kind kind, bool has_rows>
+  void loop() const {
+    // Copies, which a loop that writes numbers of their type does not read again.
+    const T row_shift = shift;
+    const double q_factor = inverse_norm, by_mean = inverse_classes, by_log = separation_grad_sum;
+    const auto s_at = [&](int64_t k, T log) __attribute__((always_inline)) {
+      const double s = by_log * double(log) - totals[k];
+      if constexpr (has_rows) return s + double(own_separation[k]);
+      return s;
+    };
     Lanes<double> sum;
     for_logits<kind>(x, n, [&]<Kind as>(int64_t begin, int64_t m) __attribute__((always_inline)) {
       const T argument = argument_scale<as, T>(1.0);
       NCMI_SIMD()
       for (int64_t j = 0; j < m; ++j) {
-        const int64_t k = begin + j;
-        const Activation<T> a = activate<as>(x[k] * argument, shift);
-        const double s =
-            separation_grad_sum * double(a.log) - totals[k] + (has_rows ? double(own_separation[k]) : 0);
-        sum.lane[j] += double(a.value) * inverse_norm * s;
+        const Activation<T> a = activate<as>(x[begin + j], argument, row_shift);
+        sum.lane[j] += double(a.value) * q_factor * s_at(begin + j, a.log);
       }
     });
     const double mean = sum.total();
@@ -1144,12 +1169,19 @@ struct GradFromCentroid {
       const T argument = argument_scale<as, T>(1.0);
       NCMI_SIMD()
       for (int64_t k = begin; k < begin + m; ++k) {
-        const Activation<T> a = activate<as>(x[k] * argument, shift);
-        const double s = separation_grad_sum * double(a.log) - totals[k] + (has_rows ? double(own_separation[k]) : 0);
-        const double q = double(a.value) * inverse_norm;
-        grad[k] = T(double(a.slope) * (inverse_classes * q * (s - mean) - (has_rows ? double(own[k]) : 0)));
+        const Activation<T> a = activate<as>(x[k], argument, row_shift);
+        const double by_separation = by_mean * (double(a.value) * q_factor) * (s_at(k, a.log) - mean);
+        if constexpr (has_rows)
+          grad[k] = T(double(a.slope) * (by_separation - double(own[k])));
+        else
+          grad[k] = T(double(a.slope) * by_separation);
       }
     });
+  }
+
+  template <Kind kind>
+  void operator()() const {
+    own ? loop<kind, true>() : loop<kind, false>();
   }
 };
 
@@ -1159,14 +1191,14 @@ void grad_of_class(const CentroidGradArgs<T>& args, int64_t c, const T* x, T* gr
   const Centroids<T>& q = args.centroids;
   const int64_t n = q.columns;
   const ClassSums& of_class = args.class_sums[c];
-  const Kind kind = Kind(int(q.of[c].kind));
+  const Kind kind = kind_of(q.of[c].kind);
   const T shift = T(q.of[c].shift);
   const double inverse_norm = exp(-q.of[c].log_norm), inverse_classes = 1.0 / q.of_all.classes;
   const T* own = of_class.has_rows ? args.own + of_class.slot * n : nullptr;
   if (q.centroid_to_sample)
     with_kind<T>(kind, GradFromCentroid<T>{x, n, shift, inverse_norm, inverse_classes, args.separation_grad_sum,
-                                           args.totals, of_class.has_rows, own,
-                                           of_class.has_rows ? args.own_separation + of_class.slot * n : nullptr, grad});
+                                           args.totals, own, own ? args.own_separation + of_class.slot * n : nullptr,
+                                           grad});
   else
     with_kind<T>(kind, GradFromSample<T>{x, n, shift, inverse_norm, inverse_classes, args.separation_grad_sum, of_class,
                                          own, args.level, args.variation, grad});

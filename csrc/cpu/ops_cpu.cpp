@@ -4,15 +4,17 @@
 // run, on one thread or many.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
+#include <exception>
 #include <limits>
-#include <memory>
 #include <numeric>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../ncmi_math.h"
@@ -53,17 +55,44 @@ Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return empty_on(aoti_torch_device_type_cpu(), 0, sizes, dtype);
 }
 
-// Targets, each checked to be a class or ignore_index.
-Targets targets(const Tensor& t, int64_t rows, int64_t ignore_index, int64_t classes) {
+// A vector of numbers. Vector(n) leaves them uninitialised.
+template <class T>
+struct Allocator {
+  using value_type = T;
+  Allocator() = default;
+  template <class U>
+  Allocator(const Allocator<U>&) {}
+  T* allocate(size_t n) {
+    void* memory = ::operator new(n * sizeof(T), std::nothrow);
+    if (!memory) throw OutOfMemory(static_cast<int64_t>(n * sizeof(T)));
+    return static_cast<T*>(memory);
+  }
+  void deallocate(T* memory, size_t) { ::operator delete(memory); }
+  template <class U>
+  void construct(U* p) {
+    ::new (static_cast<void*>(p)) U;
+  }
+  friend bool operator==(const Allocator&, const Allocator&) { return true; }
+};
+template <class T>
+using Vector = std::vector<T, Allocator<T>>;
+
+// Targets of the rows of input [B, M], each checked to be a class or ignore_index, and so that rows may follow what the
+// statistics say of its centroid.
+Targets targets(const Tensor& t, int64_t rows, int64_t ignore_index, int64_t classes, const ClassStats* of = nullptr,
+                int64_t columns = 0) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long, "ncmi_kernels: target must be int64");
   check_shape(t, "target", {rows});
-  const Targets target{static_cast<const int64_t*>(t.data_ptr()), t.stride(0), ignore_index};
+  const Targets target{static_cast<const int64_t*>(memory_of(t, "target")), t.stride(0), ignore_index};
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t y = target[i];
-    if (y != ignore_index && (y < 0 || y >= classes))  // surfaces as an IndexError, as in cross_entropy
+    if (y == ignore_index) continue;
+    if (y < 0 || y >= classes)  // surfaces as an IndexError, as in cross_entropy
       throw std::out_of_range("target: value " + std::to_string(y) + " at row " + std::to_string(i) +
                               " is out of range, expected a class in [0, " + std::to_string(classes) +
                               ") or ignore_index (" + std::to_string(ignore_index) + ")");
+    STD_TORCH_CHECK(!of || (of[y].lone >= -1 && of[y].lone < double(columns)),
+                    "ncmi_kernels: norms are not those of centroid_stats");
   }
   return target;
 }
@@ -83,31 +112,49 @@ const Kernels<T>& kernels_for() {
 
 constexpr int64_t kElementsPerThread = 8192;  // about 10 us of work: below that a second thread does not pay
 
+// Calls f(begin, end) for parts of [0, size). What it throws keeps its type, which torch's own would not leave it.
+template <class F>
+void parallel(int64_t size, int64_t grain, const F& f) {
+  std::exception_ptr error;
+  std::atomic_flag failed;
+  torch::stable::parallel_for(0, size, grain, [&](int64_t begin, int64_t end) {
+    try {
+      f(begin, end);
+    } catch (...) {
+      if (!failed.test_and_set()) error = std::current_exception();
+    }
+  });
+  if (error) std::rethrow_exception(error);
+}
+
 template <class F>
 void parallel_rows(int64_t rows, int64_t columns, const F& f) {
-  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, columns)), f);
+  parallel(rows, std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, columns)), f);
 }
 
 // Over columns, in units of a cache line of floats so that no two threads write to one.
-template <class F>
+template <int64_t unit = 16, class F>
 void parallel_columns(int64_t columns, int64_t rows, const F& f) {
-  constexpr int64_t kUnit = 16;
-  const int64_t units = (columns + kUnit - 1) / kUnit;
-  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / (kUnit * std::max<int64_t>(1, rows)));
-  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
-    f(begin * kUnit, std::min(columns, end * kUnit));
-  });
+  const int64_t units = (columns + unit - 1) / unit;
+  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / (unit * std::max<int64_t>(1, rows)));
+  parallel(units, grain, [&](int64_t begin, int64_t end) { f(begin * unit, std::min(columns, end * unit)); });
 }
 
 // -------------------------------------------------------------------------------------------------------------
 // Operators
 // -------------------------------------------------------------------------------------------------------------
 
+int64_t rows_of(const Tensor& input) {
+  STD_TORCH_CHECK(input.dim() == 2, "ncmi_kernels: input must have 2 dimensions");
+  return input.size(0);
+}
+
 template <class T>
 Centroids<T> centroids(const Tensor& log_activation, const Tensor& activation, const Tensor& reference,
                        const Tensor& norms, bool centroid_to_sample) {
   STD_TORCH_CHECK(log_activation.dim() == 2, "ncmi_kernels: log_activation must have 2 dimensions");
   const int64_t classes = log_activation.size(0), columns = log_activation.size(1);
+  STD_TORCH_CHECK(columns > 0, "ncmi_kernels: log_activation must have columns");
   const double* of = data<double>(norms, "norms", {classes + 1, kClassStats});
   return {classes,
           columns,
@@ -129,7 +176,8 @@ class StatsOf {
         // At most 64 chunks, so that their sums stay small beside [C, M], and none too small to be worth a thread.
         classes_per_chunk_(std::max<int64_t>(32, (classes + 63) / 64)),
         chunks_((classes + classes_per_chunk_ - 1) / classes_per_chunk_),
-        sums_(new double[chunks_ * chunk_sums(centroid_to_sample) * columns]),
+        sums_(chunks_ * chunk_sums(centroid_to_sample) * columns),
+        scratch_(chunks_ * columns),
         args_{logits,
               classes,
               columns,
@@ -140,15 +188,16 @@ class StatsOf {
               of,
               reference,
               classes_per_chunk_,
-              sums_.get(),
+              sums_.data(),
               workspace_.data(),
               workspace_.data() + columns} {}
 
-  // `rows` fills in what belongs to the classes of some chunks: f(args, chunk_begin, chunk_end).
+  // `rows` fills in what belongs to the classes of some chunks: f(args, chunk_begin, chunk_end, scratch). Nothing here
+  // needs memory that the constructor has not got: a step must not end in the middle.
   template <class F>
   void compute(const F& rows) {
     parallel_rows(chunks_, classes_per_chunk_ * args_.columns,
-                  [&](int64_t begin, int64_t end) { rows(args_, begin, end); });
+                  [&](int64_t begin, int64_t end) { rows(args_, begin, end, scratch_.data() + begin * args_.columns); });
     parallel_columns(args_.columns, chunks_, [&](int64_t begin, int64_t end) {
       kernels_for<T>().centroid_columns(args_, begin, end);
     });
@@ -186,9 +235,10 @@ class StatsOf {
     *reinterpret_cast<AllStats*>(args_.of + args_.classes) = {weight_sum, constant - lost, double(args_.classes), {}};
   }
 
-  std::vector<double> workspace_;
+  Vector<double> workspace_;
   const int64_t classes_per_chunk_, chunks_;
-  const std::unique_ptr<double[]> sums_;
+  Vector<double> sums_;
+  Vector<T> scratch_;
   const CentroidStatsArgs<T> args_;
 };
 
@@ -204,9 +254,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_stats(const Tensor& logits, 
     Tensor norms = empty({classes + 1, kClassStats}, ScalarType::Double);
     StatsOf<T> stats(xi, classes, columns, softmax, centroid_to_sample, output<T>(log_activation), output<T>(activation),
                      output<T>(reference), output<ClassStats>(norms));
-    stats.compute([&](const CentroidStatsArgs<T>& args, int64_t begin, int64_t end) {
-      std::vector<T> scratch(columns);
-      kernels_for<T>().centroid_rows(args, begin, end, scratch.data());
+    stats.compute([](const CentroidStatsArgs<T>& args, int64_t begin, int64_t end, T* scratch) {
+      kernels_for<T>().centroid_rows(args, begin, end, scratch);
     });
     return std::make_tuple(log_activation, activation, reference, norms);
   });
@@ -214,7 +263,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_stats(const Tensor& logits, 
 
 // Concentration and separation of every row [2, B], and the rows' statistics [B, kRowStats].
 template <class T>
-std::tuple<std::vector<double>, Tensor> compute_terms(const Tensor& input, const Targets& target,
+std::tuple<Vector<double>, Tensor> compute_terms(const Tensor& input, const Targets& target,
                                                       const std::optional<Tensor>& center, const Centroids<T>& q,
                                                       const Features& features, const double* row_weight = nullptr,
                                                       double eps = 0, T* grad = nullptr) {
@@ -223,7 +272,7 @@ std::tuple<std::vector<double>, Tensor> compute_terms(const Tensor& input, const
   check_shape(input, "input", {rows, columns});
   STD_TORCH_CHECK(z.dtype != Dtype::kFloat64 || kIsDouble<T>,
                   "ncmi_kernels: float64 input needs float64 centroid_logits");
-  std::vector<double> values(2 * rows);
+  Vector<double> values(2 * rows);
   Tensor stats = empty({rows, kRowStats}, ScalarType::Double);
   const TermsArgs<T> args{z,
                           target,
@@ -237,8 +286,8 @@ std::tuple<std::vector<double>, Tensor> compute_terms(const Tensor& input, const
                           eps,
                           grad};
   parallel_rows(rows, columns, [&](int64_t begin, int64_t end) {
-    std::unique_ptr<T[]> scratch(new T[4 * columns]);
-    kernels_for<T>().terms(args, begin, end, scratch.get());
+    Vector<T> scratch(4 * columns);
+    kernels_for<T>().terms(args, begin, end, scratch.data());
   });
   return {std::move(values), stats};
 }
@@ -249,9 +298,9 @@ std::tuple<Tensor, Tensor> terms(const Tensor& input, const Tensor& target, cons
                                  bool centroid_to_sample, int64_t ignore_index) {
   return with_arithmetic_type(log_activation.scalar_type(), "log_activation", [&]<class T>() {
     const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample);
-    const int64_t rows = target.numel();
-    const auto [values, stats] = compute_terms<T>(input, targets(target, rows, ignore_index, q.classes), center, q,
-                                                  {temperature, l2_normalize, softmax});
+    const int64_t rows = rows_of(input);
+    const Targets y = targets(target, rows, ignore_index, q.classes, q.of, q.columns);
+    const auto [values, stats] = compute_terms<T>(input, y, center, q, {temperature, l2_normalize, softmax});
     Tensor result = empty({2, rows}, kScalarType<T>);
     std::transform(values.begin(), values.end(), output<T>(result), [](double v) { return T(v); });
     return std::make_tuple(result, stats);
@@ -260,8 +309,8 @@ std::tuple<Tensor, Tensor> terms(const Tensor& input, const Tensor& target, cons
 
 // What each row counts for: its class weight, for kMean over the sum of all; 0 for an ignored row.
 template <class T>
-std::vector<double> row_weights(const Targets& target, int64_t rows, const T* class_weight, int64_t reduction) {
-  std::vector<double> weight(rows);
+Vector<double> row_weights(const Targets& target, int64_t rows, const T* class_weight, int64_t reduction) {
+  Vector<double> weight(rows, 0.0);
   double sum = 0;
   for (int64_t i = 0; i < rows; ++i) {
     if (target[i] == target.ignore_index) continue;
@@ -277,7 +326,7 @@ std::vector<double> row_weights(const Targets& target, int64_t rows, const T* cl
 // The rows' terms to the loss (one value, or [B] for kNone), its derivatives by them, and their means [2].
 template <class T>
 void reduce(const double* concentration, const double* separation, const Targets& target,
-            const std::vector<double>& weight, bool batch_ratio, int64_t reduction, double eps, T* loss,
+            const Vector<double>& weight, bool batch_ratio, int64_t reduction, double eps, T* loss,
             RowStats* stats, double* means) {
   const int64_t rows = static_cast<int64_t>(weight.size());
   const auto counts = [&](int64_t i) { return target[i] != target.ignore_index; };
@@ -312,44 +361,63 @@ void reduce(const double* concentration, const double* separation, const Targets
   if (reduction != kNone) *loss = T(total);
 }
 
-Tensor update_center_(const Tensor& center, const Tensor& num_batches_tracked, const Tensor& input,
-                      const Tensor& target, double momentum, int64_t num_classes, int64_t ignore_index) {
-  const Matrix z = matrix(input, "input");
-  const int64_t rows = input.size(0), columns = input.size(1);
-  const Targets y = targets(target, rows, ignore_index, num_classes);
-  const int64_t count = [&] {
-    int64_t n = 0;
-    for (int64_t i = 0; i < rows; ++i) n += y[i] != ignore_index;
-    return n;
-  }();
-  Tensor copy = empty({columns}, center.scalar_type());
-  with_arithmetic_type(center.scalar_type(), "center", [&]<class T>() {
+// A running centre [M] and its count of batches, which a batch of rows moves: when all that may fail is done.
+template <class T>
+class RunningCenter {
+ public:
+  RunningCenter(const Tensor& center, const Tensor& num_batches_tracked, const Tensor& input, const Targets& target,
+                double momentum)
+      : columns_(input.size(1)),
+        center_(const_cast<T*>(data<T>(center, "center", {columns_}))),
+        batches_(const_cast<int64_t*>(data<int64_t>(num_batches_tracked, "num_batches_tracked", {}))),
+        moved_(empty({columns_}, kScalarType<T>)) {
+    const Matrix z = matrix(input, "input");
     STD_TORCH_CHECK(z.dtype != Dtype::kFloat64 || kIsDouble<T>,
                     "ncmi_kernels: float64 input needs a float64 center");
-    T* c = const_cast<T*>(data<T>(center, "center", {columns}));
-    int64_t* batches = const_cast<int64_t*>(data<int64_t>(num_batches_tracked, "num_batches_tracked", {}));
-    std::vector<double> sums(columns);
+    const int64_t rows = input.size(0);
+    int64_t count = 0;
+    for (int64_t i = 0; i < rows; ++i) count += target[i] != target.ignore_index;
+    Vector<double> sums(columns_);
     // An addition an element: there is eight times as much of it in a thread's worth of work.
-    parallel_columns(columns, rows / 8, [&](int64_t begin, int64_t end) {
-      kernels_for<T>().column_sums(z, y, rows, begin, end, sums.data());
+    parallel_columns(columns_, rows / 8, [&](int64_t begin, int64_t end) {
+      kernels_for<T>().column_sums(z, target, rows, begin, end, sums.data());
     });
     // A batch without rows says nothing, and one NaN, or a mean beyond T, must not stay in the centre for good.
-    const double keep = *batches == 0 ? 0.0 : momentum;
-    T* moved = output<T>(copy);
-    bool finite = count > 0;
-    for (int64_t k = 0; k < columns; ++k) {
+    const double keep = *batches_ == 0 ? 0.0 : momentum;
+    T* moved = output<T>(moved_);
+    moves_ = count > 0;
+    for (int64_t k = 0; k < columns_; ++k) {
       const double mean = sums[k] / double(count);
-      moved[k] = T(keep == 0 ? mean : keep * double(c[k]) + (1 - keep) * mean);
-      finite = finite && std::isfinite(moved[k]);
+      moved[k] = T(keep == 0 ? mean : keep * double(center_[k]) + (1 - keep) * mean);
+      moves_ = moves_ && std::isfinite(moved[k]);
     }
-    if (finite) {
-      std::copy(moved, moved + columns, c);
-      ++*batches;
-    } else {
-      std::copy(c, c + columns, moved);
-    }
+    if (!moves_) std::copy(center_, center_ + columns_, moved);
+  }
+
+  const Tensor& moved() const { return moved_; }
+
+  void commit() {
+    if (!moves_) return;
+    std::copy(output<T>(moved_), output<T>(moved_) + columns_, center_);
+    *batches_ = next_batch(*batches_);
+  }
+
+ private:
+  int64_t columns_;
+  T* center_;
+  int64_t* batches_;
+  Tensor moved_;
+  bool moves_;
+};
+
+Tensor update_center_(const Tensor& center, const Tensor& num_batches_tracked, const Tensor& input,
+                      const Tensor& target, double momentum, int64_t num_classes, int64_t ignore_index) {
+  const Targets y = targets(target, rows_of(input), ignore_index, num_classes);
+  return with_arithmetic_type(center.scalar_type(), "center", [&]<class T>() {
+    RunningCenter<T> running(center, num_batches_tracked, input, y, momentum);
+    running.commit();
+    return running.moved();
   });
-  return copy;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss(
@@ -362,28 +430,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss(
                        with_grad);
   return with_arithmetic_type(log_activation.scalar_type(), "log_activation", [&]<class T>() {
     const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample);
-    const int64_t rows = target.numel();
-    const Targets y = targets(target, rows, ignore_index, q.classes);
+    const int64_t rows = rows_of(input);
+    check_shape(input, "input", {rows, q.columns});
+    const Targets y = targets(target, rows, ignore_index, q.classes, q.of, q.columns);
     const T* class_weight = data<T>(weight, "weight", {q.classes});
-    const Tensor moved = running_center ? update_center_(*running_center, *num_batches_tracked, input, target, momentum,
-                                                         q.classes, ignore_index)
-                                        : empty({0}, kScalarType<T>);
-    const std::vector<double> row_weight = row_weights(y, rows, class_weight, reduction);
+    std::optional<RunningCenter<T>> running;
+    if (running_center) running.emplace(*running_center, *num_batches_tracked, input, y, momentum);
+    const Tensor moved = running ? running->moved() : empty({0}, kScalarType<T>);
+    const Vector<double> row_weight = row_weights(y, rows, class_weight, reduction);
     Tensor grad = with_grad ? empty({rows, q.columns}, kScalarType<T>) : empty({0}, kScalarType<T>);
-    auto [values, stats] = compute_terms<T>(input, y, running_center ? std::optional<Tensor>(moved) : center, q,
-                                                  {temperature, l2_normalize, softmax}, row_weight.data(), eps,
-                                                  with_grad ? output<T>(grad) : nullptr);
+    auto [values, stats] =
+        compute_terms<T>(input, y, running ? std::optional<Tensor>(moved) : center, q,
+                         {temperature, l2_normalize, softmax}, row_weight.data(), eps, with_grad ? output<T>(grad) : nullptr);
     Tensor result = reduction == kNone ? empty({rows}, kScalarType<T>) : empty({}, kScalarType<T>);
     Tensor means = empty({2}, ScalarType::Double);
     reduce<T>(values.data(), values.data() + rows, y, row_weight, batch_ratio, reduction, eps, output<T>(result),
               output<RowStats>(stats), output<double>(means));
+    if (running) running->commit();
     return std::make_tuple(result, stats, moved, grad, means);
   });
 }
 
 // The derivatives of the loss by the terms [2, B], times the upstream gradient (a scalar or [B], or none).
-std::vector<double> with_upstream(const RowStats* stats, const std::optional<Tensor>& upstream, int64_t rows) {
-  std::vector<double> result(2 * rows);
+Vector<double> with_upstream(const RowStats* stats, const std::optional<Tensor>& upstream, int64_t rows) {
+  Vector<double> result(2 * rows);
   for (int64_t i = 0; i < rows; ++i) {
     result[i] = stats[i].by_concentration;
     result[rows + i] = stats[i].by_separation;
@@ -394,7 +464,7 @@ std::vector<double> with_upstream(const RowStats* stats, const std::optional<Ten
                   "ncmi_kernels: upstream must be a scalar or [B]");
   const int64_t stride = by_row ? upstream->stride(0) : 0;
   with_arithmetic_type(upstream->scalar_type(), "upstream", [&]<class T>() {
-    const T* up = static_cast<const T*>(upstream->data_ptr());
+    const T* up = static_cast<const T*>(memory_of(*upstream, "upstream"));
     for (int64_t i = 0; i < rows; ++i) {
       result[i] *= double(up[i * stride]);
       result[rows + i] *= double(up[i * stride]);
@@ -403,16 +473,19 @@ std::vector<double> with_upstream(const RowStats* stats, const std::optional<Ten
   return result;
 }
 
-// In place: a gradient of the loss to one of what comes after it.
+// In place: a gradient of the loss to one of what comes after it. What is 0, as that of an ignored row, stays 0 times
+// anything.
 void scale_(const Tensor& grad, const Tensor& upstream) {
+  STD_TORCH_CHECK(grad.dim() == 2, "ncmi_kernels: grad must have 2 dimensions");
   STD_TORCH_CHECK(upstream.dim() == 0 && upstream.scalar_type() == grad.scalar_type(),
                   "ncmi_kernels: upstream must be a scalar in the dtype of grad");
   with_arithmetic_type(grad.scalar_type(), "grad", [&]<class T>() {
-    T* g = const_cast<T*>(data<T>(grad, "grad", {grad.size(0), grad.size(1)}));
-    const T factor = *static_cast<const T*>(upstream.data_ptr());
+    const int64_t rows = grad.size(0), columns = grad.size(1);
+    T* g = const_cast<T*>(data<T>(grad, "grad", {rows, columns}));
+    const T factor = *data<T>(upstream, "upstream", {});
     if (factor == T(1)) return;  // loss.backward()
-    parallel_rows(grad.size(0), grad.size(1), [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin * grad.size(1); k < end * grad.size(1); ++k) g[k] *= factor;
+    parallel_rows(rows, columns, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin * columns; k < end * columns; ++k) g[k] = g[k] == T(0) ? T(0) : g[k] * factor;
     });
   });
 }
@@ -430,9 +503,9 @@ Tensor input_grad(const Tensor& input, const Tensor& target, const std::optional
     STD_TORCH_CHECK((z.dtype == Dtype::kFloat64) == kIsDouble<T>,
                     "ncmi_kernels: float64 input and float64 centroid_logits go together");
     const RowStats* stats = row_stats_of(row_stats, rows);
-    const std::vector<double> c = with_upstream(stats, upstream, rows);
+    const Vector<double> c = with_upstream(stats, upstream, rows);
     const InputGradArgs<T> args{z,
-                                targets(target, rows, ignore_index, q.classes),
+                                targets(target, rows, ignore_index, q.classes, q.of, q.columns),
                                 data<T>(center, "center", {columns}),
                                 q,
                                 stats,
@@ -441,8 +514,8 @@ Tensor input_grad(const Tensor& input, const Tensor& target, const std::optional
                                 grad.data_ptr(),
                                 z.dtype};
     parallel_rows(rows, columns, [&](int64_t begin, int64_t end) {
-      std::unique_ptr<T[]> scratch(new T[4 * columns]);
-      kernels_for<T>().input_grad(args, begin, end, scratch.get());
+      Vector<T> scratch(4 * columns);
+      kernels_for<T>().input_grad(args, begin, end, scratch.data());
     });
   });
   return grad;
@@ -456,7 +529,7 @@ class BatchSums {
   BatchSums(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center, const Tensor& logits,
             const Centroids<T>& q, const Tensor& row_stats, const std::optional<Tensor>& upstream, int64_t ignore_index,
             const std::optional<Tensor>& given_totals, T* own_grad)
-      : class_begin_(q.classes + 1, 0), order_(input.size(0)), totals_(q.columns), class_sums_(q.classes) {
+      : class_begin_(q.classes + 1, 0), order_(rows_of(input)), totals_(q.columns), class_sums_(q.classes) {
     const Matrix z = matrix(input, "input"), xi = matrix(logits, "centroid_logits");
     const int64_t rows = input.size(0);
     const Targets y = targets(target, rows, ignore_index, q.classes);
@@ -469,7 +542,7 @@ class BatchSums {
     for (int64_t i = 0; i < rows; ++i)
       if (y[i] != ignore_index) ++class_begin_[y[i] + 1];
     std::partial_sum(class_begin_.begin(), class_begin_.end(), class_begin_.begin());
-    std::vector<int64_t> next(class_begin_.begin(), class_begin_.end() - 1);
+    Vector<int64_t> next(class_begin_.begin(), class_begin_.end() - 1);
     for (int64_t i = 0; i < rows; ++i)
       if (y[i] != ignore_index) order_[next[y[i]]++] = i;
     double separation_grad_sum = 0;
@@ -483,8 +556,8 @@ class BatchSums {
 
     const double* given = data<double>(given_totals, "totals", {q.columns + 1});
     const int64_t present = own_grad ? q.classes : std::min(rows, q.classes);
-    if (!own_grad) own_.reset(new T[present * q.columns]);
-    if (q.centroid_to_sample) own_separation_.reset(new T[present * q.columns]);
+    if (!own_grad) own_.resize(present * q.columns);
+    if (q.centroid_to_sample) own_separation_.resize(present * q.columns);
     args_ = {z,
              data<T>(center, "center", {q.columns}),
              q,
@@ -495,34 +568,35 @@ class BatchSums {
              order_.data(),
              class_begin_.data(),
              class_sums_.data(),
-             own_grad ? own_grad : own_.get(),
-             own_separation_.get(),
+             own_grad ? own_grad : own_.data(),
+             own_separation_.data(),
              own_grad != nullptr,
              totals_.data(),
              given ? given[q.columns] : separation_grad_sum,
              0,
              nullptr};
     kernels_for<T>().class_sums(args_, class_sums_.data());
-    parallel_columns(q.columns, rows,
-                     [&](int64_t begin, int64_t end) { kernels_for<T>().centroid_sums(args_, begin, end); });
+    parallel_columns<kWide>(q.columns, rows,
+                            [&](int64_t begin, int64_t end) { kernels_for<T>().centroid_sums(args_, begin, end); });
     if (given) std::copy(given, given + q.columns, totals_.begin());
     if (q.centroid_to_sample) return;
     const double inverse_classes = 1.0 / q.of_all.classes;
     args_.level = args_.separation_grad_sum / double(q.columns) * inverse_classes;
-    variation_.reset(new T[q.columns]);
+    variation_.resize(q.columns);
     for (int64_t k = 0; k < q.columns; ++k) variation_[k] = T(totals_[k] * inverse_classes - args_.level);
-    args_.variation = variation_.get();
+    args_.variation = variation_.data();
   }
   BatchSums(const BatchSums&) = delete;  // args_ points into it
 
   const CentroidGradArgs<T>& args() const { return args_; }
+  bool has_rows() const { return class_begin_.back() > 0; }
 
  private:
-  std::vector<double> factors_;
-  std::vector<int64_t> class_begin_, order_;
-  std::vector<double> totals_;
-  std::vector<ClassSums> class_sums_;
-  std::unique_ptr<T[]> own_, own_separation_, variation_;
+  Vector<double> factors_;
+  Vector<int64_t> class_begin_, order_;
+  Vector<double> totals_;
+  Vector<ClassSums> class_sums_;
+  Vector<T> own_, own_separation_, variation_;
   CentroidGradArgs<T> args_;
 };
 
@@ -531,17 +605,17 @@ Tensor centroid_grad(const Tensor& input, const Tensor& target, const std::optio
                      const Tensor& reference, const Tensor& norms, const Tensor& row_stats,
                      const std::optional<Tensor>& upstream, bool centroid_to_sample, int64_t ignore_index,
                      const std::optional<Tensor>& totals) {
-  Tensor grad = empty({centroid_logits.size(0), centroid_logits.size(1)}, centroid_logits.scalar_type());
-  with_arithmetic_type(centroid_logits.scalar_type(), "centroid_logits", [&]<class T>() {
+  return with_arithmetic_type(centroid_logits.scalar_type(), "centroid_logits", [&]<class T>() {
     const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample);
+    Tensor grad = empty({q.classes, q.columns}, kScalarType<T>);
     const BatchSums<T> sums(input, target, center, centroid_logits, q, row_stats, upstream, ignore_index,
                             totals, output<T>(grad));
     parallel_rows(q.classes, q.columns, [&](int64_t begin, int64_t end) {
-      std::vector<T> scratch(q.columns);
+      Vector<T> scratch(q.columns);
       kernels_for<T>().centroid_grad(sums.args(), begin, end, output<T>(grad), scratch.data());
     });
+    return grad;
   });
-  return grad;
 }
 
 void centroid_step_(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
@@ -560,16 +634,16 @@ void centroid_step_(const Tensor& input, const Tensor& target, const std::option
                            nesterov};
     const BatchSums<T> sums(input, target, center, centroid_logits, q, row_stats, std::nullopt, ignore_index,
                             std::nullopt, nullptr);
-    // A row whose terms are not finite has derivatives that are not: such a batch moves nothing, for good, as the centre.
-    if (!std::isfinite(sums.args().separation_grad_sum)) return;
+    // A row whose terms are not finite has derivatives that are not: such a batch moves nothing, for good, as the centre;
+    // nor does one without rows, whose loss is 0 / 0.
+    if (!sums.has_rows() || !std::isfinite(sums.args().separation_grad_sum)) return;
     // In place: what a class's gradient needs of its own statistics is read before they are overwritten, and it needs
     // none of other classes; what it needs of all of them, their number, does not change.
     StatsOf<T> stats(matrix(centroid_logits, "centroid_logits"), q.classes, columns, softmax, centroid_to_sample,
                      const_cast<T*>(q.log_activation), const_cast<T*>(q.activation), const_cast<T*>(q.reference),
                      const_cast<ClassStats*>(q.of));
-    stats.compute([&](const CentroidStatsArgs<T>& args, int64_t begin, int64_t end) {
-      std::unique_ptr<T[]> scratch(new T[columns]);
-      kernels_for<T>().centroid_step(sums.args(), step, args, begin, end, scratch.get());
+    stats.compute([&](const CentroidStatsArgs<T>& args, int64_t begin, int64_t end, T* scratch) {
+      kernels_for<T>().centroid_step(sums.args(), step, args, begin, end, scratch);
     });
   });
 }
@@ -581,7 +655,7 @@ Tensor class_totals(const Tensor& input, const Tensor& target, const std::option
   const int64_t rows = input.size(0), columns = input.size(1);
   const Targets y = targets(target, rows, ignore_index, std::numeric_limits<int64_t>::max());
   const RowStats* stats = row_stats_of(row_stats, rows);
-  const std::vector<double> c = with_upstream(stats, upstream, rows);
+  const Vector<double> c = with_upstream(stats, upstream, rows);
   Tensor result = empty({columns + 1}, ScalarType::Double);
   double* totals = output<double>(result);
   totals[columns] = 0;

@@ -101,7 +101,7 @@ NCMI_DEVICE void commit(const CenterArgs<T>& args, bool finite, int64_t begin, i
     else
       args.moved[k] = args.center[k];
   }
-  if (finite && blockIdx.x == 0 && threadIdx.x == 0) ++*args.batches;
+  if (finite && blockIdx.x == 0 && threadIdx.x == 0) *args.batches = next_batch(*args.batches);
 }
 
 // Adds the splits up and moves the centre, in one block all of it, or each block its columns of the copy.

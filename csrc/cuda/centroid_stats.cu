@@ -11,21 +11,23 @@ constexpr int64_t kOneBlock = 65536;  // sums that one block adds up; beyond, bl
 constexpr int64_t kColumnsPerBlock = 256;
 constexpr int64_t kClassesPerChunk = 32;  // at least
 
-// Writes log a, and a where it is wanted; returns S.
-template <Kind kind, class T, class R>
-NCMI_DEVICE double activate_row(R& row, T shift, T* log, T* value) {
+// Writes log a, and a where it is wanted, of `count` elements: all, or for `by_size` those whose |f| <= 1 as kNsfNear has
+// it or has it not. Returns their part of S.
+template <Kind kind, bool by_size = false, class T, class R>
+NCMI_DEVICE double activate_row(R& row, double count, T shift, T* log, T* value) {
   const T s = argument_scale<kind, T>(1.0);
   double norm = 0;  // near: of the excess
   row.each([&](int k, const T* x) NCMI_INLINED {
 #pragma unroll
     for (int v = 0; v < R::part; ++v) {
+      if (by_size && (absolute(x[v]) <= T(1)) != is_near(kind)) continue;
       if constexpr (is_near(kind)) {
         const NearActivation a = near<kind>(x[v] * s);
         norm += double(a.excess);
         log[k + v] = a.log;
         if (value) value[k + v] = T(0.5) + T(0.5) * a.excess;
       } else {
-        const Activation<T> a = activate<kind, false>(x[v] * s, shift);
+        const Activation<T> a = activate<kind, false>(x[v], s, shift);
         norm += double(a.value);
         log[k + v] = a.log;
         if (value) value[k + v] = a.value;
@@ -33,11 +35,11 @@ NCMI_DEVICE double activate_row(R& row, T shift, T* log, T* value) {
     }
   });
   norm = row.group.sum(norm);
-  return is_near(kind) ? 0.5 * (double(row.columns) + norm) : norm;
+  return is_near(kind) ? 0.5 * (count + norm) : norm;
 }
 
 template <class In, class T, int kept>
-__global__ void __launch_bounds__(512, 1) centroid_rows_kernel(const CentroidStatsArgs<T> args) {
+__global__ void __maxnreg__(80) centroid_rows_kernel(const CentroidStatsArgs<T> args) {
   const int64_t c = row_of_thread();
   if (c >= args.classes) return;
   Group group = group_of_thread(shared_storage<GroupStorage>());
@@ -46,15 +48,34 @@ __global__ void __launch_bounds__(512, 1) centroid_rows_kernel(const CentroidSta
   T* value = args.activation ? args.activation + c * args.columns : nullptr;
   const Size<T> size = size_of<T>(row);
   Kind kind = first_kind(args.softmax, size.largest);
-  T shift = kind == Kind::kSoftmax ? scaled_max(row, T(1)) : T(0);
-  double norm = 0;
-  with_kind<T>(kind, [&](auto tag) NCMI_INLINED {
-    norm = activate_row<decltype(tag)::value>(row, shift, log, value);
-  });
-  if (kind == Kind::kNsf && !(norm > double(smallest_plain_sum<T>()))) {
-    kind = Kind::kNsfShifted;
-    shift = scaled_max(row, T(1));
-    norm = activate_row<Kind::kNsfShifted>(row, shift, log, value);
+  T shift = kind == Kind::kSoftmax ? largest_of<T>(row) : T(0);
+  const double columns = double(args.columns);
+  double norm = 0, large = columns;  // how many elements have |f| > 1
+  if constexpr (kSame<T, float>) {
+    if (kind == Kind::kNsf) {
+      int mine = 0;
+      row.each([&](int, const T* x) NCMI_INLINED {
+#pragma unroll
+        for (int v = 0; v < decltype(row)::part; ++v) mine += absolute(x[v]) <= T(1) ? 0 : 1;
+      });
+      large = row.group.sum(mine);
+    }
+    // In columns that are equal roundings are equal too, and add up, so they should be those of small numbers.
+    if (8 * large <= columns)
+      norm = activate_row<Kind::kNsfNear, true>(row, columns - large, shift, log, value) +
+             activate_row<Kind::kNsf, true>(row, large, shift, log, value);
+  }
+  if (!(8 * large <= columns))
+    with_kind<T>(kind, [&](auto tag) NCMI_INLINED {
+      norm = activate_row<decltype(tag)::value>(row, columns, shift, log, value);
+    });
+  if (kind == Kind::kNsf && may_be_shifted(norm, args.columns)) {
+    const T largest = largest_of<T>(row);
+    if (largest <= T(kShifted)) {
+      kind = Kind::kNsfShifted;
+      shift = largest;
+      norm = activate_row<Kind::kNsfShifted>(row, columns, shift, log, value);
+    }
   }
   norm += poison<T>(row, size.squares);
   if (group.first()) {

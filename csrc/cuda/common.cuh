@@ -46,13 +46,6 @@ NCMI_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1
 NCMI_INLINE constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 NCMI_INLINE constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
-template <class T>
-constexpr T kLargest = T(0);
-template <>
-inline constexpr float kLargest<float> = 3.4028234e38f;
-template <>
-inline constexpr double kLargest<double> = 1.7976931348623157e308;
-
 template <class A, class B>
 constexpr bool kSame = false;
 template <class A>
@@ -269,8 +262,13 @@ NCMI_DEVICE int64_t class_of(int64_t y, int64_t classes) {
 // Row activation: which of the formulas, with the shift of the row where it needs one.
 // -------------------------------------------------------------------------------------------------------------
 
-// kNsfNear, kNsfNearest: a row with every |f| <= 1, <= 1/4, float only. kNsfShifted: one whose sum of sigma underflows.
+// kNsfNear, kNsfNearest: a row with every |f| <= 1, <= 1/4, float only. kNsfShifted: one with every f <= kShifted.
 enum class Kind { kNsf, kNsfNear, kNsfNearest, kNsfShifted, kSoftmax };
+
+// As the statistics hold it; any kind for what is none.
+NCMI_DEVICE Kind kind_of(double kind) {
+  return kind >= 0 && kind <= double(Kind::kSoftmax) ? Kind(int(kind)) : Kind::kNsf;
+}
 
 NCMI_INLINE constexpr bool is_near(Kind kind) { return kind == Kind::kNsfNear || kind == Kind::kNsfNearest; }
 
@@ -290,20 +288,20 @@ NCMI_DEVICE T argument_scale(double scale) {
   return T(is_near(kind) ? 0.5 * scale : scale);
 }
 
-// `fast`: for inputs of 16 bits.
+// `fast`: for inputs of 16 bits. `scale` is that of argument_scale.
 template <Kind kind, bool fast, class T>
-NCMI_DEVICE Activation<T> activate(T f, T shift) {
+NCMI_DEVICE Activation<T> activate(T x, T scale, T shift) {
   if constexpr (is_near(kind)) {
-    const NearActivation a = near<kind>(f);
+    const NearActivation a = near<kind>(x * scale);
     return {T(0.5) + T(0.5) * a.excess, a.log, T(0.5) - T(0.5) * a.excess, T(0.25) * (T(1) - a.excess * a.excess)};
   } else if constexpr (kind == Kind::kNsfShifted) {
-    return nsf_shifted(f, shift);
+    return nsf_shifted(x, scale, shift);
   } else if constexpr (kind == Kind::kSoftmax) {
-    return softmax(f, shift);
+    return softmax(x, scale, shift);
   } else if constexpr (fast) {
-    return nsf_fast(f);
+    return nsf_fast(x * scale);
   } else {
-    return nsf(f);
+    return nsf(x * scale);
   }
 }
 
@@ -324,7 +322,7 @@ NCMI_DEVICE void with_kind(Kind kind, const F& f) {
   f(KindTag<Kind::kSoftmax>());
 }
 
-// The kind to try for a row with |f| up to `reach`; kNsf becomes kNsfShifted where its sum underflows.
+// The kind to try for a row with |f| up to `reach`; kNsf becomes kNsfShifted where no f is above kShifted.
 template <class T>
 NCMI_DEVICE Kind first_kind(bool is_softmax, T reach) {
   if (is_softmax) return Kind::kSoftmax;

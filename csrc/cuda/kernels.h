@@ -186,6 +186,9 @@ struct TotalsArgs {
 };
 int64_t total_chunks(int64_t rows, int64_t columns);
 
+// Throws what an earlier kernel left behind, if it was an error after which the device does nothing more.
+void check_device_works();
+
 template <class T>
 void launch_terms(const TermsArgs<T>&, Stream);
 template <class T>

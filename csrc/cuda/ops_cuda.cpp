@@ -20,7 +20,12 @@ namespace {
 constexpr int64_t kMostColumns = int64_t(1) << 30;  // within a row, columns are counted in 32 bits
 
 Tensor empty(const Device& device, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return empty_on(device.type(), device.index(), sizes, dtype);
+  try {
+    return empty_on(device.type(), device.index(), sizes, dtype);
+  } catch (const OutOfMemory&) {
+    check_device_works();
+    throw;
+  }
 }
 
 // What passes between kernels, in one allocation: each costs about as much as a launch does.
@@ -66,7 +71,7 @@ Targets targets(const Tensor& t, const Tensor& input, int64_t ignore_index) {
   check_device(t, "target", input);
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long, "ncmi_kernels: target must be int64");
   check_shape(t, "target", {input.size(0)});
-  return {static_cast<const int64_t*>(t.data_ptr()), t.stride(0), ignore_index};
+  return {static_cast<const int64_t*>(memory_of(t, "target")), t.stride(0), ignore_index};
 }
 
 template <class T>
@@ -74,6 +79,7 @@ Centroids<T> centroids(const Tensor& log_activation, const Tensor& activation, c
                        const Tensor& norms, bool centroid_to_sample, const Tensor& input) {
   STD_TORCH_CHECK(log_activation.dim() == 2, "ncmi_kernels: log_activation must have 2 dimensions");
   const int64_t classes = log_activation.size(0), columns = log_activation.size(1);
+  STD_TORCH_CHECK(columns > 0, "ncmi_kernels: log_activation must have columns");
   return {classes,
           columns,
           centroid_to_sample,
@@ -106,16 +112,20 @@ Upstream upstream_of(const std::optional<Tensor>& t, const Tensor& input) {
                   "ncmi_kernels: upstream must be a scalar or [B]");
   STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float || t->scalar_type() == ScalarType::Double,
                   "ncmi_kernels: upstream must be float32 or float64");
-  return {t->data_ptr(), t->scalar_type() == ScalarType::Double, by_row ? t->stride(0) : 0};
+  return {memory_of(*t, "upstream"), t->scalar_type() == ScalarType::Double, by_row ? t->stride(0) : 0};
+}
+
+// In doubles, for write_stats.
+int64_t stats_workspace(int64_t classes, int64_t columns) {
+  return class_chunks(classes, columns) * kClassSums * columns + 2 * columns;
 }
 
 // What centroid_stats gives of the logits xi [C, M], to where it belongs.
 template <class T>
-void write_stats(const Device& device, const Matrix& xi, int64_t classes, int64_t columns, bool softmax,
-                 bool centroid_to_sample, T* log_activation, T* activation, T* reference, ClassStats* of) {
+void write_stats(const Device& device, Workspace& workspace, const Matrix& xi, int64_t classes, int64_t columns,
+                 bool softmax, bool centroid_to_sample, T* log_activation, T* activation, T* reference, ClassStats* of) {
   const int64_t chunks = class_chunks(classes, columns);
   const int64_t sums = chunks * kClassSums * columns, lost = 2 * columns;
-  Workspace workspace(device, sums + lost);
   launch_centroid_stats<T>({xi, classes, columns, softmax, centroid_to_sample, log_activation,
                             centroid_to_sample ? activation : nullptr, reference, of, chunks, workspace.take(sums),
                             workspace.take(lost)},
@@ -135,7 +145,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_stats(const Tensor& logits, 
     Tensor activation = empty(device, {centroid_to_sample ? classes : 0, columns}, dtype);
     Tensor reference = empty(device, {2, columns}, dtype);
     Tensor norms = empty(device, {classes + 1, kClassStats}, ScalarType::Double);
-    write_stats<T>(device, xi, classes, columns, softmax, centroid_to_sample, output<T>(log_activation),
+    Workspace workspace(device, stats_workspace(classes, columns));
+    write_stats<T>(device, workspace, xi, classes, columns, softmax, centroid_to_sample, output<T>(log_activation),
                    output<T>(activation), output<T>(reference), output<ClassStats>(norms));
     return std::make_tuple(log_activation, activation, reference, norms);
   });
@@ -232,15 +243,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss(
     if (!weighed) weight_total = nullptr;
     RowSums* sums = workspace.take<RowSums>(rows * kRowSums);
     double* partial_sums = workspace.take(partials);
-    Tensor moved = summed ? column_sums<T>(device, workspace, input, y, q.classes, running_center,
-                                           num_batches_tracked, momentum, class_weight, weight_total)
-                          : empty(device, {0}, kScalarType<T>);
-    const T* c = running_center ? output<T>(moved) : data_on<T>(center, "center", {q.columns}, input);
-
+    const T* given_center = data_on<T>(center, "center", {q.columns}, input);
     Tensor grad = with_grad ? empty(device, {rows, q.columns}, kScalarType<T>) : empty(device, {0}, kScalarType<T>);
     Tensor stats = empty(device, {rows, kRowStats}, ScalarType::Double);
     Tensor result = reduction == kNone ? empty(device, {rows}, kScalarType<T>) : empty(device, {}, kScalarType<T>);
     Tensor means = empty(device, {2}, ScalarType::Double);
+    // All that may fail is done: from here on the running centre moves.
+    Tensor moved = summed ? column_sums<T>(device, workspace, input, y, q.classes, running_center,
+                                           num_batches_tracked, momentum, class_weight, weight_total)
+                          : empty(device, {0}, kScalarType<T>);
+    const T* c = running_center ? output<T>(moved) : given_center;
     const Weights<T> weights{class_weight, weight_total};
     launch_terms<T>({z, rows, y, c, {1.0 / temperature, l2_normalize, softmax}, q, sums,
                      output<RowStats>(stats), weights, eps, with_grad ? output<T>(grad) : nullptr},
@@ -254,6 +266,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss(
 }
 
 void scale_(const Tensor& grad, const Tensor& upstream) {
+  STD_TORCH_CHECK(grad.dim() == 2, "ncmi_kernels: grad must have 2 dimensions");
   STD_TORCH_CHECK(upstream.dim() == 0 && upstream.scalar_type() == grad.scalar_type(),
                   "ncmi_kernels: upstream must be a scalar in the dtype of grad");
   check_device(upstream, "upstream", grad);
@@ -261,7 +274,7 @@ void scale_(const Tensor& grad, const Tensor& upstream) {
   with_arithmetic_type(grad.scalar_type(), "grad", [&]<class T>() {
     const int64_t rows = grad.size(0), columns = grad.size(1);
     launch_scale(const_cast<T*>(data<T>(grad, "grad", {rows, columns})), rows * columns,
-                 static_cast<const T*>(upstream.data_ptr()), device.stream());
+                 data<T>(upstream, "upstream", {}), device.stream());
   });
 }
 
@@ -369,9 +382,10 @@ void centroid_step_(const Tensor& input, const Tensor& target, const std::option
         momentum,
         weight_decay,
         nesterov};
+    Workspace workspace(device, stats_workspace(q.classes, q.columns));  // before anything moves
     by_class<T>(device, input, target, center, centroid_logits, q, row_stats, std::nullopt, ignore_index, std::nullopt,
                 nullptr, &step);
-    write_stats<T>(device, matrix(centroid_logits, "centroid_logits"), q.classes, q.columns, softmax,
+    write_stats<T>(device, workspace, matrix(centroid_logits, "centroid_logits"), q.classes, q.columns, softmax,
                    centroid_to_sample, const_cast<T*>(q.log_activation), const_cast<T*>(q.activation),
                    const_cast<T*>(q.reference), const_cast<ClassStats*>(q.of));
   });

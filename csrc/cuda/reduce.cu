@@ -102,6 +102,12 @@ __global__ void __launch_bounds__(kThreads, 1) finish_terms_kernel(const ReduceA
   stats.all_mean = t.all_mean;
 }
 
+// What is 0, as the gradient of an ignored row, stays 0 times anything.
+template <class T>
+NCMI_DEVICE T scaled(T grad, T by) {
+  return grad == T(0) ? T(0) : grad * by;
+}
+
 // In place: a gradient of the loss to one of what comes after it. Reads the factor itself, and stops where it is 1.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1) scale_kernel(T* grad, int64_t elements, const T* factor) {
@@ -116,16 +122,24 @@ __global__ void __launch_bounds__(kThreads, 1) scale_kernel(T* grad, int64_t ele
   for (int64_t j = first; j < elements / width; j += step) {
     Stretch s = stretches[j];
 #pragma unroll
-    for (int v = 0; v < width; ++v) s.value[v] *= by;
+    for (int v = 0; v < width; ++v) s.value[v] = scaled(s.value[v], by);
     stretches[j] = s;
   }
   const int64_t k = elements / width * width + first;
-  if (k < elements) grad[k] *= by;
+  if (k < elements) grad[k] = scaled(grad[k], by);
 }
 
 int block_threads(int64_t items) { return int(min(ceil_div(max(items, 1), kWarp) * kWarp, kThreads)); }
 
 }  // namespace
+
+void check_device_works() {
+#if defined(__CUDACC__)
+  const cudaError_t error = cudaPeekAtLastError();
+  if (error != cudaSuccess && error != cudaErrorMemoryAllocation)
+    throw std::runtime_error(std::string("ncmi_kernels: the device stopped working: ") + cudaGetErrorString(error));
+#endif
+}
 
 int64_t reduce_partials(int64_t rows) { return rows <= kRowsOfOneStep ? 0 : min(ceil_div(rows, kThreads), kThreads); }
 

@@ -157,13 +157,13 @@ NCMI_DEVICE double norm_of(R& row, const Size<T>& size) {
 }
 
 template <class T, class R>
-NCMI_DEVICE T scaled_max(R& row, T scale) {
+NCMI_DEVICE T largest_of(R& row) {
   T largest = -kLargest<T>;
   row.each([&](int, const T* x) NCMI_INLINED {
 #pragma unroll
     for (int v = 0; v < R::part; ++v) largest = x[v] > largest ? x[v] : largest;
   });
-  return row.group.maximum(largest) * scale;  // scale > 0
+  return row.group.maximum(largest);
 }
 
 // Zero, or NaN where an element is NaN or infinite: added to a row's normaliser it carries them to the loss, which
@@ -224,7 +224,7 @@ NCMI_DEVICE RowSums sum_row(R& row, const Own<T>& of, double scale, T shift) {
         weight = T(1) + a.excess;
         log = a.log;
       } else {
-        const Activation<T> a = activate<kind, fast>(x[v] * s, shift);
+        const Activation<T> a = activate<kind, fast>(x[v], s, shift);
         if constexpr (norm_in_double)
           norm += double(a.value);
         else
@@ -246,9 +246,15 @@ NCMI_DEVICE RowSums sum_row(R& row, const Own<T>& of, double scale, T shift) {
     all.value += sum_all;
     own_cross.value += sum_cross;
   });
-  double total[4] = {norm_in_double ? warp_sum(norm) : double(warp_sum(excess.value)), double(warp_sum(own.value)),
-                     double(warp_sum(all.value)),
-                     centroid_to_sample ? double(warp_sum(own_cross.value)) : 0.0};
+  // So have the others over threads where they are not small: of -1.5 in every column, say.
+  const auto over_warp = [](auto sum) NCMI_INLINED {
+    if constexpr (norm_in_double)
+      return warp_sum(double(sum));
+    else
+      return double(warp_sum(sum));
+  };
+  double total[4] = {norm_in_double ? warp_sum(norm) : double(warp_sum(excess.value)), over_warp(own.value),
+                     over_warp(all.value), centroid_to_sample ? over_warp(own_cross.value) : 0.0};
   if constexpr (centroid_to_sample) {
     row.group.sum_warps(total);
   } else {
@@ -289,7 +295,7 @@ NCMI_DEVICE Summed<T> sum_row_stable(R& row, const Own<T>& of, const RowFeatures
     result.inverse_length = floored ? 0 : inverse;
   }
   result.kind = first_kind(features.softmax, size.largest * T(result.scale));
-  result.shift = features.softmax ? scaled_max(row, T(result.scale)) : T(0);
+  result.shift = features.softmax ? largest_of<T>(row) : T(0);
   const auto sum_as = [&](auto tag) NCMI_INLINED {
     result.sums = sum_row<decltype(tag)::value, centroid_to_sample, fast>(row, of, result.scale, result.shift);
   };
@@ -299,9 +305,12 @@ NCMI_DEVICE Summed<T> sum_row_stable(R& row, const Own<T>& of, const RowFeatures
   }
   if (result.kind == Kind::kNsf) {
     sum_as(KindTag<Kind::kNsf>());
-    if (!(result.sums.norm > double(smallest_plain_sum<T>()))) {
-      result.kind = Kind::kNsfShifted;
-      result.shift = scaled_max(row, T(result.scale));
+    if (may_be_shifted(result.sums.norm, row.columns)) {
+      const T largest = largest_of<T>(row);
+      if (largest * T(result.scale) <= T(kShifted)) {
+        result.kind = Kind::kNsfShifted;
+        result.shift = largest;
+      }
     }
   }
   if (result.kind == Kind::kNsfShifted) sum_as(KindTag<Kind::kNsfShifted>());
@@ -331,7 +340,7 @@ NCMI_DEVICE RowTerms terms_of(const Centroids<T>& q, int64_t y, const RowSums& s
       q.centroid_to_sample ? (q.all().weight_sum * log_norm - q.all().weighted_log_norm) - sums.all +
                                  (sums.own_cross * ::exp(-q.log_norm(y)) - own_gap) * inverse_classes
                            : all_mean - (log_norm - q.all().weighted_log_norm) - concentration * inverse_classes;
-  return {inverse_norm, own_mean, all_mean, concentration, separation};
+  return {inverse_norm, own_mean, all_mean, not_negative(concentration), not_negative(separation)};
 }
 
 template <class T>
@@ -387,7 +396,7 @@ struct GradRow {
 #pragma unroll
     for (int v = 0; v < width; ++v) {
       if constexpr (centroid_to_sample) {
-        const Activation<T> a = activate<kind, fast>(x[v] * s, shift);
+        const Activation<T> a = activate<kind, fast>(x[v], s, shift);
         const T p = a.value * inverse_norm;
         grad[v] = alpha * concentration_gradient(a.slope * p, a.log - own_log[v], own_mean) +
                   beta * separation_gradient_centroid(a.slope, p, q_mean[v], own_activation[v] * q_factor,
@@ -399,7 +408,7 @@ struct GradRow {
           value_slope = a.slope;
           log = a.log;
         } else {
-          const Activation<T> a = activate<kind, fast>(x[v] * s, shift);
+          const Activation<T> a = activate<kind, fast>(x[v], s, shift);
           value_slope = a.value_slope;
           log = a.log;
         }
@@ -411,14 +420,14 @@ struct GradRow {
 };
 
 // d loss / d z of a row, by the derivatives of the loss by its terms. Where the length counts, through x / ||x|| as
-// well: g - x (x . g) / ||x||^2.
+// well: g - x (x . g) / ||x||^2, where the square may underflow.
 template <bool centroid_to_sample, bool fast, class In, class T, int kept>
 NCMI_DEVICE void grad_of_row(Row<In, T, kept>& row, const Centroids<T>& q, int64_t y, const RowStats& stats,
                              double concentration_grad, double separation_grad, void* out) {
   using R = Row<In, T, kept>;
   const Own<T> of = own_of<centroid_to_sample>(q, y);
   const int64_t offset = row.i * q.columns;
-  with_kind<T>(Kind(int(stats.kind)), [&](auto tag) NCMI_INLINED {
+  with_kind<T>(kind_of(stats.kind), [&](auto tag) NCMI_INLINED {
     const GradRow<centroid_to_sample, fast, decltype(tag)::value, T> of_row(q, y, stats, concentration_grad,
                                                                             separation_grad);
     T grad[R::streamed ? 1 : kept];
@@ -436,9 +445,9 @@ NCMI_DEVICE void grad_of_row(Row<In, T, kept>& row, const Centroids<T>& q, int64
         dot.value += sum;
       });
     }
+    const T inverse_length = T(stats.inverse_length);
     T share = 0;
-    if (stats.inverse_length != 0)
-      share = T(row.group.sum(dot.value) * stats.inverse_length * stats.inverse_length);
+    if (stats.inverse_length != 0) share = T(row.group.sum(dot.value) * stats.inverse_length);
     row.each_stretch([&](int j, int k, const T* x) NCMI_INLINED {
       T g[R::width];
       if constexpr (R::streamed) {
@@ -450,7 +459,7 @@ NCMI_DEVICE void grad_of_row(Row<In, T, kept>& row, const Centroids<T>& q, int64
         for (int v = 0; v < R::width; ++v) g[v] = grad[j * R::width + v];
       }
 #pragma unroll
-      for (int v = 0; v < R::width; ++v) g[v] -= x[v] * share;
+      for (int v = 0; v < R::width; ++v) g[v] -= (x[v] * inverse_length) * share;
       store_output<In, R::width>(out, row.input.dtype, offset + k, g);
     });
   });
