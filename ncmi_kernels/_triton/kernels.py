@@ -16,23 +16,28 @@ from ncmi_kernels import _backends
 
 INTERPRETED = tl.constexpr(_backends.triton_interprets())  # plain formulas there for what only devices have
 
-# How features become probabilities. NEAR is NSF where every |f| <= 1, as NSF it can be computed too.
-NSF = tl.constexpr(0)
-NEAR = tl.constexpr(1)
-SOFTMAX = tl.constexpr(2)
+# How features become probabilities. NEAR is NSF where every |f| <= 1. SHIFTED can compute every row of NSF: rows that
+# are computed at once are of the least kind among them.
+SHIFTED = tl.constexpr(0)
+NSF = tl.constexpr(1)
+NEAR = tl.constexpr(2)
+SOFTMAX = tl.constexpr(3)
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
 SMALLEST_LENGTH = tl.constexpr(1e-12)  # as torch.nn.functional.normalize
-# A row with its largest f under this is activated relative to it: its sum of sigma might underflow.
-SHIFT_BELOW = tl.constexpr(-16.0)
+LARGEST_32 = tl.constexpr(3.4028234663852886e38)
+LARGEST_64 = tl.constexpr(1.7976931348623157e308)
+# A row of NSF whose largest f is not above this is activated relative to that. Far below zero log 2 sigma lies on a
+# grid that is coarse beside that of sigma, where it rounds alike in all columns; and at last sigma underflows.
+SHIFTED_FROM = tl.constexpr(-2.0)
 
 # Columns of `rows`, csrc/cpu/kernels.h RowStats.
 STATS = tl.constexpr(9)
 SCALE = tl.constexpr(0)
 INVERSE_LENGTH = tl.constexpr(1)
-ROW_KIND = tl.constexpr(2)  # the backward kernels take the least of the rows that they work on at once
-SHIFT = tl.constexpr(3)
+ROW_KIND = tl.constexpr(2)
+SHIFT = tl.constexpr(3)  # the largest z - c, where log a is relative to that; else 0
 INVERSE_NORM = tl.constexpr(4)
 OWN_MEAN = tl.constexpr(5)
 ALL_MEAN = tl.constexpr(6)
@@ -88,7 +93,7 @@ def _rounded(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def _exp_minus(x):
-    """e^-x for x >= 0, 0 past 86.5. float32: relative error under 1 ulp, as in csrc/ncmi_math.h."""
+    """e^-x for x >= -1, 0 past 86.5. float32: relative error under 1 ulp, as in csrc/ncmi_math.h."""
     if x.dtype == tl.float64:
         return tl.exp(-x)
     else:
@@ -107,20 +112,22 @@ def _exp_minus(x):
 
 
 @triton.jit
-def _log_half(u):
-    """log(u / 2), 1 <= u <= 2. float32: of the rounded u itself, small with a small error near u = 2."""
-    if u.dtype == tl.float64:
-        return tl.log(u) - LN2
+def _log_about_one(v):
+    """log v, 1/2 <= v <= 1 + e^-2. float32: of the rounded v itself, small with a small error near v = 1."""
+    if v.dtype == tl.float64:
+        return tl.log(v)
     else:
-        s = u * 0.5 - 1.0
+        # s + s^2 R(s), R minimax, relative error 4e-9.
+        s = v - 1.0
         w = s * s
-        even = -1.74594502 * w - 1.97671632
-        odd = -2.48232513 * w - 0.595368491
-        even = even * w - 0.341047529
-        odd = odd * w + 0.175690033
-        even = even * w - 0.251888541
-        odd = odd * w + 0.333262151
-        even = even * w - 0.500000917
+        even = 0.961277064 * w - 0.0537590549
+        odd = 1.01956435 * w + 0.580878876
+        even = even * w - 0.169836506
+        odd = odd * w + 0.134723511
+        even = even * w - 0.249965432
+        odd = odd * w + 0.199925626
+        even = even * w - 0.5000001
+        odd = odd * w + 0.33333442
         return (odd * s + even) * w + s
 
 
@@ -170,56 +177,88 @@ def _opaque(x):
 
 
 @triton.jit
-def _activate(f, shift, KIND: tl.constexpr, SHIFTED: tl.constexpr, FAST: tl.constexpr):
-    """Value a, log (log a, of NSF log 2 a), slope d log a / d f and value * slope; a and log a less the row's shift."""
+def _activate(x, scale, shift, KIND: tl.constexpr, FAST: tl.constexpr):
+    """Value a, log (log a, of NSF log 2 a), slope d log a / d f and value * slope, of f = x scale.
+
+    `scale` and `shift` are [ROWS, 1]. The shift of SOFTMAX is the largest x, and a is relative to it: e^((x - shift)
+    scale). That of SHIFTED is 0, or the largest x where a is sigma e^-max(f) / 2, and then these values are of 2 a: see
+    `_share`. Other kinds do not look at it.
+    """
     if KIND == NEAR:
-        t, log = _near(0.5 * f)
+        t, log = _near(x * (0.5 * scale))
         value = 0.5 + 0.5 * t
         slope = 0.5 - 0.5 * t
         value_slope = 0.25 - 0.25 * (t * t)
-    elif KIND == SOFTMAX:
-        log = f - shift
-        # A fused multiply-add can leave f a hair above its own maximum.
-        value = tl.exp2(log * LOG2_E) if FAST else _exp_minus(tl.abs(log))
-        slope = tl.full(f.shape, 1.0, f.dtype)
-        value_slope = value
     else:
-        size = tl.abs(f)
-        # min(f, 0), exactly, but NaN for an infinite f: the saturated sigmoid would hide it from the loss.
-        below = 0.5 * f - 0.5 * size
-        if SHIFTED:
-            below = below - shift
-        if FAST:
-            # sigma from log sigma: a pair by construction, three special functions and no division.
-            small = tl.exp2((size + shift if SHIFTED else size) * -LOG2_E)
-            e = small * tl.exp2(shift * LOG2_E) if SHIFTED else small
-            log2_u = _fast_log2(1.0 + e)
-            r = tl.exp2(-log2_u)
-            log_sigma = below * LOG2_E - log2_u
-            value = tl.exp2(log_sigma)
-            log = log_sigma * LN2 + LN2
+        if KIND == NSF:
+            g = x * scale
         else:
-            # sigma and log sigma from the same rounded u = 1 + e: an exact pair of a slightly moved f.
-            small = _exp_minus(size + shift if SHIFTED else size)  # where there is a shift every f is below it
-            e = small * tl.exp(shift) if SHIFTED else small
-            u = 1.0 + e
-            r = _reciprocal(u)
-            value = tl.where(f < 0, small * r, r)
-            log = below - _log_half(u)
-        slope = tl.where(f < 0, r, e * r)
-        value_slope = small * (r * r)
+            # At the largest x 0, whatever is fused: the difference comes first. Finite, as 0 times it has to be 0.
+            bound: tl.constexpr = LARGEST_64 if x.dtype == tl.float64 else LARGEST_32
+            g = tl.clamp((x - shift) * scale, -bound, bound, propagate_nan=tl.PropagateNan.ALL)
+        size = tl.abs(g)
+        small = tl.exp2(size * -LOG2_E) if FAST else _exp_minus(size)
+        if KIND == SOFTMAX:
+            value = small
+            log = -size
+            slope = tl.full(x.shape, 1.0, x.dtype)
+            value_slope = value
+        else:
+            # min(g, 0), exactly, but NaN for an infinite f: the saturated sigmoid would hide it from the loss.
+            below = 0.5 * g - 0.5 * size
+            u = 1.0 + small
+            if KIND == SHIFTED:
+                shifted = shift != 0.0
+                u = 1.0 + small * tl.where(shifted, _exp_minus(-shift * scale), 1.0)
+            if FAST:
+                # sigma from log sigma: a pair by construction, three special functions and no division.
+                log2_u = _fast_log2(u)
+                r = tl.exp2(-log2_u)
+                log_sigma = below * LOG2_E - log2_u
+                value = tl.exp2(log_sigma)
+                log = log_sigma * LN2 + (tl.where(shifted, 0.0, LN2) if KIND == SHIFTED else LN2)
+            else:
+                # sigma and log sigma from the same rounded u: an exact pair of a slightly moved f.
+                r = _reciprocal(u)
+                value = tl.where(g <= 0, small * r, r)
+                log = below - _log_about_one(u * (tl.where(shifted, 1.0, 0.5) if KIND == SHIFTED else 0.5))
+            slope = tl.where(g <= 0, r, small * r)
+            value_slope = small * (r * r)
     return value, log, slope, value_slope
 
 
 @triton.jit
-def _activate_as(f, shift, kind, FAST: tl.constexpr):
-    """`_activate` with a shift, as `kind`, a number on the device."""
+def _share(inverse_norm, shift, kind):
+    """What times a value of `_activate` is p: half of `inverse_norm` [ROWS] where that value is of 2 a."""
+    half = tl.where(kind == SHIFTED, 0.5, 1.0)
+    return tl.where(shift != 0.0, half * inverse_norm, inverse_norm)
+
+
+@triton.jit
+def _activate_for_sums(x, scale, shift, KIND: tl.constexpr, FAST: tl.constexpr):
+    """a and its log. Of rows far below zero all columns may round alike: there a is of the rounded log."""
+    value, log, _, _ = _activate(x, scale, shift, KIND, FAST)
+    if KIND == SHIFTED:
+        value = tl.where(shift != 0.0, 0.5 * value, value) if FAST else 0.5 * _exp_minus(-log)
+    return value, log
+
+
+@triton.jit
+def _least_kind(kinds):
+    """What the backward passes compute rows of these kinds as, float64 as the statistics hold them."""
+    least = tl.min(kinds, axis=0)
+    return tl.where((least == NEAR) | (least == SOFTMAX), least, SHIFTED).to(tl.int32)
+
+
+@triton.jit
+def _activate_as(x, scale, shift, kind, FAST: tl.constexpr):
+    """`_activate` as `kind`, a number on the device."""
     if kind == SOFTMAX:
-        value, log, slope, value_slope = _activate(f, shift, SOFTMAX, True, FAST)
+        value, log, slope, value_slope = _activate(x, scale, shift, SOFTMAX, FAST)
     elif kind == NEAR:
-        value, log, slope, value_slope = _activate(f, shift, NEAR, True, FAST)
+        value, log, slope, value_slope = _activate(x, scale, shift, NEAR, FAST)
     else:
-        value, log, slope, value_slope = _activate(f, shift, NSF, True, FAST)
+        value, log, slope, value_slope = _activate(x, scale, shift, SHIFTED, FAST)
     return value, log, slope, value_slope
 
 
@@ -330,8 +369,7 @@ def _neighbours(value, VEC: tl.constexpr):
 @triton.jit
 def _add_stretch(
     norm, own, total, own_cross, x, scale, shift, own_log, own_activation, reference, q_mean, inside,
-    KIND: tl.constexpr, SHIFTED: tl.constexpr, FAST: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr,
-    EVEN: tl.constexpr, VEC: tl.constexpr,
+    KIND: tl.constexpr, FAST: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr, EVEN: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Adds a stretch of rows, element by element: of NEAR twice a, and of `norm` 2 a - 1, small with a small rounding.
 
@@ -342,10 +380,9 @@ def _add_stretch(
         weight = 1.0 + excess
         norm += excess
     else:
-        f = x * scale[:, None]
         if not EVEN:
-            f = tl.where(inside[None, :], f, shift[:, None])
-        weight, log, _, _ = _activate(f, shift[:, None], KIND, SHIFTED, FAST)
+            x = tl.where(inside[None, :], x, shift[:, None])
+        weight, log = _activate_for_sums(x, scale[:, None], shift[:, None], KIND, FAST)
         if not EVEN:
             weight = tl.where(inside[None, :], weight, 0.0)
         norm += _neighbours(weight, VEC)
@@ -361,13 +398,20 @@ def _add_stretch(
 
 
 @triton.jit
-def _row_sums(norm, own, total, own_cross, M: tl.constexpr, KIND: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr):
+def _row_sums(
+    norm, own, total, own_cross, M: tl.constexpr, KIND: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr,
+    VEC: tl.constexpr,
+):  # fmt: skip
     """Of whole rows, float64: sum a, sum a (log a - log a_y), sum a (log a - reference) or sum q_mean (log a -
     reference), sum a_y (log a - log a_y).
     """  # noqa: D205
     half: tl.constexpr = 0.5 if KIND == NEAR else 1.0
     if KIND != NEAR:
+        # Logarithms of NEAR are small and of either sign. Those of here may all be about one number.
         norm_sum = tl.sum(norm, axis=1)
+        own = _neighbours(own, VEC)
+        total = _neighbours(total, VEC)
+        own_cross = _neighbours(own_cross, VEC) if CENTROID_TO_SAMPLE else own
         norm = own
     if CENTROID_TO_SAMPLE:
         excess, own_sum, total_sum, cross_sum = _sums4(norm, own, total, own_cross)
@@ -399,6 +443,9 @@ def _terms_of(norm, own, total, own_cross, own_log_norm, norms, classes, CENTROI
         separation += (own_cross * tl.exp(-own_log_norm) - own_gap) * inverse_classes
     else:
         separation = all_mean - (log_norm - weighted_log_norm) - concentration * inverse_classes
+    # Divergences are not negative; their rounding may be. NaN stays.
+    concentration = tl.where(concentration < 0.0, 0.0, concentration)
+    separation = tl.where(separation < 0.0, 0.0, separation)
     return concentration, separation, inverse_norm, own_mean, all_mean
 
 
@@ -411,11 +458,10 @@ def _grad_stretch(
     """d loss / d z of a stretch, but for what the chain rule of the length takes away; 0 past the last column."""
     dtype: tl.constexpr = x.dtype
     inverse_classes = 1.0 / all_classes  # here: handed on, it would take registers that spill
-    f = x * scale.to(dtype)[:, None]
     m = shift.to(dtype)[:, None]
     if not EVEN:
-        f = tl.where(inside[None, :], f, m)
-    value, log, slope, value_slope = _activate(f, m, KIND, True, FAST)
+        x = tl.where(inside[None, :], x, m)
+    value, log, slope, value_slope = _activate(x, scale.to(dtype)[:, None], m, KIND, FAST)
     if CENTROID_TO_SAMPLE:
         # (1 - sigma) [alpha p (log p - log q_y - A) + beta (p - mean over v of q_v + (q_y - p) / C)]
         p = value * inverse_norm.to(dtype)[:, None]
@@ -455,8 +501,13 @@ def _grad_rows(
     dtype: tl.constexpr = log_activation.dtype.element_ty
     out: tl.constexpr = grad.dtype.element_ty
     written = row < B
-    # g - x (x . g) / ||x||^2: the product is not known until the row is done.
-    inverse_length = inverse_length.to(dtype)  # now: a double would take a register more until the row is done
+    if not KEEP:
+        scale = _opaque(scale)
+    half_scale = (0.5 * scale).to(dtype)[:, None]
+    # g - x (x . g) / ||x||^2: the product is not known until the row is done. In terms of y = x scale / 2, which g is
+    # made of: the square of a length's inverse may underflow.
+    of_length = inverse_length.to(dtype) / (0.5 * scale).to(dtype)
+    inverse_norm = _share(inverse_norm, shift, KIND)
     dot = tl.full([ROWS, COLUMNS], 0.0, dtype)
     gs = ()
     for j in tl.static_range(STRETCHES):
@@ -468,7 +519,7 @@ def _grad_rows(
             xs[j], scale, shift, inverse_norm, own_mean, all_mean, alpha, beta, own_log_norm, own_log, own_activation,
             compared, q_mean, k < M, all_classes, KIND, FAST, CENTROID_TO_SAMPLE, (j + 1) * COLUMNS <= M,
         )  # fmt: skip
-        dot += xs[j] * g
+        dot += (xs[j] * half_scale) * g
         if KEEP:
             gs = gs + (g,)
     if not SINGLE:
@@ -484,10 +535,12 @@ def _grad_rows(
                 x, scale, shift, inverse_norm, own_mean, all_mean, alpha, beta, own_log_norm, own_log, own_activation,
                 compared, q_mean, k < M, all_classes, KIND, FAST, CENTROID_TO_SAMPLE, EVEN,
             )  # fmt: skip
-            dot += x * g
-    share = (tl.sum(dot, axis=1) * inverse_length * inverse_length)[:, None]
+            dot += (x * half_scale) * g
+    # y . g may be infinite where no length counts.
+    share = tl.where(of_length == 0.0, 0.0, tl.sum(dot, axis=1) * of_length * of_length)[:, None]
     if not KEEP:
         scale = _opaque(scale)
+        half_scale = (0.5 * scale).to(dtype)[:, None]
     for j in tl.static_range(STRETCHES):
         k = j * COLUMNS + tl.arange(0, COLUMNS)
         if KEEP:
@@ -501,7 +554,7 @@ def _grad_rows(
                 own_activation, compared, q_mean, k < M, all_classes, KIND, FAST, CENTROID_TO_SAMPLE,
                 (j + 1) * COLUMNS <= M,
             )  # fmt: skip
-        g = tl.where(live[:, None], g - xs[j] * share, 0.0)
+        g = tl.where(live[:, None], g - (xs[j] * half_scale) * share, 0.0)
         mask = written[:, None] if (j + 1) * COLUMNS <= M else written[:, None] & (k < M)[None, :]
         tl.store(grad + (row * M)[:, None] + k[None, :], _rounded(g, out), mask=mask)
     if not SINGLE:
@@ -517,7 +570,7 @@ def _grad_rows(
                 x, scale, shift, inverse_norm, own_mean, all_mean, alpha, beta, own_log_norm, own_log, own_activation,
                 compared, q_mean, k < M, all_classes, KIND, FAST, CENTROID_TO_SAMPLE, EVEN,
             )  # fmt: skip
-            g = tl.where(live[:, None], g - x * share, 0.0)
+            g = tl.where(live[:, None], g - (x * half_scale) * share, 0.0)
             mask = written[:, None] if EVEN else written[:, None] & (k < M)[None, :]
             tl.store(grad + (row * M)[:, None] + k[None, :], _rounded(g, out), mask=mask)
 
@@ -530,9 +583,9 @@ def _grad_rows(
 @triton.jit
 def _sum_rows(
     xs, input, center, log_activation, activation, reference, row, live, y, scale, shift, unit_stride, column_stride,
-    M: tl.constexpr, ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr, KIND: tl.constexpr, SHIFTED: tl.constexpr,
-    FAST: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    STRETCHES: tl.constexpr, VEC: tl.constexpr,
+    M: tl.constexpr, ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr,
+    CENTROID_TO_SAMPLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRETCHES: tl.constexpr,
+    VEC: tl.constexpr,
 ):  # fmt: skip
     """`_row_sums` of whole rows, from `xs` where they are held on chip."""
     dtype: tl.constexpr = log_activation.dtype.element_ty
@@ -548,7 +601,7 @@ def _sum_rows(
         )
         norm, own, total, own_cross = _add_stretch(
             norm, own, total, own_cross, xs[j], scale, shift, own_log, own_activation, compared, q_mean, k < M, KIND,
-            SHIFTED, FAST, CENTROID_TO_SAMPLE, (j + 1) * COLUMNS <= M, VEC,
+            FAST, CENTROID_TO_SAMPLE, (j + 1) * COLUMNS <= M, VEC,
         )  # fmt: skip
     if STRETCHES == 0:
         for start in range(0, M, COLUMNS):
@@ -561,9 +614,9 @@ def _sum_rows(
             )
             norm, own, total, own_cross = _add_stretch(
                 norm, own, total, own_cross, x, scale, shift, own_log, own_activation, compared, q_mean, k < M, KIND,
-                SHIFTED, FAST, CENTROID_TO_SAMPLE, EVEN, VEC,
+                FAST, CENTROID_TO_SAMPLE, EVEN, VEC,
             )  # fmt: skip
-    return _row_sums(norm, own, total, own_cross, M, KIND, CENTROID_TO_SAMPLE)
+    return _row_sums(norm, own, total, own_cross, M, KIND, CENTROID_TO_SAMPLE, VEC)
 
 
 @triton.jit(
@@ -584,7 +637,7 @@ def terms_kernel(
     input, target, center, log_activation, activation, reference, norms, weight, weight_sums, rows, sums, grad,
     unit_stride, column_stride, target_stride, inverse_temperature_bits, eps, ignore_index, classes, B, columns, chunks,
     M: tl.constexpr, ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr, L2: tl.constexpr, KIND: tl.constexpr,
-    SHIFTED: tl.constexpr, FAST: tl.constexpr, RESCUE: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr,
+    MAY_SHIFT: tl.constexpr, FAST: tl.constexpr, RESCUE: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr,
     WITH_GRAD: tl.constexpr, NORMALIZED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     STRETCHES: tl.constexpr, VEC: tl.constexpr, CHUNKS: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
@@ -598,9 +651,10 @@ def terms_kernel(
     dtype: tl.constexpr = log_activation.dtype.element_ty
     SINGLE: tl.constexpr = STRETCHES > 0
     EVEN: tl.constexpr = M % COLUMNS == 0
-    LARGEST: tl.constexpr = SHIFTED or KIND == SOFTMAX
+    LARGEST: tl.constexpr = MAY_SHIFT or KIND == SOFTMAX
     # Of features whose lengths nobody knows, |f| <= 1 is found out row by row, where that takes no reading of its own.
-    MAY_BE_NEAR: tl.constexpr = KIND == NSF and SHIFTED and SINGLE and dtype == tl.float32
+    LEAST: tl.constexpr = SHIFTED if MAY_SHIFT else KIND
+    MOST: tl.constexpr = NEAR if MAY_SHIFT and SINGLE and dtype == tl.float32 else KIND
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     y, live, _ = _checked(target, row, target_stride, ignore_index, classes, B)
 
@@ -630,7 +684,6 @@ def terms_kernel(
             squares += x * x
         if LARGEST:
             largest = tl.maximum(largest, x if (j + 1) * COLUMNS <= M else tl.where((k < M)[None, :], x, -infinity))
-        if MAY_BE_NEAR:
             sizes = tl.maximum(sizes, tl.abs(x))
         xs = xs + (x,)
     if not SINGLE and (L2 or LARGEST):
@@ -643,8 +696,9 @@ def terms_kernel(
                 squares += x * x
             if LARGEST:
                 largest = tl.maximum(largest, x if EVEN else tl.where((k < M)[None, :], x, -infinity))
+                sizes = tl.maximum(sizes, tl.abs(x))
 
-    # 2. f = x scale, and the shift of log a.
+    # 2. f = x scale, and what log a is relative to.
     inverse_temperature = _double(inverse_temperature_bits).to(dtype)
     scale = tl.full([ROWS], 0.0, dtype) + inverse_temperature
     inverse_length = tl.full([ROWS], 0.0, dtype)
@@ -671,7 +725,7 @@ def terms_kernel(
                     unit_stride,
                     column_stride,
                     dtype,
-                    1,
+                    ALIGN,
                     CONTIGUOUS,
                     False,
                 )
@@ -692,41 +746,37 @@ def terms_kernel(
         inverse_length = tl.where(floored, 0.0, inverse)
     shift = tl.full([ROWS], 0.0, dtype)
     if LARGEST:
-        shift = tl.max(largest, axis=1) * scale
-        if SHIFTED:
-            shift = tl.where(shift < SHIFT_BELOW, shift, 0.0)
-    if MAY_BE_NEAR:
-        reach = tl.max(sizes, axis=1) * scale
-        near = tl.sum((((reach <= 1.0) == 0) & live).to(tl.int32), axis=0) == 0
+        # An infinite element would otherwise be hidden from the loss: as far below the others as a finite one can be.
+        reach = tl.max(sizes, axis=1)
+        scale = tl.where(reach == infinity, float("nan"), scale)
+        shift = tl.max(largest, axis=1)
+    kind = tl.full([], KIND, tl.int32)
+    if MAY_SHIFT:
+        shift = tl.where(shift * scale <= SHIFTED_FROM, shift, 0.0)
+        # As NSF finite elements whose f are not would be taken for infinite ones.
+        row_kind = tl.where((shift == 0.0) & (reach * scale < infinity), NSF, SHIFTED)
+        if MOST == NEAR:
+            row_kind = tl.where(reach * scale <= 1.0, NEAR, row_kind)
+        kind = tl.min(tl.where(live, row_kind, MOST), axis=0)
 
     # 3. The sums against the own centroid and against all of them.
     zero = tl.full([ROWS], 0.0, tl.float64)
-    kind = zero + KIND
-    if MAY_BE_NEAR:
-        if near:
+    norm = zero
+    own = zero
+    total = zero
+    own_cross = zero
+    for AS in tl.static_range(LEAST, MOST + 1):
+        if kind == AS:
             norm, own, total, own_cross = _sum_rows(
                 xs, input, center, log_activation, activation, reference, row, live, y, scale, shift, unit_stride,
-                column_stride, M, ALIGN, CONTIGUOUS, NEAR, False, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES,
-                VEC,
+                column_stride, M, ALIGN, CONTIGUOUS, AS, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, VEC,
             )  # fmt: skip
-            kind = zero + NEAR
-        else:
-            norm, own, total, own_cross = _sum_rows(
-                xs, input, center, log_activation, activation, reference, row, live, y, scale, shift, unit_stride,
-                column_stride, M, ALIGN, CONTIGUOUS, KIND, SHIFTED, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES,
-                VEC,
-            )  # fmt: skip
-    else:
-        norm, own, total, own_cross = _sum_rows(
-            xs, input, center, log_activation, activation, reference, row, live, y, scale, shift, unit_stride,
-            column_stride, M, ALIGN, CONTIGUOUS, KIND, SHIFTED, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, VEC,
-        )  # fmt: skip
 
     written = row < B
     of_row = rows + row * STATS
     tl.store(of_row + SCALE, tl.where(live, scale.to(tl.float64), 0.0), mask=written)
     tl.store(of_row + INVERSE_LENGTH, tl.where(live, inverse_length.to(tl.float64), 0.0), mask=written)
-    tl.store(of_row + ROW_KIND, kind, mask=written)
+    tl.store(of_row + ROW_KIND, zero + kind, mask=written)
     tl.store(of_row + SHIFT, tl.where(live, shift.to(tl.float64), 0.0), mask=written)
     if not WITH_GRAD:
         tl.store(sums + row, norm, mask=written)
@@ -755,29 +805,17 @@ def terms_kernel(
         tl.store(of_row + ALL_MEAN, tl.where(live, all_mean, 0.0), mask=written)
         tl.store(of_row + BY_CONCENTRATION, alpha, mask=written)
         tl.store(of_row + BY_SEPARATION, beta, mask=written)
-        if MAY_BE_NEAR:
-            # The same formulas as a backward pass takes, for the same bits.
-            if near:
+        # The same formulas as a backward pass takes, for the same bits: that has no branch for NSF.
+        if KIND == NSF:
+            kind = tl.where(kind == NEAR, NEAR, SHIFTED)
+        for AS in tl.static_range(SHIFTED if KIND == NSF else KIND, MOST + 1):
+            if AS != NSF and kind == AS:
                 _grad_rows(
                     xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm,
-                    scale.to(tl.float64), inverse_length.to(tl.float64), shift.to(tl.float64), inverse_norm, own_mean,
-                    all_mean, alpha, beta, unit_stride, column_stride, all_classes, M, ALIGN, CONTIGUOUS, NEAR,
-                    FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
+                    scale.to(tl.float64), inverse_length.to(tl.float64), shift.to(tl.float64), inverse_norm,
+                    own_mean, all_mean, alpha, beta, unit_stride, column_stride, all_classes, M, ALIGN, CONTIGUOUS,
+                    AS, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
                 )  # fmt: skip
-            else:
-                _grad_rows(
-                    xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm,
-                    scale.to(tl.float64), inverse_length.to(tl.float64), shift.to(tl.float64), inverse_norm, own_mean,
-                    all_mean, alpha, beta, unit_stride, column_stride, all_classes, M, ALIGN, CONTIGUOUS, KIND,
-                    FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
-                )  # fmt: skip
-        else:
-            _grad_rows(
-                xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm,
-                scale.to(tl.float64), inverse_length.to(tl.float64), shift.to(tl.float64), inverse_norm, own_mean,
-                all_mean, alpha, beta, unit_stride, column_stride, all_classes, M, ALIGN, CONTIGUOUS, KIND, FAST,
-                CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
-            )  # fmt: skip
 
 
 @triton.jit(
@@ -816,7 +854,7 @@ def input_grad_kernel(
         beta *= factor
     own_log_norm = tl.load(norms + y * RECORD + LOG_NORM)
     all_classes = _all_classes(norms, classes)
-    kind = tl.min(tl.load(of_row + ROW_KIND, mask=live, other=SOFTMAX), axis=0)
+    kind = _least_kind(tl.load(of_row + ROW_KIND, mask=live, other=SOFTMAX))
     xs = ()
     for j in tl.static_range(STRETCHES):
         k = j * COLUMNS + tl.arange(0, COLUMNS)
@@ -836,33 +874,27 @@ def input_grad_kernel(
         )
         xs = xs + (x,)
     # All of a row in one branch: a branch for each stretch would pass what it made through registers that spill.
-    if kind == NEAR:
-        _grad_rows(
-            xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm, scale,
-            inverse_length, shift, inverse_norm, own_mean, all_mean, alpha, beta, unit_stride, column_stride,
-            all_classes, M, ALIGN, CONTIGUOUS, NEAR, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
-        )  # fmt: skip
-    elif kind == SOFTMAX:
-        _grad_rows(
-            xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm, scale,
-            inverse_length, shift, inverse_norm, own_mean, all_mean, alpha, beta, unit_stride, column_stride,
-            all_classes, M, ALIGN, CONTIGUOUS, SOFTMAX, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
-        )  # fmt: skip
-    else:
-        _grad_rows(
-            xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm, scale,
-            inverse_length, shift, inverse_norm, own_mean, all_mean, alpha, beta, unit_stride, column_stride,
-            all_classes, M, ALIGN, CONTIGUOUS, NSF, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
-        )  # fmt: skip
+    for AS in tl.static_range(SHIFTED, SOFTMAX + 1):
+        if AS != NSF and kind == AS:
+            _grad_rows(
+                xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm,
+                scale, inverse_length, shift, inverse_norm, own_mean, all_mean, alpha, beta, unit_stride,
+                column_stride, all_classes, M, ALIGN, CONTIGUOUS, AS, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS,
+                STRETCHES, KEEP,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["size"])
 def scale_kernel(grad, upstream, size, BLOCK: tl.constexpr):
-    """`grad` [size] times `upstream` [], in place; neither read nor written where that is 1."""
+    """`grad` [size] times `upstream` [], in place; neither read nor written where that is 1.
+
+    Rows that do not count stay 0, whatever comes.
+    """
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     factor = tl.load(upstream)
     if factor != 1.0:
-        tl.store(grad + i, tl.load(grad + i, mask=i < size) * factor, mask=i < size)
+        value = tl.load(grad + i, mask=i < size)
+        tl.store(grad + i, tl.where(value == 0.0, value, value * factor), mask=i < size)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -914,17 +946,20 @@ def _batch_sums(concentration, separation, factor, live, eps, BATCH_RATIO: tl.co
     return tl.sum(factor, axis=0), first, second, third
 
 
-@triton.jit(do_not_specialize=["target_stride", "eps", "ignore_index", "classes", "B", "tiles"], debug=True)
+@triton.jit(do_not_specialize=["target_stride", "eps", "ignore_index", "classes", "B", "tiles", "columns"], debug=True)
 def finish_kernel(
-    target, norms, weight, sums, partials, rows, loss, means, target_stride, eps, ignore_index, classes, B, tiles,
-    CENTROID_TO_SAMPLE: tl.constexpr, BATCH_RATIO: tl.constexpr, REDUCTION: tl.constexpr, FINISHED: tl.constexpr,
-    STAGE: tl.constexpr, BLOCK: tl.constexpr,
+    target, norms, weight, sums, partials, rows, loss, means, center, batches, moved_center, moved_batches,
+    target_stride, eps, ignore_index, classes, B, tiles, columns, CENTROID_TO_SAMPLE: tl.constexpr,
+    BATCH_RATIO: tl.constexpr, REDUCTION: tl.constexpr, FINISHED: tl.constexpr, STAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """From `sums` [4, B] of the rows to what REDUCTION asks for: the loss [] or [B], or for TERMS A and G [2, B].
 
     And but for TERMS to `means` [2] of A and G. Writes the columns of `rows` [B, 9] that terms_kernel left out: with
     FINISHED it left none.
     Stage PARTIAL writes its sums over them to `partials` [4, tiles], LAST reads those; WHOLE does without.
+
+    Where there is a `center` [columns], this moves it, as nothing comes after that could fail.
     """
     eps = _double(eps)
     zero = tl.full([BLOCK], 0.0, tl.float64)
@@ -996,6 +1031,12 @@ def finish_kernel(
             tl.store(of_row + ALL_MEAN, all_mean, mask=row < B)
             tl.store(of_row + BY_CONCENTRATION, by_concentration, mask=row < B)
             tl.store(of_row + BY_SEPARATION, by_separation, mask=row < B)
+        if center is not None:
+            for start in range(tl.program_id(0) * BLOCK, columns, tiles * BLOCK):
+                k = start + tl.arange(0, BLOCK)
+                tl.store(center + k, tl.load(moved_center + k, mask=k < columns), mask=k < columns)
+            if tl.program_id(0) == 0:
+                tl.store(batches, tl.load(moved_batches))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1076,13 +1117,14 @@ def _moved(sums, center, k, chunks, M, count, keep, ROWS: tl.constexpr, COLUMNS:
 
 @triton.jit(do_not_specialize=["chunks", "count_chunks", "momentum", "tiles"])
 def move_center_kernel(
-    sums, counts, center, batches, copy, wrongs, chunks, count_chunks, momentum, tiles, M, STAGE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr,
+    sums, counts, center, batches, copy, moved_center, moved_batches, wrongs, chunks, count_chunks, momentum, tiles, M,
+    STAGE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """`center` [M] from the column sums [chunks, M], and a copy of it.
+    """`center` [M] moved by the column sums [chunks, M], to `copy` [M], and `batches`, how often, to `moved_batches`.
 
-    A batch without rows says nothing, and one NaN, or a mean too large, must not stay in the centre for good: then
-    neither `center` nor `batches`, how often it was moved, changes. STAGE: WHOLE, one program does it all; else each
+    And, where there is one, to `moved_center`; that and `moved_batches` may be `center` and `batches` themselves. A
+    batch without rows says nothing, and one NaN, or a mean too large, must not stay in the centre for good: then both
+    are as before. STAGE: WHOLE, one program does it all; else each
     has COLUMNS columns, which PARTIAL leaves in `copy` and whether any is not finite in `wrongs` [tiles], and LAST
     makes final.
     """
@@ -1100,7 +1142,8 @@ def move_center_kernel(
         moved = tl.load(copy + k, mask=k < M, other=0.0)
         before = tl.load(center + k, mask=k < M, other=0.0)
         moved = tl.where(finite, moved, before)
-        tl.store(center + k, moved, mask=k < M)
+        if moved_center is not None:
+            tl.store(moved_center + k, moved, mask=k < M)
         tl.store(copy + k, moved, mask=k < M)
     else:
         chunk = tl.arange(0, CHUNKS)
@@ -1121,10 +1164,11 @@ def move_center_kernel(
                 k = at + tl.arange(0, COLUMNS)
                 moved, before = _moved(sums, center, k, chunks, M, count, keep, ROWS, COLUMNS)
                 moved = tl.where(finite, moved, before)
-                tl.store(center + k, moved, mask=k < M)
+                if moved_center is not None:
+                    tl.store(moved_center + k, moved, mask=k < M)
                 tl.store(copy + k, moved, mask=k < M)
     if STAGE != PARTIAL and tl.program_id(0) == 0:
-        tl.store(batches, tracked + tl.where(finite, 1, 0))
+        tl.store(moved_batches, tracked + tl.where(finite & (tracked < 2**63 - 1), 1, 0))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1154,9 +1198,10 @@ def centroid_rows_kernel(
         sizes = tl.maximum(sizes, tl.abs(x))
         largest = tl.maximum(largest, x if EVEN else tl.where((k < M)[None, :], x, -infinity))
     shift = tl.max(largest, axis=1)
-    reach = tl.max(sizes, axis=1)
-    if KIND == NSF:
-        shift = tl.where(shift < SHIFT_BELOW, shift, 0.0)
+    if KIND == SHIFTED:
+        shift = tl.where(shift <= SHIFTED_FROM, shift, 0.0)
+    # As terms_kernel: an infinite element is not to be hidden.
+    scale = tl.where(tl.max(sizes, axis=1) == infinity, float("nan"), tl.full([ROWS], 1.0, dtype))
     norm = tl.full([ROWS, COLUMNS // VEC], 0.0, tl.float64)
     for start in range(0, M, COLUMNS):
         k = start + tl.arange(0, COLUMNS)
@@ -1164,23 +1209,26 @@ def centroid_rows_kernel(
         x = _load_features(
             logits, None, row, live, k, inside, unit_stride, column_stride, dtype, ALIGN, CONTIGUOUS, EVEN
         )
-        f = x if EVEN else tl.where(inside[None, :], x, shift[:, None])
-        value, log, _, _ = _activate(f, shift[:, None], KIND, True, False)
+        if not EVEN:
+            x = tl.where(inside[None, :], x, shift[:, None])
+        value, log = _activate_for_sums(x, scale[:, None], shift[:, None], KIND, False)
         added = value
-        if KIND == NSF and dtype == tl.float32:
-            # As rows of features: what rounding does to a centroid, all rows of its class suffer alike.
-            near = tl.broadcast_to((reach <= 1.0)[:, None], f.shape)
-            excess, near_log = _near(tl.where(near, 0.5 * f, 0.0))
+        if KIND == SHIFTED and dtype == tl.float32:
+            # What rounding does to a centroid, all rows of its class suffer alike.
+            near = tl.abs(x) <= 1.0
+            excess, near_log = _near(tl.where(near, 0.5 * x, 0.0))
             log = tl.where(near, near_log, log)
             value = tl.where(near, 0.5 + 0.5 * excess, value)
             added = tl.where(near, 0.5 * excess, added)
-            halves = tl.where(near, 0.5, tl.full(f.shape, 0.0, dtype))
+            halves = tl.where(near, 0.5, tl.full(x.shape, 0.0, dtype))
             if not EVEN:
                 halves = tl.where(inside[None, :], halves, 0.0)
             norm += _neighbours(halves, VEC)
         if not EVEN:
             added = tl.where(inside[None, :], added, 0.0)
-        norm += _neighbours(added, VEC)
+        norm += _neighbours(added.to(tl.float64), VEC)
+        # A logarithm at the end of the range would make sums of it infinite.
+        log = tl.maximum(log, -(2.0**1008) if dtype == tl.float64 else -(2.0**112), propagate_nan=tl.PropagateNan.ALL)
         at = (row * M)[:, None] + k[None, :]
         mask = live[:, None] if EVEN else live[:, None] & inside[None, :]
         tl.store(log_activation + at, log, mask=mask)
@@ -1322,7 +1370,8 @@ def class_sums_kernel(
         of_row = rows + row * STATS
         scale = tl.load(of_row + SCALE, mask=live, other=0.0).to(DTYPE)
         shift = tl.load(of_row + SHIFT, mask=live, other=0.0).to(DTYPE)
-        inverse_norm = tl.load(of_row + INVERSE_NORM, mask=live, other=0.0)
+        kind = _least_kind(tl.load(of_row + ROW_KIND, mask=live, other=SOFTMAX))
+        inverse_norm = _share(tl.load(of_row + INVERSE_NORM, mask=live, other=0.0), shift, kind)
         own_factor = tl.load(of_row + BY_CONCENTRATION, mask=live, other=0.0)
         beta = tl.load(of_row + BY_SEPARATION, mask=live, other=0.0)
         if upstream is not None:
@@ -1334,9 +1383,8 @@ def class_sums_kernel(
         x = _load_features(
             input, center, row, live, k, inside, unit_stride, column_stride, DTYPE, ALIGN, CONTIGUOUS, False
         )
-        f = tl.where(inside[None, :], x * scale[:, None], shift[:, None])
-        kind = tl.min(tl.load(of_row + ROW_KIND, mask=live, other=SOFTMAX), axis=0)
-        value, log, _, _ = _activate_as(f, shift[:, None], kind, FAST)
+        x = tl.where(inside[None, :], x, shift[:, None])
+        value, log, _, _ = _activate_as(x, scale[:, None], shift[:, None], kind, FAST)
         value = value.to(tl.float64)
         if WITH_OWN:
             own += (own_factor * inverse_norm)[:, None] * value
@@ -1357,8 +1405,8 @@ def class_sums_kernel(
 
 @triton.jit(do_not_specialize=["unit_stride", "column_stride", "classes", "lr", "momentum", "weight_decay"])
 def centroid_grad_kernel(
-    logits, norms, own_sums, all_sums, factor_sums, totals, grad, momentum_buffer, unit_stride, column_stride, classes,
-    lr, momentum, weight_decay, M: tl.constexpr, ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr,
+    logits, norms, own_sums, all_sums, factor_sums, totals, grad, momentum_buffer, class_begin, unit_stride,
+    column_stride, classes, lr, momentum, weight_decay, M: tl.constexpr, ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr,
     CENTROID_TO_SAMPLE: tl.constexpr, GIVEN: tl.constexpr, NESTEROV: tl.constexpr, COLUMNS: tl.constexpr,
     CLASSES: tl.constexpr,
 ):  # fmt: skip
@@ -1371,8 +1419,8 @@ def centroid_grad_kernel(
     c = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     live = c < classes
     kind = tl.load(norms + tl.program_id(0) * RECORD + CLASS_KIND)
-    inverse_norm = tl.exp(-tl.load(norms + c * RECORD + LOG_NORM))
     shift = tl.load(norms + c * RECORD + CLASS_SHIFT).to(dtype)
+    inverse_norm = _share(tl.exp(-tl.load(norms + c * RECORD + LOG_NORM)), shift, kind)
     own_factor = tl.load(factor_sums + c)
     beta = tl.load(factor_sums + classes + c)
     inverse_classes = 1.0 / _all_classes(norms, classes)
@@ -1396,8 +1444,8 @@ def centroid_grad_kernel(
             x = _load_features(
                 logits, None, c, live, k, inside, unit_stride, column_stride, dtype, ALIGN, CONTIGUOUS, False
             )
-            f = tl.where(inside[None, :], x, shift[:, None])
-            value, log, slope, _ = _activate_as(f, shift[:, None], kind, False)
+            shifted = tl.where(inside[None, :], x, shift[:, None])
+            value, log, slope, _ = _activate_as(shifted, tl.full([1, 1], 1.0, dtype), shift[:, None], kind, False)
             q = value.to(tl.float64) * inverse_norm[:, None]
             own = _load_rows(own_sums, c * M, k, inside, False)
             total = _load_vector(totals, k, inside, 1, False)
@@ -1415,9 +1463,11 @@ def centroid_grad_kernel(
                 if grad is not None:
                     tl.store(grad + at, g, mask=inside[None, :])
                 else:
-                    # A row whose terms are not finite has a beta that is not: such a batch moves nothing.
-                    usable = tl.full([COLUMNS], 0.0, tl.float64) + (beta_sum - beta_sum) == 0.0
-                    moved = (inside & usable)[None, :]
+                    # A row whose terms are not finite has a beta that is not: such a batch moves nothing, nor does one
+                    # without a row that counts.
+                    counted = tl.load(class_begin + classes) - tl.load(class_begin)
+                    counted = tl.where(beta_sum - beta_sum == 0.0, counted, 0)
+                    moved = (inside & (tl.full([COLUMNS], 0, tl.int64) + counted > 0))[None, :]
                     g += _double(weight_decay).to(dtype) * x
                     if momentum_buffer is not None:
                         keep = _double(momentum).to(dtype)

@@ -35,6 +35,7 @@ COMPILING = {"sanitize_overflow": False, "enable_fp_fusion": True}
 
 _HALF = (torch.bfloat16, torch.float16)
 _TL = {torch.float32: tl.float32, torch.float64: tl.float64}
+_DOUBLE, _INT64, _ARITHMETIC = (torch.float64,), (torch.int64,), tuple(_TL)
 
 
 class Tile(NamedTuple):
@@ -114,6 +115,91 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, **opt
     kernel[grid](*args, num_warps=warps, **COMPILING, **options)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Checks: what csrc checks of tensors, before anything is launched or moved
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise RuntimeError(f"ncmi_kernels: {what}")
+
+
+def _check(
+    name: str,
+    tensor: Tensor | None,
+    like: Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int, ...],
+    strided: bool = False,
+) -> None:
+    """Raise RuntimeError if this is not one of `shape` and one of `dtypes`, contiguous, on the device of `like`."""
+    if tensor is None:
+        return
+    if tensor.dtype not in dtypes:
+        raise RuntimeError(f"ncmi_kernels: {name} has an unexpected dtype")
+    if tensor.shape != shape:
+        raise RuntimeError(f"ncmi_kernels: {name} has an unexpected shape")
+    if not strided and not tensor.is_contiguous():
+        raise RuntimeError(f"ncmi_kernels: {name} must be contiguous")
+    if tensor.device != like.device:
+        raise RuntimeError(f"ncmi_kernels: {name} is on an unexpected device")
+    _check_memory(name, tensor)
+
+
+def _check_memory(name: str, tensor: Tensor) -> None:
+    """Raise RuntimeError if the storage was freed. On the meta device it has no address, but a size."""
+    if not tensor.data_ptr() and tensor.numel() and not tensor.untyped_storage().nbytes():
+        raise RuntimeError(f"ncmi_kernels: {name} has no memory")
+
+
+def _matrix(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...] = (*_ARITHMETIC, *_HALF)) -> tuple[int, int]:
+    """The shape of a matrix of any strides, with columns."""
+    _require(tensor.dtype in dtypes, f"{name} must be " + ", ".join(str(dtype)[6:] for dtype in dtypes))
+    _require(tensor.dim() == 2, f"{name} must have 2 dimensions")
+    _require(tensor.shape[1] > 0, f"{name} must have columns")
+    _check_memory(name, tensor)
+    return tensor.shape[0], tensor.shape[1]
+
+
+def _check_batch(
+    input: Tensor, target: Tensor, center: Tensor | None, dtype: torch.dtype, classes: int, ignore_index: int
+) -> tuple[int, int]:
+    """The shape of the input; `dtype` is that of the arithmetic."""
+    rows, columns = _matrix("input", input)
+    _require(input.dtype is not torch.float64 or dtype is torch.float64, "float64 input needs float64 centroid_logits")
+    _check("target", target, input, _INT64, (rows,), strided=True)
+    _check("center", center, input, (dtype,), (columns,))
+    _check_targets(target, ignore_index, classes)
+    return rows, columns
+
+
+def _check_centroids(
+    input: Tensor,
+    log_activation: Tensor,
+    activation: Tensor,
+    reference: Tensor,
+    norms: Tensor,
+    centroid_to_sample: bool,
+) -> None:
+    """The statistics of C classes for an input [B, M]; C may be 0 where B is."""
+    classes, columns = _matrix("log_activation", log_activation, _ARITHMETIC)
+    dtype = (log_activation.dtype,)
+    _check("log_activation", log_activation, input, dtype, (classes, columns))
+    _check("activation", activation, input, dtype, (classes if centroid_to_sample else 0, columns))
+    _check("reference", reference, input, dtype, (2, columns))
+    _check("norms", norms, input, _DOUBLE, (classes + 1, _ops.CLASS_STATS))
+    _require(input.dim() == 2 and input.shape[1] == columns, "input has an unexpected shape")
+    _require(classes > 0 or input.shape[0] == 0, "log_activation must not be empty")
+
+
+def _check_rows(input: Tensor, rows: Tensor, upstream: Tensor | None) -> None:
+    count = input.shape[0]
+    _check("rows", rows, input, _DOUBLE, (count, _ops.ROW_STATS))
+    if upstream is not None:
+        _check("upstream", upstream, input, _ARITHMETIC, (count,) if upstream.dim() else (), strided=True)
+
+
 def _check_targets(target: Tensor, ignore_index: int, classes: int) -> None:
     """What device assertions do on a device, for the interpreter, which has none."""
     if not INTERPRETED:
@@ -160,7 +246,7 @@ def _write_stats(
         columns,
         strides.align,
         strides.contiguous,
-        kernels.SOFTMAX if softmax else kernels.NSF,
+        kernels.SOFTMAX if softmax else kernels.SHIFTED,
         centroid_to_sample,
         tile.rows,
         tile.columns,
@@ -200,7 +286,8 @@ def centroid_stats(
     centroid_logits: Tensor, softmax: bool, centroid_to_sample: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Logits [C, M] to log_activation [C, M], activation [C or 0, M], reference [2, M], norms [C + 1, 8] float64."""
-    classes, columns = centroid_logits.shape
+    classes, columns = _matrix("centroid_logits", centroid_logits, _ARITHMETIC)
+    _require(classes > 0, "centroid_logits must not be empty")
     log_activation = centroid_logits.new_empty((classes, columns))
     activation = centroid_logits.new_empty((classes if centroid_to_sample else 0, columns))
     reference = centroid_logits.new_empty((2, columns))
@@ -272,7 +359,8 @@ def _launch_rows(
         strides.contiguous,
         l2_normalize,
         kind,
-        kind == kernels.NSF and reach > 16.0,
+        # Every f under -2 takes a length of twice the square root of M; a little less, for rounding.
+        kind == kernels.NSF and reach > 1.99 * columns**0.5,
         input.dtype in _HALF,
         min(RESCUE_COLUMNS, tile.columns) if l2_normalize and input.dtype is not torch.float16 else 0,
         centroid_to_sample,
@@ -304,7 +392,11 @@ def _finish(
     batch_ratio: bool,
     reduction: int,
     finished: bool,
+    center: Tensor | None = None,
+    batches: Tensor | None = None,
+    moved: tuple[Tensor, Tensor] | None = None,
 ) -> None:
+    """The last launch of a call: the one that moves `center` and `batches`, to what `moved` holds."""
     rows = target.shape[0]
     tiles = max(1, -(-rows // FINISH_BLOCK))
     whole = rows <= LARGEST_WHOLE or means is None
@@ -321,12 +413,16 @@ def _finish(
             stats,
             result,
             means,
+            center,
+            batches,
+            *(moved or (None, None)),
             target.stride(0),
             _bits(eps),
             ignore_index,
             classes,
             rows,
             tiles,
+            0 if center is None else center.shape[0],
             centroid_to_sample,
             batch_ratio,
             reduction,
@@ -356,8 +452,10 @@ def terms(
 ) -> tuple[Tensor, Tensor]:
     """Concentration and separation [2, B], and the rows' statistics [B, 9] float64."""
     classes = log_activation.shape[0]
-    _check_targets(target, ignore_index, classes)
+    _check_centroids(input, log_activation, activation, reference, norms, centroid_to_sample)
+    _check_batch(input, target, center, log_activation.dtype, classes, ignore_index)
     with _on(input):
+        result = log_activation.new_empty((2, target.shape[0]))
         stats, sums = _launch_rows(
             input,
             target,
@@ -372,7 +470,6 @@ def terms(
             centroid_to_sample,
             ignore_index,
         )
-        result = log_activation.new_empty((2, target.shape[0]))
         reduction = REDUCTIONS_AND_TERMS.index("terms")
         _finish(
             target,
@@ -439,8 +536,14 @@ def _column_sums(
     return sums, counts, weight_sums
 
 
-def _move_center(sums: Tensor, counts: Tensor, center: Tensor, batches: Tensor, momentum: float) -> Tensor:
+def _move_center(
+    sums: Tensor, counts: Tensor, center: Tensor, batches: Tensor, momentum: float, in_place: bool
+) -> tuple[Tensor, Tensor]:
+    """The moved centre and how often it was moved, in tensors of their own; with `in_place` also in `center` [M] and,
+    the same tensor, `batches` [].
+    """  # noqa: D205
     copy = torch.empty_like(center)
+    moved_batches = batches if in_place else torch.empty_like(batches)
     chunks, columns = sums.shape
     whole = chunks * columns <= LARGEST_WHOLE_CENTER
     rows, width = (16, 256) if whole else (32, 64)
@@ -455,6 +558,8 @@ def _move_center(sums: Tensor, counts: Tensor, center: Tensor, batches: Tensor, 
             center,
             batches,
             copy,
+            center if in_place else None,
+            moved_batches,
             wrongs,
             chunks,
             counts.shape[0],
@@ -467,7 +572,7 @@ def _move_center(sums: Tensor, counts: Tensor, center: Tensor, batches: Tensor, 
             LARGEST_CHUNKS,
             warps=8 if whole else 4,
         )
-    return copy
+    return copy, moved_batches
 
 
 def update_center_(
@@ -480,11 +585,13 @@ def update_center_(
     ignore_index: int,
 ) -> Tensor:
     """Move `center` [M] towards the mean of the rows of `input` [B, M] that count; returns a copy of it."""
-    _check_targets(target, ignore_index, num_classes)
+    _require(center.dtype in _ARITHMETIC, "center must be float32, float64")
+    _check_batch(input, target, center, center.dtype, num_classes, ignore_index)
+    _check("num_batches_tracked", num_batches_tracked, input, _INT64, ())
     with _on(input):
         sums, counts, _ = _column_sums(input, target, None, ignore_index, num_classes, True, False)
         assert sums is not None
-        return _move_center(sums, counts, center, num_batches_tracked, momentum)
+        return _move_center(sums, counts, center, num_batches_tracked, momentum, True)[0]
 
 
 def loss(
@@ -513,21 +620,40 @@ def loss(
 
     Statistics and means are float64.
     """
-    rows, columns = input.shape
-    classes = log_activation.shape[0]
-    _check_targets(target, ignore_index, classes)
-    normalized = with_grad and REDUCTIONS[reduction] == "mean"
+    dtype, classes = log_activation.dtype, log_activation.shape[0]
+    _check_centroids(input, log_activation, activation, reference, norms, centroid_to_sample)
+    rows, columns = _check_batch(
+        input, target, center if running_center is None else running_center, dtype, classes, ignore_index
+    )
+    _check("weight", weight, input, (dtype,), (classes,))
+    _check("num_batches_tracked", num_batches_tracked, input, _INT64, ())
+    _require(0 <= reduction < len(REDUCTIONS), "unknown reduction")
+    scalar, mean = REDUCTIONS[reduction] != "none", REDUCTIONS[reduction] == "mean"
+    _require(mean or not batch_ratio, "ratio over the batch needs reduction mean")
+    _require(
+        (running_center is None) == (num_batches_tracked is None) and (center is None or running_center is None),
+        "pass center, or running_center with num_batches_tracked",
+    )
+    _require(
+        not with_grad or (not batch_ratio and scalar and input.dtype is dtype),
+        "with_grad needs ratio by sample, a scalar loss, and input in the arithmetic type",
+    )
+    normalized = with_grad and mean
     with _on(input):
-        moved = log_activation.new_empty((0,))
-        weight_sums = None
+        result = log_activation.new_empty(() if scalar else (rows,))
+        means = norms.new_empty((2,))
+        nothing = log_activation.new_empty((0,))
+        grad = log_activation.new_empty((rows, columns)) if with_grad else None
+        weight_sums = moved = None
         if running_center is not None or normalized:
             moving = running_center is not None
             sums, counts, weight_sums = _column_sums(input, target, weight, ignore_index, classes, moving, normalized)
             if running_center is not None:
                 assert num_batches_tracked is not None
                 assert sums is not None
-                moved = center = _move_center(sums, counts, running_center, num_batches_tracked, momentum)
-        grad = log_activation.new_empty((rows, columns)) if with_grad else None
+                # Until the last launch only a copy: a call that fails has moved nothing.
+                moved = _move_center(sums, counts, running_center, num_batches_tracked, momentum, False)
+                center = moved[0]
         stats, row_sums = _launch_rows(
             input,
             target,
@@ -546,8 +672,6 @@ def loss(
             eps,
             grad,
         )
-        result = log_activation.new_empty((rows,) if REDUCTIONS[reduction] == "none" else ())
-        means = norms.new_empty((2,))
         _finish(
             target,
             norms,
@@ -563,12 +687,18 @@ def loss(
             batch_ratio,
             reduction,
             with_grad,
+            running_center,
+            num_batches_tracked,
+            moved,
         )
-    return result, stats, moved, log_activation.new_empty((0,)) if grad is None else grad, means
+    return result, stats, nothing if moved is None else moved[0], nothing if grad is None else grad, means
 
 
 def scale_(grad: Tensor, upstream: Tensor) -> None:
-    """`grad` [B, M] times `upstream` [], in place."""
+    """`grad` [B, M] times `upstream` [], in place; 0 stays 0."""
+    shape = _matrix("grad", grad, _ARITHMETIC) if grad.numel() else tuple(grad.shape)
+    _check("grad", grad, grad, _ARITHMETIC, shape)
+    _check("upstream", upstream, grad, (grad.dtype,), ())
     size = grad.numel()
     if size == 0:
         return
@@ -590,10 +720,15 @@ def input_grad(
     ignore_index: int,
 ) -> Tensor:
     """d loss / d input [B, M], in the dtype of `input`; `upstream` is None, a scalar or [B]."""
-    count, columns = input.shape
-    grad = torch.empty((count, columns), dtype=input.dtype, device=input.device)
     classes = log_activation.shape[0]
-    _check_targets(target, ignore_index, classes)
+    _check_centroids(input, log_activation, activation, reference, norms, centroid_to_sample)
+    count, columns = _check_batch(input, target, center, log_activation.dtype, classes, ignore_index)
+    _check_rows(input, rows, upstream)
+    _require(
+        (input.dtype is torch.float64) == (log_activation.dtype is torch.float64),
+        "float64 input and float64 centroid_logits go together",
+    )
+    grad = torch.empty((count, columns), dtype=input.dtype, device=input.device)
     if count == 0:
         return grad
     tile = row_tile(columns, input.dtype, True, centroid_to_sample)
@@ -731,6 +866,7 @@ def _launch_centroid_grad(
         folded,
         grad,
         momentum_buffer,
+        begin,
         of_centroids.units,
         of_centroids.column,
         classes,
@@ -764,8 +900,12 @@ def centroid_grad(
     totals: Tensor | None = None,
 ) -> Tensor:
     """d loss / d centroid_logits [C, M]; `totals` [M + 1] float64 are for the sums over all rows, as class_totals."""
-    classes, columns = centroid_logits.shape
-    _check_targets(target, ignore_index, classes)
+    _check_centroids(input, log_activation, activation, reference, norms, centroid_to_sample)
+    classes, columns = log_activation.shape
+    _check_batch(input, target, center, log_activation.dtype, classes, ignore_index)
+    _check_rows(input, rows, upstream)
+    _check("centroid_logits", centroid_logits, input, (log_activation.dtype,), (classes, columns), strided=True)
+    _check("totals", totals, input, _DOUBLE, (columns + 1,))
     grad = torch.empty((classes, columns), dtype=centroid_logits.dtype, device=centroid_logits.device)
     with _on(input):
         _launch_centroid_grad(
@@ -804,10 +944,11 @@ def centroid_step_(
     nesterov: bool,
 ) -> None:
     """A step of SGD on contiguous `centroid_logits` and `momentum_buffer` [C, M]; the statistics follow."""
+    _check_centroids(input, log_activation, activation, reference, norms, centroid_to_sample)
+    _check_batch(input, target, center, log_activation.dtype, log_activation.shape[0], ignore_index)
+    _check_rows(input, rows, None)
     for name, tensor in (("centroid_logits", centroid_logits), ("momentum_buffer", momentum_buffer)):
-        if tensor is not None and not tensor.is_contiguous():
-            raise RuntimeError(f"ncmi_kernels: {name} must be contiguous")
-    _check_targets(target, ignore_index, centroid_logits.shape[0])
+        _check(name, tensor, input, (log_activation.dtype,), tuple(log_activation.shape))
     with _on(input):
         _launch_centroid_grad(
             input,
@@ -840,8 +981,9 @@ def class_totals(
     ignore_index: int,
 ) -> Tensor:
     """The sums over all rows that each class's gradient has, [M + 1] float64: of beta p or beta log a, and of beta."""
-    count, columns = input.shape
     dtype = torch.float64 if input.dtype is torch.float64 else torch.float32
+    count, columns = _check_batch(input, target, center, dtype, 2**63 - 1, ignore_index)
+    _check_rows(input, rows, upstream)
     # Chunks of the rows that count, the others last, for classes.
     ignored, order = torch.sort((target == ignore_index).to(torch.int32), stable=True)
     chunk_rows = max(SMALLEST_CHUNK, -(-count // LARGEST_CHUNKS))
