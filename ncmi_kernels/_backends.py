@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ncmi_kernels._modes import forward_mode
+
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 
@@ -118,7 +120,7 @@ def _fastest(device: str) -> str:
 
 
 def resolve(backend: str | None, input: Tensor) -> str:
-    """The backend to run on `input`.
+    """The backend to run on `input`; for forward-mode derivatives the reference, whatever was asked for.
 
     Raises:
         ValueError: if `backend` is no backend's name.
@@ -126,7 +128,7 @@ def resolve(backend: str | None, input: Tensor) -> str:
     """
     device = input.device.type
     if backend is None:
-        return _fastest(device)
+        return "reference" if forward_mode() else _fastest(device)
     if backend == "reference":
         return backend
     if backend not in BACKENDS:
@@ -134,11 +136,9 @@ def resolve(backend: str | None, input: Tensor) -> str:
     reason = _reason(backend)
     if reason is not None:
         raise RuntimeError(f"backend: got {backend!r}, which cannot run here: {reason}")
-    if backend == "triton" and triton_interprets():
-        return backend
     expected = "cpu" if backend == "cpu" else "cuda"
-    if device != expected:
+    if device != expected and not (backend == "triton" and triton_interprets()):
         raise RuntimeError(
             f"backend: got {backend!r} for an input on {input.device}, expected a {expected.upper()} tensor"
         )
-    return backend
+    return "reference" if forward_mode() else backend

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ncmi_kernels import _ops, reference
+from ncmi_kernels._modes import concrete, jit_tracing, transforming
 from ncmi_kernels._options import Options
 from ncmi_kernels._reduction import reduced, refuse_double_backward, row_weights
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from ncmi_kernels._distributed import Group
 
 # Columns of the operators' `rows` (RowStats in csrc/layout.h) and `norms` (ClassStats, and AllStats in the last row).
-SCALE, SHIFT, INVERSE_NORM, OWN_MEAN, ALL_MEAN, BY_CONCENTRATION, BY_SEPARATION = 0, 3, 4, 5, 6, 7, 8
+KIND_SHIFTED = 3  # a row of NSF all far below zero
+SCALE, KIND, SHIFT, INVERSE_NORM, OWN_MEAN, ALL_MEAN, BY_CONCENTRATION, BY_SEPARATION = 0, 2, 3, 4, 5, 6, 7, 8
 LOG_NORM, LONE = 0, 3
 MEAN_LOG_NORM, CLASSES = 1, 2
 
@@ -75,14 +77,13 @@ def compute_rows(
     log_inverse_norm = torch.where(kept, inverse_norm, 1).log() + stats.operators.norms[-1, MEAN_LOG_NORM]
     level = of_rows[:, ALL_MEAN] + log_inverse_norm
 
-    f = input.to(dtype)
+    x = input.to(dtype)
     if center is not None:
-        f = f - center
-    f = f * of_rows[:, SCALE, None].to(dtype)
+        x = x - center
     # An ignored row may hold NaN, which zero times anything would keep. Only a CPU tells for nothing if there is one.
-    if torch.compiler.is_compiling() or not f.is_cpu or not kept.all():
-        f = f.masked_fill(~kept[:, None], 0)
-    p, log_activation = _activate(f, of_rows, inverse_norm, options, dtype)
+    if not (concrete(x) and x.is_cpu) or not kept.all():
+        x = x.masked_fill(~kept[:, None], 0)
+    p, log_activation = _activate(x, of_rows, inverse_norm, options, dtype)
     relative = None
     if log_activation is not None:
         relative = log_activation - stats.operators.reference[0] + log_inverse_norm.to(dtype)[:, None]
@@ -104,20 +105,28 @@ def _share(stats: CentroidStats) -> float:
 
 
 def _activate(
-    f: Tensor, of_rows: Tensor, inverse_norm: Tensor, options: Options, dtype: torch.dtype
+    x: Tensor, of_rows: Tensor, inverse_norm: Tensor, options: Options, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """p [B, M], and for centroid_to_sample log a [B, M] as the operators have it."""
+    """p [B, M] of centred features, and for centroid_to_sample log a [B, M] as the operators have it."""
     norm = inverse_norm.to(dtype)[:, None]
-    # Lengths of one and no small temperature: no sum of sigma underflows, there are no shifts.
-    if options.l2_normalize and options.temperature >= 0.05 and not (options.softmax or options.centroid_to_sample):
-        return torch.sigmoid(f) * norm, None
+    scale = of_rows[:, SCALE, None].to(dtype)
+    # Shifted rows have every f at -2 or below, and so at least M (2 tau)^2 for the square of their length.
+    shifts = not options.l2_normalize or 4 * x.shape[1] * options.temperature**2 < 1.01
+    if not (shifts or options.softmax or options.centroid_to_sample):
+        return torch.sigmoid(x * scale) * norm, None
     shift = of_rows[:, SHIFT, None].to(dtype)
+    shifted = ((x - shift) * scale).clamp_(min=torch.finfo(dtype).min)  # finite, where the logits are
     if options.softmax:
-        log_activation = f - shift
-        return log_activation.exp() * norm, log_activation if options.centroid_to_sample else None
-    # log 2 sigma, as the operators have it: small and exact where f is small, which log sigma + log 2 would not be.
-    log_activation = f.clamp(max=0).sub_(f.abs().neg_().expm1_().div_(2).log1p_()).sub_(shift)
-    return log_activation.exp() * (norm / 2), log_activation if options.centroid_to_sample else None
+        log_activation = shifted
+        p = log_activation.exp() * norm
+    else:
+        # log 2 sigma, as the operators have it: small and exact where f is small, which log sigma + log 2 would not be.
+        f = x * scale
+        plain = f.clamp(max=0).sub_(f.abs().neg_().expm1_().div_(2).log1p_())
+        below = shifted.sub_(f.clamp(max=0).exp_().log1p_())
+        log_activation = torch.where(of_rows[:, KIND, None] == KIND_SHIFTED, below, plain)
+        p = log_activation.exp() * (norm / 2)
+    return p, log_activation if options.centroid_to_sample else None
 
 
 def input_grad(
@@ -214,6 +223,28 @@ def _grads(
         )
 
 
+def _save(
+    ctx: Any,
+    input: Tensor,
+    target: Tensor,
+    centroid_logits: Tensor,
+    center: Tensor | None,
+    weight: Tensor | None,
+    by_terms: Tensor | None,
+    stats: CentroidStats,
+    rows: Rows,
+) -> None:
+    _ops.save(ctx, center, centroid_logits, input, target, weight, by_terms, *stats.operators, *stats[1:], *rows)
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    """What :func:`_save` was given, and whether rows are to be found again (:func:`_ops.saved`)."""
+    (center, centroid_logits, input, target, weight, by_terms, *kept), repeated = _ops.saved(ctx)
+    operators, others, rows = kept[:4], kept[4:7], kept[7:]
+    stats = CentroidStats(_ops.CentroidStats(*operators), *others)
+    return input, target, centroid_logits, center, weight, by_terms, stats, Rows(*rows), repeated
+
+
 class _Loss(torch.autograd.Function):
     """The loss, of the arguments of :func:`loss`."""
 
@@ -223,36 +254,46 @@ class _Loss(torch.autograd.Function):
         with reference.no_autocast(input.device):
             stats = stats or centroid_stats(centroid_logits, options, backend)
             rows = compute_rows(input, target, center, stats, options, backend)
-        w = row_weights(target, weight, options.ignore_index)
-        result, by_terms, means = reduced(rows.concentration, rows.separation, w, options, group)
-        if group is not None:
-            by_terms = by_terms * group.size  # of the average that DistributedDataParallel takes, the sum is left
+        result, by_terms, means = _reduced(rows, target, weight, options, group)
         if seen is not None:
             seen.append(means)
             if not torch.compiler.is_compiling():
                 seen.append(rows)
-        ctx.save_for_backward(input, target, centroid_logits)
-        ctx.given_center = _ops.given_center(center)
-        ctx.kept = center, weight, options, backend, stats, rows, by_terms, group
+        _save(ctx, input, target, centroid_logits, center, weight, by_terms, stats, rows)
+        ctx.options, ctx.backend, ctx.group = options, backend, group
         return result.to(stats.relative.dtype)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        input, target, centroid_logits = ctx.saved_tensors
-        center, weight, options, backend, stats, rows, by_terms, group = ctx.kept
-        _ops.check_unchanged(center=ctx.given_center)
+        input, target, centroid_logits, center, weight, by_terms, stats, rows, repeated = _saved(ctx)
+        options, backend, group = ctx.options, ctx.backend, ctx.group
         wanted = ctx.needs_input_grad
-        if _ops._plain_backward():
-            by_terms = by_terms * upstream
+        if _ops.plain_backward(upstream):
+            if repeated:
+                with reference.no_autocast(input.device):
+                    rows = compute_rows(input, target, center, stats, options, backend)
+                by_terms = _reduced(rows, target, weight, options, group)[1]
+            # Ignored rows have zeros, which an infinite gradient would not keep.
+            by_terms = torch.where(rows.kept, by_terms * upstream, 0)
             return *_grads(input, centroid_logits, center, rows, by_terms, stats, options, backend, wanted), None
         if group is not None:
             refuse_double_backward("process_group")
-        return _ops.grads_by_autograd(
+        return *_ops.grads_by_autograd(
             lambda: reference.loss(input, target, centroid_logits, center, weight, options),
             (input, centroid_logits),
-            wanted,
+            wanted[:2],
             upstream,
-        )
+        ), None
+
+
+def _reduced(
+    rows: Rows, target: Tensor, weight: Tensor | None, options: Options, group: "Group | None"
+) -> tuple[Tensor, Tensor, Tensor]:
+    w, kept = row_weights(target, weight, options.ignore_index)
+    result, by_terms, means = reduced(rows.concentration, rows.separation, w, kept, options, group)
+    if group is not None:
+        by_terms = by_terms * group.size  # of the average that DistributedDataParallel takes, the sum is left
+    return result, by_terms, means
 
 
 class _Terms(torch.autograd.Function):
@@ -271,25 +312,30 @@ class _Terms(torch.autograd.Function):
         with reference.no_autocast(input.device):
             stats = centroid_stats(centroid_logits, options, backend)
             rows = compute_rows(input, target, center, stats, options, backend)
-        ctx.save_for_backward(input, target, centroid_logits, center)
-        ctx.kept = options, backend, stats, rows
+        _save(ctx, input, target, centroid_logits, center, None, None, stats, rows)
+        ctx.options, ctx.backend = options, backend
         return rows.concentration.clone(), rows.separation.clone()
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        input, target, centroid_logits, center = ctx.saved_tensors
-        options, backend, stats, rows = ctx.kept
-        wanted = ctx.needs_input_grad
-        if _ops._plain_backward():
+        input, target, centroid_logits, center, _, _, stats, rows, repeated = _saved(ctx)
+        options, backend = ctx.options, ctx.backend
+        wanted = ctx.needs_input_grad[:2]
+        grads: tuple[Tensor | None, ...]
+        if _ops.plain_backward(*upstream):
+            if repeated:
+                with reference.no_autocast(input.device):
+                    rows = compute_rows(input, target, center, stats, options, backend)
             by_terms = torch.stack(upstream).double()
             grads = _grads(input, centroid_logits, center, rows, by_terms, stats, options, backend, wanted)
-            return *grads, None, None, None, None
-        return _ops.grads_by_autograd(
-            lambda: reference.terms(input, target, centroid_logits, center, options),
-            (input, centroid_logits),
-            wanted,
-            upstream,
-        )
+        else:
+            grads = _ops.grads_by_autograd(
+                lambda: reference.terms(input, target, centroid_logits, center, options),
+                (input, centroid_logits),
+                wanted,
+                upstream,
+            )
+        return *grads, None, None, None, None
 
 
 def loss(
@@ -301,19 +347,14 @@ def loss(
     options: Options,
     backend: str,
     stats: CentroidStats | None,
-    update: _ops.CenterUpdate | None,
     *,
     group: "Group | None" = None,
     seen: list[Any] | None = None,
 ) -> Tensor:
     """As :func:`_ops.loss`; with a `group` as :func:`_distributed.loss`. torch.func transforms the reference."""
-    if _ops.transforming():
+    if transforming() or jit_tracing():
         assert group is None
         return reference.loss(input, target, centroid_logits, center, weight, options)
-    if update is not None:
-        assert center is not None
-        classes = len(centroid_logits)
-        center = _ops.update_center_(center, update, input.detach(), target, classes, options.ignore_index, backend)
     others = target, center, weight, options, backend, stats, group, seen
     result = _Loss.apply(input, centroid_logits, others)
     if seen is not None and torch.compiler.is_compiling():
@@ -325,7 +366,7 @@ def terms(
     input: Tensor, target: Tensor, centroid_logits: Tensor, center: Tensor | None, options: Options, backend: str
 ) -> tuple[Tensor, Tensor]:
     """As :func:`_ops.terms`."""
-    if _ops.transforming():
+    if transforming() or jit_tracing():
         return reference.terms(input, target, centroid_logits, center, options)
     return _Terms.apply(input, centroid_logits, target, center, options, backend)
 
@@ -341,7 +382,7 @@ def centroid_gradient(
     stats: CentroidStats | None,
     rows: Rows | None = None,
     group: "Group | None" = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """As :func:`_ops.centroid_gradient`; `rows` are what :func:`loss` has seen of the same batch, or None.
 
     With a `group`, this process's part of the gradient of the loss of all processes' rows.
@@ -349,6 +390,6 @@ def centroid_gradient(
     with torch.no_grad(), reference.no_autocast(input.device):
         stats = stats or centroid_stats(centroid_logits, options, backend)
         rows = rows or compute_rows(input, target, center, stats, options, backend)
-        w = row_weights(target, weight, options.ignore_index)
-        by_terms = reduced(rows.concentration, rows.separation, w, options, group)[1]
-        return centroid_grad(centroid_logits, rows, by_terms, stats, options)
+        w, kept = row_weights(target, weight, options.ignore_index)
+        _, by_terms, means = reduced(rows.concentration, rows.separation, w, kept, options, group)
+        return centroid_grad(centroid_logits, rows, by_terms, stats, options), means

@@ -5,6 +5,8 @@ One path, whatever the backend: centroid_stats -> loss forward, input_grad and c
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import wraps
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from torch.library import Library
 
 from ncmi_kernels import _backends, reference
+from ncmi_kernels._modes import concrete, forward_mode, jit_tracing, mapped_backward, transforming
 from ncmi_kernels._options import REDUCTIONS, Options
 
 
@@ -87,10 +90,6 @@ def update_center_(
     return move(center, update[0], input, target, update[1], num_classes, ignore_index)
 
 
-# Whether a transform of torch.func is active. It has no public name; autograd.Function asks the same.
-transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
-
-
 def _grads(
     wanted: Sequence[bool],
     input: Tensor,
@@ -102,50 +101,32 @@ def _grads(
     upstream: Tensor | None,
     options: Options,
     backend: str,
-    made: list[Tensor] | None = None,
+    made: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of input [B, M] and centroid_logits [C, M], each only where it is wanted.
 
-    `made` is None, or holds the gradient of input for an upstream gradient of 1 where the forward pass made it: the
-    first backward pass takes it out and owns it, a repeated one forms it again, to the same bits.
+    `made` is the gradient of input for an upstream gradient of 1, where the forward pass made it, or None. It is
+    scaled in place.
     """
     grad_input = grad_centroids = None
     run = operators(backend)
+    last = options.centroid_to_sample, options.ignore_index
     if wanted[0]:
-        grad_input = (
-            made.pop()
-            if made
-            else run.input_grad(
-                input,
-                target,
-                center,
-                *stats,
-                rows,
-                upstream if made is None else None,
-                options.centroid_to_sample,
-                options.ignore_index,
-            )
-        )
-        if made is not None:
+        if made is None:
+            grad_input = run.input_grad(input, target, center, *stats, rows, upstream, *last)
+        else:
+            grad_input = made
             run.scale_(grad_input, upstream)
     if wanted[1]:
-        grad_centroids = run.centroid_grad(
-            input,
-            target,
-            center,
-            centroid_logits,
-            *stats,
-            rows,
-            upstream,
-            options.centroid_to_sample,
-            options.ignore_index,
-        )
+        grad_centroids = run.centroid_grad(input, target, center, centroid_logits, *stats, rows, upstream, *last)
     return grad_input, grad_centroids
 
 
-def _plain_backward() -> bool:
-    """Whether this backward pass is neither differentiated (create_graph) nor mapped (vmap)."""
-    return not (torch.is_grad_enabled() or transforming()) or torch.compiler.is_compiling()
+def plain_backward(*upstream: Tensor) -> bool:
+    """Whether a backward pass is neither differentiated (create_graph, forward mode) nor mapped (vmap)."""
+    if torch.compiler.is_compiling():
+        return True
+    return not (torch.is_grad_enabled() or transforming() or forward_mode() or mapped_backward(*upstream))
 
 
 def grads_by_autograd(
@@ -159,26 +140,39 @@ def grads_by_autograd(
     return tuple(next(found) if needed else None for needed in wanted)
 
 
-Given = tuple[Tensor, int] | None  # a tensor that the graph uses and does not own, with its version
+def save(ctx: Any, center: Tensor | None, centroid_logits: Tensor, *tensors: Tensor | None) -> None:
+    """Save what a backward pass needs, for :func:`saved`: autograd lets go of it after that pass, and hooks see it."""
+    ctx.save_for_backward(center, centroid_logits, *tensors)
+    if torch.compiler.is_compiling():
+        return
+    ctx.center = center
+    known = concrete(centroid_logits) and not centroid_logits.is_inference()
+    ctx.centroids = (centroid_logits.data_ptr(), centroid_logits._version) if known else None
 
 
-def given_center(center: Tensor | None) -> Given:
-    """A centre that nothing but its version tells of a change.
+def saved(ctx: Any) -> tuple[Sequence[Any], bool]:
+    """What :func:`save` was given, and whether it is of a forward pass that was repeated at another centre.
 
-    Not saved as other tensors are: a forward pass that torch.utils.checkpoint repeats finds a centre that moved on.
+    torch.utils.checkpoint without re-entrance repeats a forward pass when its tensors are asked for. By then others may
+    have moved the running centre: `ctx.center` is the one to use, and what was found of the rows is to be found again.
+
+    Raises:
+        RuntimeError: the centroids of the repeated pass were modified. (Of others autograd's own error tells.)
     """
-    if center is None or torch.compiler.is_compiling() or center.is_inference():
-        return None
-    return center, center._version
-
-
-def check_unchanged(**tensors: Given) -> None:
-    """Raise RuntimeError for one that was modified since the forward pass."""
-    for name, given in tensors.items():
-        if given is not None and given[0]._version != given[1]:
-            raise RuntimeError(
-                f"{name}: modified by an inplace operation since the forward pass, expected the backward pass first"
-            )
+    tensors = ctx.saved_tensors
+    if torch.compiler.is_compiling():
+        return tensors, False
+    center, centroid_logits = tensors[:2]
+    if (
+        ctx.centroids is not None
+        and centroid_logits.data_ptr() == ctx.centroids[0]  # no copy of theirs
+        and centroid_logits._version != ctx.centroids[1]
+    ):
+        raise RuntimeError(
+            "centroid_logits: modified by an inplace operation since the forward pass, expected the backward pass first"
+        )
+    repeated = ctx.center is not None and center is not ctx.center and not torch.equal(center, ctx.center)
+    return ((ctx.center, *tensors[1:]) if repeated else tensors), repeated
 
 
 class _Loss(torch.autograd.Function):
@@ -202,10 +196,6 @@ class _Loss(torch.autograd.Function):
         ],
     ) -> Tensor:
         target, center, weight, options, backend, stats, update, one_pass, seen = others
-        # Statistics that were given, a step of the centroids overwrites. Autograd sees that it moves the centroids, but
-        # not where hooks on saved tensors put copies in their place.
-        ctx.given = None if stats is None else (centroid_logits, centroid_logits._version)
-        ctx.given_center = None if update is not None else given_center(center)
         if stats is None:
             stats = centroid_stats(centroid_logits, options, backend)
         moving = (center, None, None, 0.0) if update is None else (None, center, *update)
@@ -224,37 +214,54 @@ class _Loss(torch.autograd.Function):
             seen.append(means_of_terms)
             if not torch.compiler.is_compiling():
                 seen.append(rows)
-        ctx.save_for_backward(input, target, centroid_logits)
-        ctx.kept = center, weight, stats, rows, options, backend
-        ctx.made = [grad] if one_pass else None
+        save(ctx, center, centroid_logits, input, target, weight, grad if one_pass else None, rows, *stats)
+        ctx.options, ctx.backend = options, backend
+        ctx.spent = False  # whether a backward pass has taken over the gradient that the forward pass made
         return result
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        input, target, centroid_logits = ctx.saved_tensors
-        center, weight, stats, rows, options, backend = ctx.kept
-        check_unchanged(centroid_logits=ctx.given, center=ctx.given_center)
-        if _plain_backward():
-            grads = _grads(
-                ctx.needs_input_grad,
-                input,
-                target,
-                centroid_logits,
-                center,
-                stats,
-                rows,
+        (center, centroid_logits, input, target, weight, made, rows, *kept), repeated = saved(ctx)
+        stats, options, backend = CentroidStats(*kept), ctx.options, ctx.backend
+        if not plain_backward(upstream):
+            by_reference = mapped_backward(upstream)
+            return *grads_by_autograd(
+                lambda: _transformable_loss(
+                    input, target, centroid_logits, center, weight, options, backend, by_reference
+                ),
+                (input, centroid_logits),
+                ctx.needs_input_grad[:2],
                 upstream,
-                options,
-                backend,
-                ctx.made,
+            ), None
+        if repeated:
+            rows, made = _rows_of_loss(input, target, center, stats, weight, options, backend, made is not None)
+        elif made is not None and ctx.spent:
+            made = operators(backend).input_grad(
+                input, target, center, *stats, rows, None, options.centroid_to_sample, options.ignore_index
             )
-            return *grads, None
-        return grads_by_autograd(
-            lambda: _transformable_loss(input, target, centroid_logits, center, weight, options, backend),
-            (input, centroid_logits),
-            ctx.needs_input_grad,
-            upstream,
-        )
+        if made is not None:
+            ctx.spent = True
+        wanted = ctx.needs_input_grad
+        return *_grads(
+            wanted, input, target, centroid_logits, center, stats, rows, upstream, options, backend, made
+        ), None
+
+
+def _rows_of_loss(
+    input: Tensor,
+    target: Tensor,
+    center: Tensor | None,
+    stats: CentroidStats,
+    weight: Tensor | None,
+    options: Options,
+    backend: str,
+    with_grad: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The rows' statistics with the derivatives of the loss, and for an upstream gradient of 1 that of the input."""
+    _, rows, _, grad, _ = operators(backend).loss(
+        input, target, center, None, None, 0.0, *stats, weight, *options.for_loss, with_grad
+    )
+    return rows, grad if with_grad else None
 
 
 class _Terms(torch.autograd.Function):
@@ -272,19 +279,25 @@ class _Terms(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         stats = centroid_stats(centroid_logits, options, backend)
         values, rows = operators(backend).terms(input, target, center, *stats, *options.for_terms)
-        ctx.save_for_backward(input, target, centroid_logits, center)
-        ctx.kept = stats, rows, options, backend
+        save(ctx, center, centroid_logits, input, target, rows, *stats)
+        ctx.options, ctx.backend = options, backend
         return values[0].clone(), values[1].clone()
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        input, target, centroid_logits, center = ctx.saved_tensors
-        stats, rows, options, backend = ctx.kept
+        (center, centroid_logits, input, target, rows, *kept), repeated = saved(ctx)
+        stats, options, backend = CentroidStats(*kept), ctx.options, ctx.backend
         wanted = ctx.needs_input_grad[:2]
-        if _plain_backward():
-            rows = rows.clone()
+        grads: tuple[Tensor | None, ...]
+        if plain_backward(*upstream):
+            if repeated:
+                rows = operators(backend).terms(input, target, center, *stats, *options.for_terms)[1]
+            else:
+                rows = rows.clone()
             rows[:, -2], rows[:, -1] = upstream
             grads = _grads(wanted, input, target, centroid_logits, center, stats, rows, None, options, backend)
+        elif forward_mode() or mapped_backward(*upstream):
+            grads = _pull_by_reference(input, target, centroid_logits, center, options, upstream)
         else:
             grads = _TermsGrad.apply(*upstream, input, target, centroid_logits, center, options, backend, wanted)
         return *grads, None, None, None, None
@@ -292,8 +305,8 @@ class _Terms(torch.autograd.Function):
 
 # ------------------------------------------------------------------------------------------------------------
 # The same for what transforms the computation: torch.func, create_graph. Values and first derivatives come from the
-# kernels, further ones and the forward mode from the reference. In this style, which torch.func wants, the Functions
-# above would take twice the time for a small batch.
+# kernels, further ones from the reference. In this style, which torch.func wants, the Functions above would take twice
+# the time for a small batch.
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -326,12 +339,17 @@ def _map_slices(
     return tuple(outputs), tuple(None if output is None else 0 for output in outputs)
 
 
-def _jvp(function: Callable[..., Any], points: tuple[Tensor, ...], tangents: tuple[Tensor | None, ...]) -> Any:
-    """The derivative of `function` at `points` along `tangents`, where None is zero."""
-    along = tuple(
-        torch.zeros_like(point) if tangent is None else tangent for point, tangent in zip(points, tangents, strict=True)
-    )
-    return torch.func.jvp(function, points, along)[1]
+def _pull_by_reference(
+    input: Tensor,
+    target: Tensor,
+    centroid_logits: Tensor,
+    center: Tensor | None,
+    options: Options,
+    upstream: tuple[Tensor, ...],
+) -> tuple[Tensor, Tensor]:
+    """The gradients of input and centroid logits for those of the terms, differentiable and mappable in every way."""
+    pull: Any = torch.func.vjp(lambda z, xi: reference.terms(z, target, xi, center, options), input, centroid_logits)[1]
+    return pull(upstream)
 
 
 class _TransformableTerms(torch.autograd.Function):
@@ -348,24 +366,21 @@ class _TransformableTerms(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(*inputs[:4])
-        ctx.save_for_forward(*inputs[:4])
-        ctx.kept = inputs[4:]
+        ctx.options, ctx.backend = inputs[4:]
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
-        grad_input, grad_centroids = _TermsGrad.apply(*upstream, *ctx.saved_tensors, *ctx.kept, wanted)
-        return grad_input, None, grad_centroids, None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
         input, target, centroid_logits, center = ctx.saved_tensors
-        options, _ = ctx.kept
-        return _jvp(
-            lambda z, xi: reference.terms(z, target, xi, center, options),
-            (input, centroid_logits),
-            (tangents[0], tangents[2]),
-        )
+        wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+        if forward_mode() or mapped_backward(*upstream):
+            grad_input, grad_centroids = _pull_by_reference(
+                input, target, centroid_logits, center, ctx.options, upstream
+            )
+        else:
+            grad_input, grad_centroids = _TermsGrad.apply(
+                *upstream, input, target, centroid_logits, center, ctx.options, ctx.backend, wanted
+            )
+        return grad_input, None, grad_centroids, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
@@ -396,37 +411,22 @@ class _TermsGrad(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, Tensor | None]) -> None:
         ctx.save_for_backward(*inputs[:6])
-        ctx.save_for_forward(*inputs[:6])
         ctx.options, ctx.wanted = inputs[6], inputs[8]
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        function, points = _TermsGrad._by_reference(ctx)
-        pull: Any = torch.func.vjp(function, *points)[1]
+        concentration, separation, input, target, centroid_logits, center = ctx.saved_tensors
+
+        def grads(concentration: Tensor, separation: Tensor, input: Tensor, centroid_logits: Tensor) -> Any:
+            upstream_of_terms = concentration, separation
+            both = _pull_by_reference(input, target, centroid_logits, center, ctx.options, upstream_of_terms)
+            return tuple(grad for grad, is_wanted in zip(both, ctx.wanted, strict=True) if is_wanted)
+
+        pull: Any = torch.func.vjp(grads, concentration, separation, input, centroid_logits)[1]
         grad_concentration, grad_separation, grad_input, grad_centroids = pull(
             tuple(grad for grad, is_wanted in zip(upstream, ctx.wanted, strict=True) if is_wanted)
         )
         return grad_concentration, grad_separation, grad_input, None, grad_centroids, None, None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
-        function, points = _TermsGrad._by_reference(ctx)
-        found = iter(_jvp(function, points, (*tangents[:3], tangents[4])))
-        return tuple(next(found) if is_wanted else None for is_wanted in ctx.wanted)
-
-    @staticmethod
-    def _by_reference(ctx: Any) -> tuple[Callable[..., tuple[Tensor, ...]], tuple[Tensor, ...]]:
-        """The gradients that are wanted, as a function of tensors, and those tensors."""
-        concentration, separation, input, target, centroid_logits, center = ctx.saved_tensors
-
-        def grads(concentration: Tensor, separation: Tensor, input: Tensor, centroid_logits: Tensor) -> Any:
-            pull: Any = torch.func.vjp(
-                lambda z, xi: reference.terms(z, target, xi, center, ctx.options), input, centroid_logits
-            )[1]
-            both = pull((concentration, separation))
-            return tuple(grad for grad, is_wanted in zip(both, ctx.wanted, strict=True) if is_wanted)
-
-        return grads, (concentration, separation, input, centroid_logits)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
@@ -442,7 +442,10 @@ def _transformable_loss(
     weight: Tensor | None,
     options: Options,
     backend: str,
+    by_reference: bool = False,
 ) -> Tensor:
+    if by_reference or forward_mode():
+        return reference.loss(input, target, centroid_logits, center, weight, options)
     kept = target != options.ignore_index
     classes = target.masked_fill(~kept, 0)
     # An ignored row may hold NaN, which zero times anything would keep.
@@ -469,7 +472,7 @@ def loss(
     To `seen` are appended what :func:`reference.loss` appends and, but in compiled code, the rows' statistics for
     :func:`centroid_step_`. Nothing within a transform of torch.func, which it would outlive.
     """
-    if transforming():
+    if transforming() or jit_tracing():
         assert update is None
         return _transformable_loss(input, target, centroid_logits, center, weight, options, backend)
     # By sample the gradient of a row is known once the row is: made in this pass, it needs no second one. Half
@@ -497,12 +500,15 @@ def centroid_gradient(
     options: Options,
     backend: str,
     stats: CentroidStats | None,
-) -> Tensor:
-    """The gradient of the loss of [B, M] features by `centroid_logits` [C, M], without a graph."""
+) -> tuple[Tensor, Tensor]:
+    """Without a graph: the gradient of the loss of [B, M] features by `centroid_logits` [C, M], and means of terms [2].
+
+    The means are NaN where no row counts.
+    """
     run = operators(backend)
     stats = stats or centroid_stats(centroid_logits, options, backend)
-    rows = run.loss(input, target, center, None, None, 0.0, *stats, weight, *options.for_loss, False)[1]
-    return run.centroid_grad(
+    _, rows, _, _, means = run.loss(input, target, center, None, None, 0.0, *stats, weight, *options.for_loss, False)
+    grad = run.centroid_grad(
         input,
         target,
         center,
@@ -513,6 +519,7 @@ def centroid_gradient(
         options.centroid_to_sample,
         options.ignore_index,
     )
+    return grad, means
 
 
 def centroid_step_(
@@ -538,7 +545,7 @@ def centroid_step_(
     """
     run = operators(backend)
     if rows is None:
-        rows = run.loss(input, target, center, None, None, 0.0, *stats, weight, *options.for_loss, False)[1]
+        rows, _ = _rows_of_loss(input, target, center, stats, weight, options, backend)
     run.centroid_step_(
         input,
         target,
@@ -572,10 +579,28 @@ def terms(
     return _Terms.apply(input, centroid_logits, target, center, options, backend)
 
 
+def _on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The fake kernel, which also runs where one argument is left on `meta`: then it raises RuntimeError."""
+
+    @wraps(fake)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        arguments = zip(signature(fake).parameters, args, strict=False)
+        tensors = {name: arg for name, arg in (*arguments, *kwargs.items()) if isinstance(arg, Tensor)}
+        devices = {name: tensor.device for name, tensor in tensors.items()}
+        if len(set(devices.values())) > 1:
+            raise RuntimeError(f"ncmi_kernels: got tensors on several devices, expected one: {devices}")
+        return fake(*args, **kwargs)
+
+    return checked
+
+
 def register_fakes(namespace: str) -> None:
     """Shapes and dtypes of each operator's outputs, for torch.compile and torch.export."""
 
-    @torch.library.register_fake(f"{namespace}::centroid_stats")
+    def register(name: str) -> Callable[[Callable[..., Any]], Any]:
+        return lambda fake: torch.library.register_fake(f"{namespace}::{name}", _on_one_device(fake))
+
+    @register("centroid_stats")
     def _(centroid_logits: Tensor, softmax: bool, centroid_to_sample: bool) -> tuple[Tensor, ...]:
         classes, columns = centroid_logits.shape
         return (
@@ -585,7 +610,7 @@ def register_fakes(namespace: str) -> None:
             centroid_logits.new_empty((classes + 1, CLASS_STATS), dtype=torch.float64),
         )
 
-    @torch.library.register_fake(f"{namespace}::centroid_step_")
+    @register("centroid_step_")
     def _(
         input: Tensor,
         target: Tensor,
@@ -607,7 +632,7 @@ def register_fakes(namespace: str) -> None:
     ) -> None:
         return None
 
-    @torch.library.register_fake(f"{namespace}::terms")
+    @register("terms")
     def _(
         input: Tensor,
         target: Tensor,
@@ -625,7 +650,7 @@ def register_fakes(namespace: str) -> None:
         rows = input.shape[0]
         return log_activation.new_empty((2, rows)), norms.new_empty((rows, ROW_STATS))
 
-    @torch.library.register_fake(f"{namespace}::loss")
+    @register("loss")
     def _(
         input: Tensor,
         target: Tensor,
@@ -657,11 +682,11 @@ def register_fakes(namespace: str) -> None:
             norms.new_empty((2,)),
         )
 
-    @torch.library.register_fake(f"{namespace}::scale_")
+    @register("scale_")
     def _(grad: Tensor, upstream: Tensor) -> None:
         return None
 
-    @torch.library.register_fake(f"{namespace}::input_grad")
+    @register("input_grad")
     def _(
         input: Tensor,
         target: Tensor,
@@ -677,7 +702,7 @@ def register_fakes(namespace: str) -> None:
     ) -> Tensor:
         return input.new_empty(input.shape)
 
-    @torch.library.register_fake(f"{namespace}::centroid_grad")
+    @register("centroid_grad")
     def _(
         input: Tensor,
         target: Tensor,
@@ -695,7 +720,7 @@ def register_fakes(namespace: str) -> None:
     ) -> Tensor:
         return centroid_logits.new_empty(centroid_logits.shape)
 
-    @torch.library.register_fake(f"{namespace}::class_totals")
+    @register("class_totals")
     def _(
         input: Tensor,
         target: Tensor,
@@ -707,7 +732,7 @@ def register_fakes(namespace: str) -> None:
     ) -> Tensor:
         return rows.new_empty((input.shape[1] + 1,))
 
-    @torch.library.register_fake(f"{namespace}::update_center_")
+    @register("update_center_")
     def _(
         center: Tensor,
         num_batches_tracked: Tensor,

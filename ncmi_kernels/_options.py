@@ -97,3 +97,12 @@ def check_positive(name: str, value: Any, *, zero: bool = False) -> float:
     if not 0 < number < math.inf and not (zero and number == 0):
         raise ValueError(f"{name}: got {value!r}, expected a finite number {bound}")
     return float(number)
+
+
+def check_fraction(name: str, value: Any) -> float:
+    """`value` as a float; raises TypeError or ValueError unless it is a number in [0, 1]."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, expected a number in [0, 1] or None")
+    if not 0 <= (number := float(value)) <= 1:
+        raise ValueError(f"{name}: got {value!r}, expected a number in [0, 1] or None")
+    return number

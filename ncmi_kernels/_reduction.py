@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 def reduced(
-    concentration: Tensor, separation: Tensor, weight: Tensor, options: Options, group: "Group | None" = None
+    concentration: Tensor, separation: Tensor, weight: Tensor, kept: Tensor, options: Options, group: "Group | None"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss from the terms and weights [B] of the rows, ignored rows zero in all three.
+    """The loss from the terms and weights [B] of the rows; those that are not `kept` are zero in all three.
 
     With a `group`, that of the rows of all processes, from those of each. Reduction "none" communicates nothing: the
     losses and means are those of this process.
@@ -36,22 +36,23 @@ def reduced(
         slope = 1 / (means[1] + options.eps)
         loss = means[0] * slope
         share = w / total[2]
-        return loss, torch.stack([share * slope, share * (-loss * slope)]), means
+        by_terms = torch.stack([share * slope, share * (-loss * slope)])
+        return loss, torch.where(kept, by_terms, 0), means  # without a row that counts the share is 0 / 0
     if options.reduction == "mean":
         w = w / total[2]
         loss = total[3] / total[2]
     else:
         loss = total[3] if options.reduction == "sum" else w * each
     slope = w / (g + options.eps)
-    return loss, torch.stack([slope, -each * slope]), means
+    return loss, torch.where(kept, torch.stack([slope, -each * slope]), 0), means
 
 
-def row_weights(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """What each row counts for, [B] float64: the weight of its class, 0 where ignored."""
+def row_weights(target: Tensor, weight: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """What each row counts for, [B] float64: the weight of its class, 0 where ignored; and whether it is not, [B]."""
     kept = target != ignore_index
     if weight is None:
-        return kept.double()
-    return torch.where(kept, weight.double()[target.masked_fill(~kept, 0)], 0)
+        return kept.double(), kept
+    return torch.where(kept, weight.double()[target.masked_fill(~kept, 0)], 0), kept
 
 
 def refuse_double_backward(name: str) -> None:

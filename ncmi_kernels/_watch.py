@@ -37,7 +37,7 @@ class Watch:
             return
         if means.device.type == "cpu":
             concentration, separation = means.tolist()
-            if _is_trouble(concentration, separation, options) and (target != options.ignore_index).any():
+            if _is_trouble(concentration, separation, options) and (target.long() != options.ignore_index).any():
                 self._warn(concentration, separation, options.eps)
         elif means.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
             if self._event is not None and self._event.query():
@@ -47,7 +47,7 @@ class Watch:
                 if _is_trouble(concentration, separation, options) and counts:
                     self._warn(concentration, separation, options.eps)
             if self._event is None and self._batches % CUDA_INTERVAL == 0:
-                counts_too = torch.cat([means, (target != options.ignore_index).any().double().view(1)])
+                counts_too = torch.cat([means, (target.long() != options.ignore_index).any().double().view(1)])
                 self._copy = torch.empty_like(counts_too, device="cpu", pin_memory=True)
                 self._copy.copy_(counts_too, non_blocking=True)
                 self._event = torch.cuda.Event()

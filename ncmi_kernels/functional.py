@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ncmi_kernels import _backends, _focus, _ops, reference
+from ncmi_kernels._modes import concrete
 from ncmi_kernels._options import Options
 
 _NOTHING_IGNORED = torch.iinfo(torch.int64).min
@@ -49,14 +50,16 @@ def ncmi_loss(
     B C is formed (but with `separation_focus`). Sums and normalisers are float64, everything else float32 (float64 for
     float64 arguments).
 
-    Differentiable any number of times, and by torch.func's grad, vmap, jacrev, jvp and hessian: values and reverse-mode
-    first derivatives come from the backend, others from PyTorch. vmap makes one batch of what it maps, unless it maps
-    `centroid_logits` or `center` or the centroids' gradient is wanted: then it runs the backend once for each slice.
+    Differentiable any number of times, in reverse and forward mode, and by all transforms of torch.func. Values and
+    reverse-mode first derivatives come from the backend. Further derivatives, everything within forward mode (jvp,
+    jacfwd, hessian, `torch.autograd.forward_ad`) and several upstream gradients at once (`is_grads_batched`,
+    `vectorize=True`) come from PyTorch. vmap makes one batch of what it maps, unless it maps `centroid_logits` or
+    `center` or the centroids' gradient is wanted: then it runs the backend once for each slice.
 
     Args:
         input: features or logits, [B, M], [M] or [B, M, d1, ...]; float32, float64, bfloat16 or float16.
-        target: class indices, int64, [B], [] or [B, d1, ...], each in [0, C) or `ignore_index`.
-        centroid_logits: [C, M], C >= 2; a floating dtype. Differentiable, as `input` is.
+        target: class indices, int64 or uint8, [B], [] or [B, d1, ...], each in [0, C) or `ignore_index`.
+        centroid_logits: [C, M], C >= 2, M >= 2; a floating dtype. Differentiable, as `input` is.
         center: [M], subtracted from the features; never differentiated.
         temperature: divides the features; > 0.
         l2_normalize: divide each centred feature vector by max(its length, 1e-12) first.
@@ -64,7 +67,7 @@ def ncmi_loss(
         separation: "sample_to_centroid", KL(p_i || q_v), or "centroid_to_sample", KL(q_v || p_i). The latter
             without `l2_normalize` has a degenerate minimum: one coordinate runs to minus infinity.
         ratio: "batch", mean(A) / (mean(G) + eps), or "sample", mean(A / (G + eps)).
-        weight: [C], class weights; the means become weighted means, as in cross_entropy.
+        weight: [C], class weights; the means become weighted means, as in cross_entropy. Not differentiable.
         ignore_index: samples with this target count for nothing and get a zero gradient.
         reduction: "mean" (weighted; NaN where no sample counts), and for ratio "sample" also "sum" and "none".
         eps: added to the separation; > 0.
@@ -250,8 +253,11 @@ def loss(
         check_range(classes, len(centroid_logits), options.ignore_index)
         result = reference.loss(rows, classes, centroid_logits, center, weight, options, means=seen)
     else:
-        path = _focus if options.separation_focus else _ops
-        result = path.loss(rows, classes, centroid_logits, center, weight, options, backend, stats, update, seen=seen)
+        others = classes, centroid_logits, center, weight, options, backend, stats
+        if options.separation_focus:
+            result = _focus.loss(rows, *others, seen=seen)
+        else:
+            result = _ops.loss(rows, *others, update, seen=seen)
     return result.reshape(target.shape) if options.reduction == "none" else result
 
 
@@ -265,31 +271,40 @@ def centroid_gradient(
     backend: str,
     stats: Any = None,
     seen_rows: _focus.Rows | None = None,
-) -> Tensor:
-    """The gradient of :func:`loss` by `centroid_logits` [C, M], in its dtype, without a graph."""
+) -> tuple[Tensor, Tensor]:
+    """Without a graph: the gradient of :func:`loss` by `centroid_logits` [C, M], in its dtype, and means of terms [2].
+
+    The means are NaN where no row counts.
+    """
     logits = centroid_logits.detach()
     if backend == "reference":
+        means: list[Tensor] = []
         with torch.enable_grad():
             leaf = logits.requires_grad_()
-            value = loss(input.detach(), target, leaf, center, weight, options, backend)
-            return torch.autograd.grad(value, leaf)[0]
+            value = loss(input.detach(), target, leaf, center, weight, options, backend, seen=means)
+            return torch.autograd.grad(value, leaf)[0], means[0]
     rows, classes = flatten(input.detach(), target)
     rows, wide, center, weight = to_arithmetic_dtype(rows, logits, center, weight)
     others = (classes, wide, center, weight, options, backend, stats)
     if options.separation_focus:
-        grad = _focus.centroid_gradient(rows, *others, seen_rows)
+        grad, mean_terms = _focus.centroid_gradient(rows, *others, seen_rows)
     else:
-        grad = _ops.centroid_gradient(rows, *others)
-    return grad.to(logits.dtype)
+        grad, mean_terms = _ops.centroid_gradient(rows, *others)
+    return grad.to(logits.dtype), mean_terms
 
 
 def flatten(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Bring [M], [B, M] or [B, M, d1, ...] and its target to [N, M] and [N]."""
-    if input.dim() == 2:
-        return input, target
-    if input.dim() == 1:
-        return input.unsqueeze(0), target.reshape(1)
-    return input.movedim(1, -1).flatten(0, -2), target.flatten()
+    """Bring [M], [B, M] or [B, M, d1, ...] and its target to [N, M] and [N], int64."""
+    if target.dtype is not torch.int64:
+        target = target.long()
+    return (input, target) if input.dim() == 2 else (flatten_features(input), target.flatten())
+
+
+def flatten_features(features: Tensor) -> Tensor:
+    """Bring [M], [B, M] or [B, M, d1, ...] to [N, M]."""
+    if features.dim() == 2:
+        return features
+    return features.unsqueeze(0) if features.dim() == 1 else features.movedim(1, -1).flatten(0, -2)
 
 
 def to_arithmetic_dtype(
@@ -302,11 +317,18 @@ def to_arithmetic_dtype(
         dtype = torch.float32
     if centroid_logits.dtype != dtype:
         centroid_logits = centroid_logits.to(dtype)
-    if center is not None and (center.dtype != dtype or center.requires_grad or not center.is_contiguous()):
-        center = center.detach().to(dtype).contiguous()
-    if weight is not None and (weight.dtype != dtype or weight.requires_grad or not weight.is_contiguous()):
-        weight = weight.detach().to(dtype).contiguous()
-    return input, centroid_logits, center, weight
+    return input, centroid_logits, _as_constant(center, dtype), _as_constant(weight, dtype)
+
+
+def _as_constant(vector: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A vector as the kernels take it, which a graph can save: autograd refuses what was made in inference mode."""
+    if vector is None:
+        return None
+    if not torch.compiler.is_compiling() and vector.is_inference():
+        vector = vector.clone()
+    if vector.dtype != dtype or vector.requires_grad or not vector.is_contiguous():
+        vector = vector.detach().to(dtype).contiguous()
+    return vector
 
 
 @cache
@@ -329,18 +351,34 @@ def warn_if_degenerate(options: Options) -> None:
 def check_parameters(centroid_logits: Tensor, center: Tensor | None, weight: Tensor | None) -> None:
     """Raise the errors that :func:`ncmi_loss` documents for these."""
     check_floating("centroid_logits", centroid_logits)
-    if centroid_logits.dim() != 2 or centroid_logits.shape[0] < 2 or centroid_logits.shape[1] < 1:
+    if centroid_logits.dim() != 2 or min(centroid_logits.shape) < 2:
         raise ValueError(
-            f"centroid_logits: got shape {tuple(centroid_logits.shape)}, expected [C, M] with C >= 2 classes and M >= 1"
+            f"centroid_logits: got shape {tuple(centroid_logits.shape)}, expected [C, M] with C >= 2 classes and M >= 2"
         )
     classes, columns = centroid_logits.shape
-    for name, tensor, size in (("center", center, columns), ("weight", weight, classes)):
-        if tensor is None:
-            continue
-        check_floating(name, tensor)
-        if tensor.shape != (size,):
-            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected ({size},)")
-        check_device(name, tensor, centroid_logits)
+    if center is not None:
+        check_floating("center", center)
+        check_vector("center", center, columns, centroid_logits)
+    if weight is not None:
+        check_floating("weight", weight)
+        check_vector("weight", weight, classes, centroid_logits)
+        check_constant("weight", weight)
+
+
+def check_vector(name: str, vector: Tensor, size: int, like: Tensor) -> None:
+    """Raise ValueError or RuntimeError unless `vector` is [size], on the device of `like`."""
+    if vector.shape != (size,):
+        raise ValueError(f"{name}: got shape {tuple(vector.shape)}, expected ({size},)")
+    check_device(name, vector, like)
+
+
+def check_constant(name: str, value: Tensor) -> None:
+    """Raise RuntimeError for a tensor whose gradient would be missing without a word."""
+    if value.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name}: got a tensor that requires a gradient, expected {name}.detach(): the loss is not differentiable "
+            "with respect to it"
+        )
 
 
 def check_batch(input: Tensor, target: Tensor, centroid_logits: Tensor) -> None:
@@ -367,9 +405,11 @@ def check_batch(input: Tensor, target: Tensor, centroid_logits: Tensor) -> None:
 def check_target(target: Tensor) -> None:
     """Raise TypeError or RuntimeError unless `target` is a dense tensor of class indices."""
     _check_tensor("target", target)
-    if target.dtype != torch.int64:
+    if target.dtype is not torch.int64 and target.dtype is not torch.uint8:
         hint = "; class probabilities are not supported" if target.dtype.is_floating_point else ""
-        raise RuntimeError(f"target: got dtype {target.dtype}, expected torch.int64 class indices{hint}")
+        raise RuntimeError(
+            f"target: got dtype {target.dtype}, expected torch.int64 (or torch.uint8) class indices{hint}"
+        )
 
 
 def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
@@ -384,13 +424,13 @@ def check_range(target: Tensor, classes: int, ignore_index: int | None) -> None:
         target = torch._C._functorch.get_unwrapped(
             target
         )  # all slices of a mapped target, whichever dimension they are
-    target = target.flatten()
+    target = target.flatten().long()
     bad = (target < 0) | (target >= classes)
     ignored = ""
     if ignore_index is not None:
         bad &= target != ignore_index
         ignored = f" or ignore_index ({ignore_index})"
-    if target.device.type != "cpu" or torch.compiler.is_compiling():
+    if target.device.type != "cpu" or not concrete(target):
         torch._assert_async(~bad.any(), f"target: a value is not a class in [0, {classes}){ignored}")
     elif bad.any():
         row = int(bad.nonzero()[0])
@@ -403,8 +443,9 @@ def check_range(target: Tensor, classes: int, ignore_index: int | None) -> None:
 def _check_tensor(name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
-    if value.layout != torch.strided:
-        raise RuntimeError(f"{name}: got layout {value.layout}, expected a dense (torch.strided) tensor")
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise RuntimeError(f"{name}: got {kind}, expected a dense (torch.strided) tensor")
     if type(value) is not Tensor:
         refuse_dtensor(name, value, f"{name}.to_local() and NCMILoss(process_group=...), for rows on several processes")
 

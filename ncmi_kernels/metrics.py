@@ -25,7 +25,7 @@ try:
     from torchmetrics import Metric
 except ImportError as error:
     raise ImportError(
-        f"torchmetrics: got {error}, expected the package that NCMIMetric needs: pip install ncmi_kernels[metrics]"
+        f"torchmetrics: got {error}, expected the package that NCMIMetric needs: pip install torchmetrics"
     ) from error
 
 _TINY = torch.finfo(torch.float64).tiny

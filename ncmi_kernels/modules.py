@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ncmi_kernels import _backends, _distributed, _focus, _ops, functional, reference
-from ncmi_kernels._options import OPTION_NAMES, Options, check_choice
+from ncmi_kernels._modes import concrete, forward_mode, jit_tracing, transforming
+from ncmi_kernels._options import OPTION_NAMES, Options, check_choice, check_fraction
 from ncmi_kernels._watch import Watch
 
 INITIAL_LOGIT = 10.0
@@ -18,11 +19,26 @@ INITIAL_LOGIT = 10.0
 _graph_task = torch._C._current_graph_task_id
 
 
+def _holders(tensor: Tensor) -> int:
+    """How many hold a tensor's memory: one more for each other tensor that shares it."""
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
+
+
+_ONE_HOLDER = _holders(torch.empty(1))
+
+
 class BatchTerms(NamedTuple):
     """What the loss of a batch is made of: weighted means over its samples, scalars in float64, in nats."""
 
     cmi: Tensor  # of the concentration
     gamma: Tensor  # of the separation
+
+
+class _Moved(NamedTuple):
+    """The running centre after a batch, not committed yet."""
+
+    center: Tensor  # [M]
+    batches: Tensor  # [] int64, num_batches_tracked
 
 
 class NCMILoss(nn.Module):
@@ -71,7 +87,8 @@ class NCMILoss(nn.Module):
         batch: each micro-batch is held to its own concentration and separation. The centre moves at each one.
 
         torch.utils.checkpoint around the criterion: use_reentrant=True takes the centre as it is in the backward
-        pass, so nothing may move it between a forward pass and its backward pass; use_reentrant=False needs no care.
+        pass, so nothing may move it between a forward pass and its backward pass; use_reentrant=False needs no care,
+        but with backend "reference" the same.
 
         Transforms of torch.func need `eval()` (or center_momentum=None) and raise a RuntimeError otherwise.
 
@@ -109,7 +126,6 @@ class NCMILoss(nn.Module):
     num_batches_tracked: Tensor
     weight: Tensor | None
     class_means: Tensor | None
-    center_momentum: float | None
 
     def __init__(
         self,
@@ -140,11 +156,6 @@ class NCMILoss(nn.Module):
         functional.warn_if_degenerate(self.options)
         self.num_classes = _check_count("num_classes", num_classes)
         self.feature_dim = num_classes if feature_dim is None else _check_count("feature_dim", feature_dim)
-        if center_momentum is not None:
-            if not isinstance(center_momentum, (int, float)) or isinstance(center_momentum, bool):
-                raise TypeError(f"center_momentum: got {center_momentum!r}, expected a number in [0, 1] or None")
-            if not 0 <= center_momentum <= 1:
-                raise ValueError(f"center_momentum: got {center_momentum!r}, expected a number in [0, 1] or None")
         self.center_momentum = center_momentum
         if not isinstance(learn_centroids, bool):
             raise TypeError(f"learn_centroids: got {learn_centroids!r}, expected True or False")
@@ -163,10 +174,9 @@ class NCMILoss(nn.Module):
         self.register_buffer("num_batches_tracked", torch.zeros((), device=device, dtype=torch.int64))
         if weight is not None:
             functional.check_floating("weight", weight)
-            if weight.shape != (self.num_classes,):
-                raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected ({self.num_classes},)")
-            if weight.is_meta:  # nothing to copy from
-                functional.check_device("weight", weight, self.center)
+            device_of = self.center if weight.is_meta else weight  # of a meta tensor there is nothing to copy
+            functional.check_vector("weight", weight, self.num_classes, device_of)
+            functional.check_constant("weight", weight)
             weight = weight.detach().to(device=self.center.device, dtype=dtype, copy=True)
         self.register_buffer("weight", weight)
         self.register_buffer("class_means", None)
@@ -189,8 +199,9 @@ class NCMILoss(nn.Module):
         """The loss of features [B, M] (or [M], [B, M, d1, ...]) for targets [B] (or [], [B, d1, ...])."""
         logits = self._whole_centroids()
         functional.check_batch(input, target, logits)
-        backend = _backends.resolve(self.backend, input)  # raises before anything has moved
-        center, update = self._moved_center(input, target, logits, backend)
+        center, weight = self._buffers_for(logits)
+        backend = _backends.resolve(self.backend, input)
+        center, update, moved = self._center_for(center, input, target, logits, backend)
         if logits.requires_grad:
             stats = None
             if self._stats_cache is not None:  # fused optimisers move no version counter
@@ -198,11 +209,12 @@ class NCMILoss(nn.Module):
         else:
             stats = self._fixed_stats(input, logits, backend)
         seen: list[Any] = []
-        others = logits, center, self.weight, self.options, backend, stats
+        others = logits, center, weight, self.options, backend, stats
         if self._group is not None and self.training and self.options.reduction != "none":
             result = _distributed.loss(input, target, *others, self._group, seen)
         else:
             result = functional.loss(input, target, *others, update, seen=seen)
+        self._commit_center(moved)
         self._keep(seen, input, target, backend)
         return result
 
@@ -218,9 +230,9 @@ class NCMILoss(nn.Module):
 
     def _keep(self, seen: list[Any], input: Tensor, target: Tensor, backend: str) -> None:
         """Keep what was seen of a batch (:func:`_ops.loss`): for `last_terms`, and for the step of the centroids."""
-        if _ops.transforming() or torch.compiler.is_exporting():
+        if transforming() or forward_mode() or jit_tracing() or torch.compiler.is_exporting():
             return  # the tensors would outlive the transform
-        if torch.compiler.is_compiling():
+        if not concrete(seen[0]):
             self._last_terms = seen[0]
             self._last_rows = None
             return
@@ -230,8 +242,10 @@ class NCMILoss(nn.Module):
         if self._keeps_rows and seen[1:]:
             state = self._state_of_rows(input, target, backend)
             if state is not None:
-                # Kept alive, so that no other tensors get their addresses.
-                alive = [t.detach() for t in self._told_rows_apart_by(input, target)]
+                # Kept alive, so that no other tensors get their addresses. Of a parameter without another tensor of the
+                # same memory, by which :meth:`_fixed_stats` would take it to be shared.
+                tensors = self._told_rows_apart_by(input, target)
+                alive = [t if isinstance(t, nn.Parameter) else t.detach() for t in tensors]
                 self._last_rows = state, seen[1], alive
         if self.training:
             self._watch.look(seen[0], self.options, target)
@@ -243,7 +257,7 @@ class NCMILoss(nn.Module):
     def _state_of_rows(self, input: Tensor, target: Tensor, backend: str) -> tuple[Any, ...] | None:
         """What the statistics of a batch's rows depend on; None where no version counter would tell of a change."""
         tensors = self._told_rows_apart_by(input, target)
-        if any(t.is_inference() for t in tensors):
+        if any(t.is_inference() or not concrete(t) for t in tensors):
             return None
         states = [(t.data_ptr(), t._version, t.shape, t.stride(), t.dtype) for t in tensors]
         return states, self.options, self.center_momentum is None, backend
@@ -261,6 +275,15 @@ class NCMILoss(nn.Module):
         """Drop what was computed of the centroids and kept, for changes that no version counter sees."""
         self._stats_cache = None
         self._last_rows = None
+
+    @property
+    def center_momentum(self) -> float | None:
+        """In [0, 1], of the running centre, or None; assigning checks it."""
+        return self._center_momentum
+
+    @center_momentum.setter
+    def center_momentum(self, value: float | None) -> None:
+        self._center_momentum = None if value is None else check_fraction("center_momentum", value)
 
     @property
     def process_group(self) -> Any:
@@ -290,15 +313,19 @@ class NCMILoss(nn.Module):
             ValueError: `reduction` is "none", which gives more than one loss.
             TypeError, ValueError, IndexError, RuntimeError: as :func:`ncmi_loss`.
         """
-        logits = self._whole_centroids()
         self._check_one_loss()
+        return self._step_gradient(features, target)[0]
+
+    def _step_gradient(self, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`centroid_gradient`, and the means of the terms [2]: NaN where no row counts."""
+        logits = self._whole_centroids()
         functional.check_batch(features, target, logits)
+        center, weight = self._buffers_for(logits)
         backend = _backends.resolve(self.backend, features)
-        center = None if self.center_momentum is None else self.center
         stats = None if logits.requires_grad else self._fixed_stats(features, logits, backend)
         seen_rows = self._rows_of(features, target, backend) if self.options.separation_focus else None
         self._forget()  # what comes now is a step, perhaps of a fused optimiser, which moves no version counter
-        others = (logits, center, self.weight, self.options, backend, stats)
+        others = (logits, center, weight, self.options, backend, stats)
         if self._group is not None:
             return _distributed.centroid_gradient(features, target, *others, self._group, seen_rows)
         return functional.centroid_gradient(features, target, *others, seen_rows)
@@ -312,24 +339,26 @@ class NCMILoss(nn.Module):
         """Scores of the classes, sum_k p_k log q_ck: the higher the nearer (argmin_c KL(p || q_c)).
 
         Args:
-            features: [B, M].
+            features: [B, M], [M] or [B, M, d1, ...].
             class_means: score against the means of `fit_class_means`, the paper's evaluation, instead of the
                 centroids. A class that the fit had no sample of scores -inf.
 
         Returns:
-            [B, C]; float32, or float64 where the features or the centroids are.
+            [B, C], [C] or [B, C, d1, ...]; float32, or float64 where the features or the centroids are.
 
         Raises:
             RuntimeError: class means asked for before they were fitted, or a dtype or device is not supported.
             TypeError, ValueError: `features` is no tensor, or of another shape.
         """
         relative, common = self._relative_scores(features, class_means)
-        return relative + common[:, None]
+        scores = (relative + common[:, None]).reshape(*self._check_features(features), self.num_classes)
+        return scores.movedim(-1, min(1, features.dim() - 1))
 
     @torch.no_grad()
     def predict(self, features: Tensor, *, class_means: bool = False) -> Tensor:
-        """The class [B] (int64) of the highest score for each of features [B, M]; arguments and errors of `scores`."""
-        return self._relative_scores(features, class_means)[0].argmax(dim=1)
+        """The class (int64) of the highest score: [B], [] or [B, d1, ...]. Arguments and errors as of `scores`."""
+        highest = self._relative_scores(features, class_means)[0].argmax(dim=1)
+        return highest.reshape(self._check_features(features))
 
     def _relative_scores(self, features: Tensor, class_means: bool) -> tuple[Tensor, Tensor]:
         """Scores [B, C] less what all classes of a sample share, and that [B].
@@ -353,22 +382,22 @@ class NCMILoss(nn.Module):
         Streams: state of O(C M), one batch at a time. Part of the state_dict from then on.
 
         Args:
-            batches: pairs of features [B, M] and targets [B]; targets of `ignore_index` are skipped.
+            batches: pairs of features and targets, as `forward` takes them; targets of `ignore_index` are skipped.
 
         Returns:
             [C, M]; a class without samples has a row of zeros.
 
         Raises:
-            TypeError, ValueError, IndexError, RuntimeError: as :func:`ncmi_loss`; ValueError also for features that are
-                not [B, M].
+            TypeError, ValueError, IndexError, RuntimeError: as :func:`ncmi_loss`.
         """
-        total = torch.zeros_like(self.centroid_logits, dtype=torch.float64)
-        count = torch.zeros(self.num_classes, device=total.device, dtype=torch.float64)
-        for features, target in batches:
-            p, kept = self._counted_probabilities(features, target)
-            total.index_add_(0, target[kept], p)
-            count.index_add_(0, target[kept], torch.ones_like(p[:, 0]))
-        self.class_means = (total / count.clamp(min=1)[:, None]).to(self.centroid_logits.dtype)
+        with torch.inference_mode(False):  # a buffer made in it could not be changed in place outside
+            total = torch.zeros_like(self.centroid_logits, dtype=torch.float64)
+            count = torch.zeros(self.num_classes, device=total.device, dtype=torch.float64)
+            for features, target in batches:
+                p, classes, kept = self._counted_probabilities(features, target)
+                total.index_add_(0, classes, p)
+                count.index_add_(0, classes, kept.double())
+            self.class_means = (total / count.clamp(min=1)[:, None]).to(self.centroid_logits.dtype)
         return self.class_means
 
     def extra_repr(self) -> str:
@@ -406,30 +435,51 @@ class NCMILoss(nn.Module):
             # Fewer dimensions than classes: random directions are nearly orthogonal in many of them.
             self.centroid_logits.copy_(INITIAL_LOGIT * F.normalize(self.centroid_logits.normal_(), dim=1))
 
-    def _counted_probabilities(self, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """For a fit, p of the rows that are not ignored, float64, and which of [B] those are."""
+    def _counted_probabilities(self, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For a fit: p [N, M] float64 and classes [N] of its rows, both 0 where ignored; and which are not [N]."""
         functional.check_batch(features, target, self.centroid_logits)
-        if features.dim() != 2:
-            raise ValueError(f"features: got shape {tuple(features.shape)}, expected [B, {self.feature_dim}]")
-        functional.check_range(target, self.num_classes, self.options.ignore_index)
-        kept = target != self.options.ignore_index
-        return self._log_probabilities(features[kept]).exp().double(), kept
+        rows, classes = functional.flatten(features, target)
+        functional.check_range(classes, self.num_classes, self.options.ignore_index)
+        kept = classes != self.options.ignore_index
+        p = self._log_probabilities(rows).exp().double()
+        return torch.where(kept[:, None], p, 0), classes.masked_fill(~kept, 0), kept
 
-    def _log_probabilities(self, features: Tensor) -> Tensor:
+    def _check_features(self, features: Tensor) -> torch.Size:
+        """The shape of `features` without that of a vector; raises unless they are [B, M], [M] or [B, M, d1, ...]."""
         functional.check_floating("features", features)
         functional.check_device("features", features, self.centroid_logits)
-        if features.dim() != 2 or features.shape[1] != self.feature_dim:
-            raise ValueError(f"features: got shape {tuple(features.shape)}, expected [B, {self.feature_dim}]")
+        shape = features.shape
+        if not shape or shape[min(1, len(shape) - 1)] != self.feature_dim:
+            raise ValueError(
+                f"features: got shape {tuple(shape)}, expected [B, M], [M] or [B, M, d1, ...] with M = "
+                f"{self.feature_dim}"
+            )
+        return shape[:1] + shape[2:] if len(shape) > 1 else torch.Size()
+
+    def _log_probabilities(self, features: Tensor) -> Tensor:
+        """Log p [N, M] of features [B, M], [M] or [B, M, d1, ...]."""
+        self._check_features(features)
+        center, _ = self._buffers_for(self.centroid_logits)
         dtype = torch.promote_types(torch.promote_types(features.dtype, self.centroid_logits.dtype), torch.float32)
-        center = None if self.center_momentum is None else self.center.to(dtype)
+        center = None if center is None else center.to(dtype)
         with reference.no_autocast(features.device):
             return reference.log_probabilities(
-                features.to(dtype),
+                functional.flatten_features(features).to(dtype),
                 center,
                 self.options.temperature,
                 self.options.l2_normalize,
                 self.options.activation,
             )
+
+    def _buffers_for(self, logits: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The running centre, None without centring, and the class weights; raises for what was assigned amiss."""
+        center, weight = self.center if self.center_momentum is not None else None, self.weight
+        if center is not None:
+            functional.check_vector("center", center, self.feature_dim, logits)
+        if weight is not None:
+            functional.check_vector("weight", weight, self.num_classes, logits)
+            functional.check_constant("weight", weight)
+        return center, weight
 
     def _own(self, table: Tensor) -> Tensor:
         """The rows of a [C, M] parameter or buffer that this process holds."""
@@ -441,28 +491,36 @@ class NCMILoss(nn.Module):
             return reference.log_activation(self._own(self.centroid_logits).to(dtype), self.options.activation)
         if self.class_means is None:
             raise RuntimeError("class_means: not fitted yet, expected a call of fit_class_means first")
+        if self.class_means.shape != self.centroid_logits.shape:
+            raise ValueError(
+                f"class_means: got shape {tuple(self.class_means.shape)}, expected {tuple(self.centroid_logits.shape)}"
+            )
+        functional.check_device("class_means", self.class_means, self.centroid_logits)
         means = self._own(self.class_means).to(dtype)
         missing = means.sum(dim=1, keepdim=True) == 0
         return means.clamp(min=torch.finfo(dtype).tiny).log().masked_fill(missing, -torch.inf)
 
-    def _moved_center(
-        self, input: Tensor, target: Tensor, logits: Tensor, backend: str
-    ) -> tuple[Tensor | None, _ops.CenterUpdate | None]:
-        """The centre to use, and how the kernels move it first; the reference path has moved it already."""
-        if self.center_momentum is None:
-            return None, None
-        center = self.center
+    def _center_for(
+        self, center: Tensor | None, input: Tensor, target: Tensor, logits: Tensor, backend: str
+    ) -> tuple[Tensor | None, _ops.CenterUpdate | None, _Moved | None]:
+        """The centre to use in place of `center`, the running one; and what moves that.
+
+        Either the operator `loss` does it, told how by the second value, or the third is to be committed once the loss
+        is there. So a forward pass that fails has moved nothing.
+        """
+        if center is None or self.center_momentum is None:
+            return None, None, None
         if not self.training:
             # The graph keeps the centre, and a batch in training mode may move it before the backward pass.
             graph = torch.is_grad_enabled() and (input.requires_grad or logits.requires_grad)
-            return center.clone() if graph else center, None
-        if _ops.transforming():
+            return center.clone() if graph else center, None, None
+        if transforming():
             raise RuntimeError(
                 "training: got True inside a torch.func transform, expected criterion.eval() or center_momentum=None: "
                 "a transform cannot move the running centre"
             )
         if not torch.compiler.is_compiling() and _graph_task() >= 0:
-            return center, None
+            return center, None, None
         dtype = center.dtype
         if (
             backend != "reference"
@@ -471,16 +529,25 @@ class NCMILoss(nn.Module):
             and (dtype is torch.float64 or (dtype is torch.float32 and input.dtype is not torch.float64))
             and center.is_contiguous()
         ):
-            update = (self.num_batches_tracked, self.center_momentum)
-            if not torch.compiler.is_compiling():
-                return center, update
+            if not (self.options.separation_focus or torch.compiler.is_compiling() or jit_tracing()):
+                return center, (self.num_batches_tracked, self.center_momentum), None
+            moved = _Moved(center.clone(), self.num_batches_tracked.clone())
             rows, classes = functional.flatten(input.detach(), target)
-            ignore_index = self.options.ignore_index
-            return _ops.update_center_(center, update, rows, classes, self.num_classes, ignore_index, backend), None
-        with torch.no_grad():
-            return self._move_center(*functional.flatten(input, target)), None
+            _ops.update_center_(
+                moved.center,
+                (moved.batches, self.center_momentum),
+                rows,
+                classes,
+                self.num_classes,
+                self.options.ignore_index,
+                backend,
+            )
+        else:
+            with torch.no_grad():
+                moved = self._move_center(*functional.flatten(input, target))
+        return moved.center, None, moved
 
-    def _move_center(self, rows: Tensor, classes: Tensor) -> Tensor:
+    def _move_center(self, rows: Tensor, classes: Tensor) -> _Moved:
         """What the operator update_center_ does, in PyTorch and without a host sync; over all processes of a group."""
         assert self.center_momentum is not None
         functional.check_range(classes, self.num_classes, self.options.ignore_index)
@@ -492,21 +559,30 @@ class NCMILoss(nn.Module):
         moved = self.center_momentum * self.center.double() + (1 - self.center_momentum) * mean
         moved = torch.where(self.num_batches_tracked == 0, mean, moved).to(self.center.dtype)
         usable = moved.isfinite().all()
-        self.center.copy_(torch.where(usable, moved, self.center))
-        self.num_batches_tracked.add_(usable)
-        return self.center.clone()
+        return _Moved(torch.where(usable, moved, self.center), self.num_batches_tracked + usable)
+
+    def _commit_center(self, moved: _Moved | None) -> None:
+        if moved is not None:
+            with torch.no_grad():
+                self.center.copy_(moved.center)
+                self.num_batches_tracked.copy_(moved.batches)
 
     def _fixed_stats(self, input: Tensor, logits: Tensor, backend: str) -> Any:
         """The cached statistics of fixed centroids; None where they have to be computed.
 
         Keyed on the tensor, its memory (kept alive, so no other tensor can get the address) and its version
-        counter, which every in-place operation, optimiser step and load_state_dict moves. Fused optimisers do not;
-        they need a gradient, and what gives one drops the cache: a forward pass with centroids that require it, and
-        `centroid_gradient`. Writing through
-        `.data`, NumPy or a bare collective of torch.distributed moves no counter, here as in autograd; `train()` and
-        `eval()` drop the cache for that.
+        counter, which every in-place operation, optimiser step and load_state_dict moves. What moves none:
+
+        - fused optimisers. They need a gradient: while there is one nothing is cached, and what gives one drops the
+          cache, a forward pass with centroids that require it and `centroid_gradient`.
+        - other tensors of the same memory, as `torch.nn.utils.vector_to_parameters` makes, and other processes after
+          `share_memory`. Nothing is cached while there are any.
+        - writing through `.data` later, NumPy or a bare collective of torch.distributed, here as in autograd: `train()`
+          and `eval()` drop the cache for that.
         """
         options = self.options
+        if torch.compiler.is_compiling():  # a traced read of the cache would be guarded on versions
+            return None
         cache = self._stats_cache
         if (
             cache is not None
@@ -518,21 +594,26 @@ class NCMILoss(nn.Module):
             and cache[4].stride() == logits.stride()
             and cache[4].dtype is logits.dtype
             and (input.dtype is not torch.float64 or logits.dtype is torch.float64)
-            and not torch.compiler.is_compiling()
+            and logits.grad is None
         ):
             return cache[5]
+        self._stats_cache = cache = None
         if (
-            torch.compiler.is_compiling()
-            or _ops.transforming()
+            transforming()
             or backend == "reference"
             or type(logits) is not nn.Parameter
             or hasattr(type(self), "unshard")  # FSDP2 renews the parameter's memory behind its version counter
             or logits.is_inference()
+            or not (concrete(logits) and concrete(input))
             or logits.dtype not in (torch.float32, torch.float64)
             or (input.dtype == torch.float64 and logits.dtype != torch.float64)
+            or logits.grad is not None
+            or _holders(logits) > _ONE_HOLDER
+            or (logits.is_cpu and logits.is_shared())
         ):
             return None
-        stats = (_focus if options.separation_focus else _ops).centroid_stats(logits, options, backend)
+        with torch.inference_mode(False):  # a graph could not save what was made in it
+            stats = (_focus if options.separation_focus else _ops).centroid_stats(logits, options, backend)
         self._keep_stats(backend, stats)
         return stats
 
@@ -560,14 +641,29 @@ class NCMILoss(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_stats_cache": None, "_last_terms": None, "_last_rows": None, "_watch": Watch()}
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.class_means is None:
+            # Software that loads by key, such as torch.distributed.checkpoint, asks a new module for its keys.
+            destination[prefix + "class_means"] = self._unfitted()
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self._forget()
-        # class_means is there only once fitted, on either side.
-        saved = state_dict.get(prefix + "class_means")
-        self.class_means = (
-            None if saved is None else torch.empty_like(saved, device=self.center.device, dtype=self.center.dtype)
-        )
+        before = self.class_means
+        if before is None and prefix + "class_means" in state_dict:
+            self.class_means = self._unfitted()  # for what follows to fill
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.class_means is not None and not self._is_fitted(self.class_means):
+            self.class_means = None
+
+    def _unfitted(self) -> Tensor:
+        """What stands for class means that are not fitted in a state_dict: those of no samples."""
+        return torch.zeros_like(self.centroid_logits, requires_grad=False)
+
+    def _is_fitted(self, class_means: Tensor) -> bool:
+        if class_means.is_meta or not concrete(class_means):
+            return False
+        return bool(class_means.any())
 
 
 def _option_property(name: str) -> property:

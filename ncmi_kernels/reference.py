@@ -38,7 +38,12 @@ def log_probabilities(
     x = input if center is None else input - center
     poison = (x * 0).sum(dim=-1, keepdim=True)
     if l2_normalize:
-        x = F.normalize(x, dim=-1, eps=1e-12)
+        # As torch.nn.functional.normalize; but squares of huge features do not overflow, and a row of length zero has
+        # second derivatives.
+        largest = x.detach().abs().amax(dim=-1, keepdim=True)
+        x = x / torch.where(largest > 1e15, largest, 1)
+        short = x.detach().norm(dim=-1, keepdim=True) < 1e-12
+        x = x / x.masked_fill(short, 1).norm(dim=-1, keepdim=True).masked_fill(short, 1e-12)
     return log_activation(x / temperature, activation) + poison
 
 
@@ -75,7 +80,7 @@ def literal_terms(
     """
     samples = log_p[:, None, :].expand(-1, len(log_q), -1)  # [B, C, M]
     centroids = log_q[None, :, :].expand_as(samples)
-    concentration = kl_divergence(log_p, log_q[target])
+    concentration = kl_divergence(log_p, log_q.index_select(0, target))
     if separation == "sample_to_centroid":
         divergence = kl_divergence(samples, centroids)  # [B, C]
     else:
@@ -90,7 +95,7 @@ def mean_of_other_classes(divergence: Tensor, target: Tensor, focus: float) -> T
     equal ones do. They are not differentiated; if they were, a sample could raise G by looking at far classes.
     """
     classes = divergence.shape[1]
-    own = F.one_hot(target, classes).bool()
+    own = target[:, None] == torch.arange(classes, device=target.device)  # one_hot would ask for values
     if focus == 0:
         return divergence.masked_fill(own, 0).sum(dim=1) / classes
     distance = divergence.detach().masked_fill(own, torch.inf)
@@ -125,7 +130,7 @@ def collapsed_terms(
 
     With focus > 0 they do not: O(B C M) operations then, but still no [B, C, M].
     """
-    own_log_q = log_q[target]
+    own_log_q = log_q.index_select(0, target)
     concentration = kl_divergence(log_p, own_log_q)
     if focus:
         return concentration, mean_of_other_classes(divergences(log_p, log_q, separation), target, focus)

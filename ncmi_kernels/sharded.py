@@ -153,27 +153,31 @@ class ShardedNCMILoss(NCMILoss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of all processes' features [B, M] (or [M], [B, M, d1, ...]); targets [B] (or [], [B, d1, ...])."""
         arguments = self._arguments(input, target)
-        center, _ = self._moved_center(input, target, self.centroid_logits, arguments.backend)
+        center, weight = self._buffers_for(self.centroid_logits)
+        center, _, moved = self._center_for(center, input, target, self.centroid_logits, arguments.backend)
         logits = _to_local(self.centroid_logits)
         rows, classes = functional.flatten(input, target)
-        rows, logits, center, weight = functional.to_arithmetic_dtype(rows, logits, center, self.weight)
+        rows, logits, center, weight = functional.to_arithmetic_dtype(rows, logits, center, weight)
         seen: list[Tensor] = []
         result = _ShardedLoss.apply(rows, logits, classes, center, weight, arguments, seen)
+        self._commit_center(moved)
         self._keep(seen, input, target, arguments.backend)
         return result.reshape(target.shape) if self.options.reduction == "none" else result
 
-    @torch.no_grad()
     def centroid_gradient(self, features: Tensor, target: Tensor) -> Tensor:
         """As of :class:`NCMILoss` with a process group; a DTensor [C, M] like `centroid_logits`."""
-        self._check_one_loss()
+        return super().centroid_gradient(features, target)
+
+    def _step_gradient(self, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         arguments = self._arguments(features, target)
         self._forget()
-        center = None if self.center_momentum is None else self.center
+        center, weight = self._buffers_for(self.centroid_logits)
         local = self._own(self.centroid_logits)
         rows, classes = functional.flatten(features, target)
-        rows, logits, center, weight = functional.to_arithmetic_dtype(rows, local, center, self.weight)
-        step = _Step(rows, logits, classes, center, weight, arguments)
-        return self._as_dtensor(step.centroid_grad(rows, logits, None).to(local.dtype))
+        rows, logits, center, weight = functional.to_arithmetic_dtype(rows, local, center, weight)
+        _, means, lookup, step = _step(rows, logits, classes, center, weight, arguments)
+        grad = _centroid_grad(step, rows, logits, center, lookup, None, arguments)
+        return self._as_dtensor(grad.to(local.dtype)), means
 
     def _stats_for_step(self, features: Tensor) -> tuple[_ops.CentroidStats | None, str]:
         return None, _backends.resolve(self.backend, features)
@@ -193,7 +197,7 @@ class ShardedNCMILoss(NCMILoss):
 
     @torch.no_grad()
     def predict(self, features: Tensor, *, class_means: bool = False) -> Tensor:
-        """As of :class:`NCMILoss`, for each process's own features [B, M]; B may differ between processes."""
+        """As of :class:`NCMILoss`, for each process's own features; their number may differ between processes."""
         group = self._processes
         p = self._log_probabilities(features).exp()
         log_q = self._log_centroids(class_means)
@@ -217,7 +221,7 @@ class ShardedNCMILoss(NCMILoss):
         sizes = [len(others) for others in every]
         found = group.all_to_all(torch.cat(best), sizes, [len(p)] * group.size).view(group.size, len(p), 2)
         winner = found[:, :, 0].argmax(dim=0, keepdim=True)
-        return found[:, :, 1].gather(0, winner)[0].long()
+        return found[:, :, 1].gather(0, winner)[0].long().reshape(self._check_features(features))
 
     @torch.no_grad()
     def fit_class_means(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
@@ -234,10 +238,11 @@ class ShardedNCMILoss(NCMILoss):
             if not group.all_reduce(total.new_full((1,), batch is not None)):
                 break
             features, target = batch or (local[:0], total[:0, 0].long())
-            p, kept = self._counted_probabilities(features, target)
-            lookup = Lookup(target, self.options.ignore_index, self._rows_per_process, group)
+            p, classes, kept = self._counted_probabilities(features, target)
+            lookup = Lookup(classes.masked_fill(~kept, NOBODY), NOBODY, self._rows_per_process, group)
             sums = total.new_zeros((lookup.classes, self.feature_dim + 1))
-            lookup.give(sums.index_add_(0, lookup.target[kept], F.pad(p, (0, 1), value=1.0)), total)
+            counted = torch.cat([p, kept.double()[:, None]], dim=1)
+            lookup.give(sums.index_add_(0, lookup.target.masked_fill(~kept, 0), counted), total)
         self.class_means = self._as_dtensor((total[:, :-1] / total[:, -1:].clamp(min=1)).to(local.dtype))
         return self.class_means
 
@@ -245,6 +250,10 @@ class ShardedNCMILoss(NCMILoss):
 
     def _own(self, table: Tensor) -> Tensor:
         return _to_local(table).detach()
+
+    def _is_fitted(self, class_means: Tensor) -> bool:
+        # A process without rows cannot tell.
+        return bool(self._processes.all_reduce(self._own(class_means).any().double()))
 
     def _arguments(self, input: Tensor, target: Tensor) -> "_Arguments":
         functional.check_batch(input, target, self.centroid_logits)
@@ -384,69 +393,81 @@ def _of_all(
     return torch.stack([exact, weight]).to(dtype), record
 
 
-class _Step:
-    """One batch against all classes: the forward pass, and what the backward passes need of it."""
+class _Step(NamedTuple):
+    """What a forward pass knows of one batch against all classes. What is said of all classes is in both statistics."""
 
-    def __init__(
-        self,
-        input: Tensor,
-        logits: Tensor,
-        target: Tensor,
-        center: Tensor | None,
-        weight: Tensor | None,
-        arguments: _Arguments,
-    ) -> None:
-        options, backend, group, num_classes, rows_per_process, shard = arguments
-        self.options, self.group, self.center, self.run = options, group, center, _ops.operators(backend)
-        shard = shard or _shard(logits, options, backend)
-        sums = group.all_reduce(shard.sums.clone())
-        of_all, record = _of_all(sums, num_classes, logits.shape[1], logits.dtype, options)
+    own_logits: Tensor  # [classes, M], of the classes that occur in the batch
+    rows: Tensor  # [B, 9], with the derivatives by the terms
+    own: _ops.CentroidStats  # of own_logits
+    shard: _ops.CentroidStats | None  # of this process's centroids; None without any
 
-        def of_these(stats: _ops.CentroidStats) -> _ops.CentroidStats:
-            norms = torch.cat([stats.norms[:-1], record[None]])
-            return stats._replace(reference=of_all, norms=norms)
 
-        self.lookup = Lookup(target, options.ignore_index, rows_per_process, group)
-        self.own_logits = self.lookup.fetch(logits)
-        self.own = of_these(_ops.centroid_stats(self.own_logits, options, backend))
-        self.shard = None if shard.stats is None else of_these(shard.stats)
-        for_terms = (*options.for_terms[:-1], NOBODY)
-        values, self.rows = self.run.terms(input, self.lookup.target, center, *self.own, *for_terms)
-        counts = row_weights(target, weight, options.ignore_index)
-        result, by_terms, self.means = reduced(values[0], values[1], counts, options, group)
-        self.result = result.to(logits.dtype)
-        self.rows[:, -2:] = by_terms.T
+def _step(
+    input: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    center: Tensor | None,
+    weight: Tensor | None,
+    arguments: _Arguments,
+) -> tuple[Tensor, Tensor, Lookup, _Step]:
+    """The loss, the means of the terms, and what the backward passes need."""
+    options, backend, group, num_classes, rows_per_process, shard = arguments
+    shard = shard or _shard(logits, options, backend)
+    sums = group.all_reduce(shard.sums.clone())
+    of_all, record = _of_all(sums, num_classes, logits.shape[1], logits.dtype, options)
 
-    def input_grad(self, input: Tensor, upstream: Tensor) -> Tensor:
-        """The gradient by `input` [B, M], times the number of processes where they share the loss."""
-        rows = self.rows
-        if self.options.reduction != "none":
-            rows = rows.clone()
-            rows[:, -2:] *= self.group.size
-        return self.run.input_grad(
-            input,
-            self.lookup.target,
-            self.center,
-            *self.own,
-            rows,
-            upstream,
-            self.options.centroid_to_sample,
-            NOBODY,
-        )
+    def of_these(stats: _ops.CentroidStats) -> _ops.CentroidStats:
+        norms = torch.cat([stats.norms[:-1], record[None]])
+        return stats._replace(reference=of_all, norms=norms)
 
-    def centroid_grad(self, input: Tensor, logits: Tensor, upstream: Tensor | None) -> Tensor:
-        """The gradient by this process's `logits`: the part of all rows, and each row's for its own class."""
-        last = self.options.centroid_to_sample, NOBODY
-        batch = input, self.lookup.target, self.center
-        totals = self.group.all_reduce(self.run.class_totals(*batch, self.rows, upstream, *last))
-        nothing = torch.zeros_like(totals)
-        own = self.run.centroid_grad(*batch, self.own_logits, *self.own, self.rows, upstream, *last, nothing)
-        grad = torch.zeros_like(logits)
-        if self.shard is not None:
-            no_rows = input[:0], self.lookup.target[:0], self.center
-            grad = self.run.centroid_grad(*no_rows, logits, *self.shard, self.rows[:0], None, *last, totals)
-        self.lookup.give(own, grad)
-        return grad
+    lookup = Lookup(target, options.ignore_index, rows_per_process, group)
+    own_logits = lookup.fetch(logits)
+    own = of_these(_ops.centroid_stats(own_logits, options, backend))
+    for_terms = (*options.for_terms[:-1], NOBODY)
+    values, rows = _ops.operators(backend).terms(input, lookup.target, center, *own, *for_terms)
+    counts, kept = row_weights(target, weight, options.ignore_index)
+    result, by_terms, means = reduced(values[0], values[1], counts, kept, options, group)
+    rows[:, -2:] = by_terms.T
+    step = _Step(own_logits, rows, own, None if shard.stats is None else of_these(shard.stats))
+    return result.to(logits.dtype), means, lookup, step
+
+
+def _input_grad(
+    step: _Step, input: Tensor, center: Tensor | None, lookup: Lookup, upstream: Tensor, arguments: _Arguments
+) -> Tensor:
+    """The gradient by `input` [B, M], times the number of processes where they share the loss."""
+    options = arguments.options
+    rows = step.rows
+    if options.reduction != "none":
+        rows = rows.clone()
+        rows[:, -2:] *= arguments.group.size
+    return _ops.operators(arguments.backend).input_grad(
+        input, lookup.target, center, *step.own, rows, upstream, options.centroid_to_sample, NOBODY
+    )
+
+
+def _centroid_grad(
+    step: _Step,
+    input: Tensor,
+    logits: Tensor,
+    center: Tensor | None,
+    lookup: Lookup,
+    upstream: Tensor | None,
+    arguments: _Arguments,
+) -> Tensor:
+    """The gradient by this process's `logits`: the part of all rows, and each row's for its own class."""
+    run = _ops.operators(arguments.backend)
+    last = arguments.options.centroid_to_sample, NOBODY
+    batch = input, lookup.target, center
+    totals = arguments.group.all_reduce(run.class_totals(*batch, step.rows, upstream, *last))
+    nothing = torch.zeros_like(totals)
+    own = run.centroid_grad(*batch, step.own_logits, *step.own, step.rows, upstream, *last, nothing)
+    grad = torch.zeros_like(logits)
+    if step.shard is not None:
+        no_rows = input[:0], lookup.target[:0], center
+        grad = run.centroid_grad(*no_rows, logits, *step.shard, step.rows[:0], None, *last, totals)
+    lookup.give(own, grad)
+    return grad
 
 
 class _ShardedLoss(torch.autograd.Function):
@@ -463,18 +484,26 @@ class _ShardedLoss(torch.autograd.Function):
         arguments: _Arguments,
         seen: list[Tensor],
     ) -> Tensor:
-        step = _Step(input, logits, target, center, weight, arguments)
-        seen.append(step.means)
-        ctx.save_for_backward(input, logits)
-        ctx.step = step
-        result = step.result
-        del step.result  # an output that its own graph holds is never freed
+        result, means, lookup, step = _step(input, logits, target, center, weight, arguments)
+        seen.append(means)
+        others = step.own_logits, step.rows, *step.own, *(step.shard or ())
+        _ops.save(ctx, center, logits, input, target, weight, *others)
+        ctx.lookup, ctx.arguments = lookup, arguments._replace(shard=None)
         return result
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward("device_mesh")
-        input, logits = ctx.saved_tensors
-        grad_input = ctx.step.input_grad(input, upstream) if ctx.needs_input_grad[0] else None
-        grad_logits = ctx.step.centroid_grad(input, logits, upstream) if ctx.needs_input_grad[1] else None
+        (center, logits, input, target, weight, own_logits, rows, *kept), repeated = _ops.saved(ctx)
+        arguments, lookup = ctx.arguments, ctx.lookup
+        if repeated:
+            _, _, lookup, step = _step(input, logits, target, center, weight, arguments)
+        else:
+            shard = _ops.CentroidStats(*kept[4:]) if kept[4:] else None
+            step = _Step(own_logits, rows, _ops.CentroidStats(*kept[:4]), shard)
+        grad_input = grad_logits = None
+        if ctx.needs_input_grad[0]:
+            grad_input = _input_grad(step, input, center, lookup, upstream, arguments)
+        if ctx.needs_input_grad[1]:
+            grad_logits = _centroid_grad(step, input, logits, center, lookup, upstream, arguments)
         return grad_input, grad_logits, None, None, None, None, None

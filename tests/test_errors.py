@@ -79,7 +79,7 @@ def bad_batches():
     yield from bad_tensors("target", TARGET)
     layout = "input: got layout torch.sparse_csr"
     yield {"input": quiet(INPUT, "to_sparse_csr")}, RuntimeError, (layout, "torch.strided")
-    for dtype in (torch.int32, torch.uint8, torch.bool, torch.float32, torch.float64):
+    for dtype in (torch.int32, torch.int8, torch.bool, torch.float32, torch.float64):
         hint = ("class probabilities are not supported",) if dtype.is_floating_point else ()
         parts = (f"target: got dtype {dtype}", "expected torch.int64", *hint)
         yield {"target": TARGET.to(dtype)}, RuntimeError, parts
@@ -107,11 +107,21 @@ def bad_batches():
     yield both, RuntimeError, ("centroid_logits: got device cpu", "expected meta")
 
 
+def test_weights_that_require_a_gradient():
+    weight = torch.ones(C, requires_grad=True)
+    with refused(RuntimeError, "weight: got a tensor that requires a gradient", "weight.detach()"):
+        call(ncmi_loss, weight=weight)
+    with refused(RuntimeError, "weight: got a tensor that requires a gradient", "weight.detach()"):
+        NCMILoss(C, M, weight=weight)
+    with torch.no_grad():
+        call(ncmi_loss, weight=weight)
+
+
 def bad_parameters(with_weight):
     yield from bad_floats("centroid_logits", CENTROIDS)
     yield {"centroid_logits": None}, TypeError, ("centroid_logits: got NoneType", "torch.Tensor")
-    for shape in ((), (M,), (1, M), (0, M), (C, 0), (C, M, 1)):
-        parts = (f"centroid_logits: got shape {shape}", "expected [C, M] with C >= 2 classes")
+    for shape in ((), (M,), (1, M), (0, M), (C, 0), (C, 1), (C, M, 1)):
+        parts = (f"centroid_logits: got shape {shape}", "expected [C, M] with C >= 2 classes and M >= 2")
         yield {"centroid_logits": torch.zeros(shape)}, ValueError, parts
     columns = ("input: got shape (5, 6)", "M = 7", "centroid_logits (4, 7)")
     yield {"centroid_logits": torch.zeros(C, M + 1)}, ValueError, columns
@@ -162,8 +172,8 @@ def test_nsf_arguments(function):
 
 def bad_features():
     yield from bad_floats("features", INPUT)
-    for shape in ((), (M,), (B, M + 1), (B, M, 1), (0,)):
-        parts = (f"features: got shape {shape}", f"expected [B, {M}]")
+    for shape in ((), (M + 1,), (B, M + 1), (B, 1, M), (0,)):
+        parts = (f"features: got shape {shape}", "expected [B, M], [M] or [B, M, d1, ...]", f"M = {M}")
         yield {"features": torch.zeros(shape)}, ValueError, parts
     yield {"features": INPUT.to("meta")}, RuntimeError, ("features: got device meta", "expected cpu")
 
@@ -191,7 +201,7 @@ def bad_fits():
     for changes, exception, parts in bad_batches():
         if changes.keys() & {"input", "target"} and exception is not ValueError:
             yield changes, exception, parts
-    for shape in ((), (M,), (B, M + 1), (B, M, 1)):
+    for shape in ((), (M + 1,), (B, M + 1), (B, 1, M)):
         # Out of range as well: that must not hide the shape behind an error about tensor indexing.
         for value in (0, C):
             changes = {"input": torch.zeros(shape), "target": torch.full(shape[:1] + shape[2:], value)}

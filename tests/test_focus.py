@@ -438,9 +438,9 @@ def test_autocast_changes_nothing(backend):
 def test_what_moves_before_the_backward_pass():
     z, target, xi = problem()
     center = torch.randn(COLUMNS, dtype=torch.float64)
-    for moved, name in ((center, "center"), (xi, "modified by an inplace operation")):
+    for moved in (center, xi):
         loss = ncmi_loss(z, target, xi, center=center, separation_focus=10.0)
         with torch.no_grad():
             moved.add_(1)
-        with pytest.raises(RuntimeError, match=name):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()

@@ -4,13 +4,16 @@ import copy
 import io
 import pickle
 import warnings
+import weakref
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as checkpoint
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from ncmi_kernels import CentroidSGD, DivergenceWarning, NCMILoss, _ops, ncmi_loss, ncmi_terms
+from ncmi_kernels import CentroidSGD, DivergenceWarning, NCMILoss, _ops, ncmi_loss, ncmi_terms, reference
 
 pytestmark = pytest.mark.filterwarnings("ignore::ncmi_kernels.DegenerateMinimumWarning")
 
@@ -85,7 +88,7 @@ def test_defaults():
     }
     assert {name: getattr(criterion, name) for name in defaults} == defaults
     assert [name for name, p in criterion.named_parameters() if p.requires_grad] == ["centroid_logits"]
-    assert set(criterion.state_dict()) == {"centroid_logits", "center", "num_batches_tracked"}
+    assert set(criterion.state_dict()) == {"centroid_logits", "center", "num_batches_tracked", "class_means"}
     exactly(criterion.center, torch.zeros(C))
     exactly(criterion.num_batches_tracked, torch.tensor(0))
 
@@ -378,6 +381,31 @@ def test_option_set_later_is_the_option_given_at_once(name):
     exactly(criterion.eval()(input, target), fresh(input, target))
 
 
+def test_what_is_assigned_later_is_checked():
+    input, target = batch()
+    for backend in ("cpu", "reference"):
+        for focus in (0.0, 5.0):
+            for name, value, parts in (
+                ("weight", torch.ones(C + 1), rf"weight: got shape \({C + 1},\), expected \({C},\)"),
+                ("weight", torch.ones(C, device="meta"), "weight: got device meta, expected cpu"),
+                ("weight", nn.Parameter(torch.ones(C)), "weight: got a tensor that requires a gradient"),
+                ("center", torch.zeros(M - 1), rf"center: got shape \({M - 1},\), expected \({M},\)"),
+                ("center", torch.zeros(M, device="meta"), "center: got device meta, expected cpu"),
+            ):
+                criterion = NCMILoss(C, M, backend=backend, separation_focus=focus)
+                setattr(criterion, name, value)
+                with pytest.raises((ValueError, RuntimeError), match=parts):
+                    criterion(input, target)
+    criterion = NCMILoss(C, M)
+    criterion.num_batches_tracked = torch.zeros((), dtype=torch.int64, device="meta")
+    with pytest.raises(RuntimeError, match="several devices"):
+        criterion(input, target)
+    with pytest.raises(ValueError, match="center_momentum: got 2"):
+        criterion.center_momentum = 2.0
+    criterion.center_momentum = np.float32(0.5)
+    assert criterion.center_momentum == 0.5
+
+
 def test_option_set_later_is_checked():
     criterion = NCMILoss(C, M)
     with pytest.raises(ValueError, match=r"temperature: got -1, expected a finite number > 0"):
@@ -453,7 +481,7 @@ def test_state_dict_of_a_model_that_holds_the_criterion():
 
     for fitted, into in ((True, False), (False, True)):
         first, second = model(0, fitted=fitted), model(1, fitted=into)
-        assert ("criterion.class_means" in first.state_dict()) == fitted
+        assert bool(first.state_dict()["criterion.class_means"].any()) == fitted
         second.load_state_dict(first.state_dict(), strict=True)
         assert_same(first["criterion"], second["criterion"])
 
@@ -475,6 +503,51 @@ def test_loading_keeps_the_dtype_of_the_module(fitted):
     other.load_state_dict(criterion.state_dict())
     assert {t.dtype for t in other.state_dict().values()} == {torch.float64, torch.int64}
     exactly(other.class_means, criterion.class_means.double())
+
+
+def test_class_means_stay_where_nothing_is_said_of_them():
+    model = nn.ModuleDict({"net": nn.Linear(2, 3), "criterion": trained(fitted=True)})
+    before = model["criterion"].class_means.clone()
+    net = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("net")}
+    missing = model.load_state_dict(net, strict=False).missing_keys
+    assert "criterion.class_means" in missing
+    exactly(model["criterion"].class_means, before)
+    with pytest.raises(RuntimeError, match="class_means"):
+        model.load_state_dict({name: t for name, t in model.state_dict().items() if "class_means" not in name})
+
+
+@pytest.mark.parametrize("fitted", [True, False])
+def test_class_means_that_do_not_fit_are_refused(fitted):
+    criterion = trained(fitted=fitted)
+    before = None if criterion.class_means is None else criterion.class_means.clone()
+    other = NCMILoss(C + 1, 3)
+    other.fit_class_means([(torch.randn(20, 3), torch.arange(20) % C)])
+    shape = {**criterion.state_dict(), "class_means": torch.rand(3, 2)}
+    for state in (other.state_dict(), shape):
+        with pytest.raises(RuntimeError, match="size mismatch for class_means"):
+            criterion.load_state_dict(state)
+        exactly(criterion.class_means, before) if fitted else None
+        assert (criterion.class_means is None) != fitted
+    criterion.class_means = torch.rand(3, 2)
+    with pytest.raises(ValueError, match=r"class_means: got shape \(3, 2\), expected \(4, 3\)"):
+        criterion.predict(torch.randn(2, 3), class_means=True)
+
+
+def test_class_means_fitted_in_inference_mode_are_an_ordinary_buffer():
+    criterion = NCMILoss(C, M)
+    with torch.inference_mode():
+        criterion.fit_class_means([batch()])
+    criterion.class_means.mul_(0.5)
+
+
+def test_a_new_criterion_takes_class_means_from_a_distributed_checkpoint(tmp_path):
+    saved = trained(fitted=True)
+    checkpoint.save({"criterion": saved.state_dict()}, checkpoint_id=tmp_path, no_dist=True)
+    for new in (trained(seed=1), trained(seed=1, fitted=True)):
+        state = {"criterion": new.state_dict()}
+        checkpoint.load(state, checkpoint_id=tmp_path, no_dist=True)
+        new.load_state_dict(state["criterion"])
+        assert_same(new, copy.deepcopy(saved))
 
 
 def test_state_dict_is_loaded_by_assignment():
@@ -622,6 +695,42 @@ def fresh_copy(criterion):
         fresh.centroid_logits.copy_(criterion.centroid_logits)
         fresh.center.copy_(criterion.center)
     return fresh
+
+
+def check_against_a_copy(criterion):
+    given = batch(4, columns=C)
+    exactly(criterion(*given), copy.deepcopy(criterion)(*given))
+
+
+def test_fixed_centroids_that_share_their_memory():
+    """A vector that is changed in place and set as the parameters again, and another process's writing."""
+    options = {"learn_centroids": False, "center_momentum": None}
+    criterion = NCMILoss(C, C, **options)
+    flat = nn.utils.parameters_to_vector(criterion.parameters()).detach().clone()
+    for _ in range(3):
+        flat += torch.randn(flat.shape)
+        nn.utils.vector_to_parameters(flat, criterion.parameters())
+        check_against_a_copy(criterion)
+    criterion = NCMILoss(C, C, **options).share_memory()
+    check_against_a_copy(criterion)
+    # What another process does to shared memory, by another tensor of it.
+    storage = criterion.centroid_logits.untyped_storage()
+    other = torch.empty(0).set_(torch.UntypedStorage._new_shared_fd_cpu(*storage._share_fd_cpu_()))
+    other += torch.randn(other.shape)
+    check_against_a_copy(criterion)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_centroids_frozen_between_backward_pass_and_step(fused):
+    criterion = NCMILoss(C, C, center_momentum=None)
+    optimizer = torch.optim.SGD(criterion.parameters(), lr=0.5, fused=fused)
+    criterion(*batch(3, columns=C)).backward()
+    criterion.requires_grad_(False)
+    check_against_a_copy(criterion)
+    optimizer.step()
+    check_against_a_copy(criterion)
+    optimizer.zero_grad()
+    check_against_a_copy(criterion)
 
 
 @pytest.mark.parametrize("separation", ["sample_to_centroid", "centroid_to_sample"])
@@ -784,6 +893,121 @@ def test_warns_once_when_training_has_failed(backend, trouble):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# What a graph keeps
+# ------------------------------------------------------------------------------------------------------------
+
+GRAPHS = {
+    "batch": {},
+    "sample": {"ratio": "sample"},
+    "other separation": {"separation": "centroid_to_sample"},
+    "focus": {"separation_focus": 5.0},
+    "fixed": {"learn_centroids": False},
+}
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_a_loss_keeps_nothing_large_after_its_backward_pass(name):
+    """All that a graph needs goes through hooks on saved tensors, and autograd lets go of it."""
+    classes, columns, rows = 300, 70, 9
+    criterion = NCMILoss(classes, columns, **GRAPHS[name])
+    input, target = batch(size=rows, columns=columns)
+    input.requires_grad_()
+    saved = []
+
+    def pack(tensor):
+        saved.append(weakref.ref(tensor.untyped_storage()) if tensor.numel() >= rows * columns else None)
+        return tensor
+
+    before = {id(p) for p in criterion.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = criterion(input, target)
+    assert len([each for each in saved if each is not None]) >= 3
+    loss.backward()
+    large = [
+        each
+        for each in reachable(loss.grad_fn)
+        if each.numel() >= rows * columns and id(each) not in before and each is not input
+    ]
+    assert large == []
+
+
+def reachable(node):
+    """Tensors that the attributes of a graph's node lead to."""
+    found, pending, seen = [], [vars(node) if hasattr(node, "__dict__") else {}], set()
+    while pending:
+        each = pending.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, torch.Tensor):
+            found.append(each)
+        elif isinstance(each, dict):
+            pending += each.values()
+        elif isinstance(each, (list, tuple)):
+            pending += each
+        elif hasattr(each, "__dict__"):
+            pending.append(vars(each))
+    return found
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_saved_tensors_that_were_moved_away_and_back(name):
+    criterion = NCMILoss(C, M, **GRAPHS[name])
+    input, target = batch()
+    expected = loss_and_grads(lambda x: copy.deepcopy(criterion)(x, target), input)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone().numpy(), torch.from_numpy):
+        exactly(loss_and_grads(lambda x: criterion(x, target), input), expected)
+
+
+@pytest.mark.parametrize("focus", [0.0, 5.0])
+def test_weights_changed_in_place_before_a_backward_pass(focus):
+    input, target = batch()
+    weight = torch.rand(C)
+    input.requires_grad_()
+    for create_graph in (True, False):
+        loss = ncmi_loss(input, target, torch.randn(C, M), weight=weight, separation_focus=focus)
+        weight.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(loss, input, create_graph=create_graph)
+
+
+@pytest.mark.parametrize("ratio", ["batch", "sample"])
+@pytest.mark.parametrize("focus", [0.0, 5.0])
+@pytest.mark.parametrize("upstream", [torch.inf, torch.nan])
+def test_ignored_rows_stay_zero_whatever_comes_from_above(upstream, focus, ratio):
+    for backend in BACKENDS:
+        criterion = NCMILoss(C, M, ratio=ratio, separation_focus=focus, backend=backend)
+        input, target = batch()
+        target[2:4] = -100
+        input.requires_grad_()
+        criterion(input, target).backward(torch.tensor(upstream))
+        exactly(input.grad[2:4], torch.zeros(2, M))
+        assert not input.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("options", [{}, {"separation_focus": 5.0}, {"backend": "reference"}], ids=str)
+def test_a_forward_pass_that_fails_has_moved_nothing(options, monkeypatch):
+    criterion = NCMILoss(C, M, **options)
+    criterion(*batch())
+    before = copy.deepcopy(criterion.state_dict())
+
+    def fail(*args, **kwargs):
+        raise MemoryError
+
+    run = _ops.operators("cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "terms" if options else "loss", fail)
+        patch.setattr(reference, "terms", fail)
+        with pytest.raises(MemoryError):
+            criterion(*batch(1))
+    input, target = batch(2)
+    target[3] = C
+    with pytest.raises(IndexError):
+        criterion(input, target)
+    exactly(dict(criterion.state_dict()), dict(before))
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Prediction
 # ------------------------------------------------------------------------------------------------------------
 
@@ -842,6 +1066,30 @@ def test_predictions_where_all_classes_are_nearly_as_likely(class_means):
     q = criterion.class_means.double() if class_means else activated(criterion.centroid_logits.detach(), criterion)
     divergences = negative_divergences(distribution(features, criterion), q)
     exactly(criterion.predict(features, class_means=class_means), divergences.argmax(dim=1))
+
+
+@pytest.mark.parametrize("class_means", [True, False])
+def test_predictions_of_any_shape_that_the_loss_takes(class_means):
+    criterion = NCMILoss(C, M)
+    image, classes = torch.randn(3, M, 2, 4), torch.randint(C, (3, 2, 4))
+    rows = image.movedim(1, -1).reshape(-1, M)
+    exactly(criterion.fit_class_means([(image, classes)]), NCMILoss(C, M).fit_class_means([(rows, classes.flatten())]))
+    criterion.fit_class_means([(image, classes), (rows[0], classes[0, 0, 0])])
+    scores, predicted = (function(rows, class_means=class_means) for function in (criterion.scores, criterion.predict))
+    exactly(criterion.scores(image, class_means=class_means).movedim(1, -1).reshape(-1, C), scores)
+    exactly(criterion.predict(image, class_means=class_means), predicted.view(3, 2, 4))
+    torch.testing.assert_close(criterion.scores(rows[0], class_means=class_means), scores[0])
+    exactly(criterion.predict(rows[0], class_means=class_means), predicted[0])
+    assert criterion.scores(image[:0], class_means=class_means).shape == (0, C, 2, 4)
+
+
+@pytest.mark.parametrize("scale", [1e20, 1e30, 1e37])
+def test_the_length_of_huge_features_drops_out(scale):
+    criterion = NCMILoss(C, M, center_momentum=None)
+    features, target = torch.randn(30, M), torch.randint(C, (30,))
+    exactly(criterion.predict(scale * features), criterion.predict(features))
+    expected = criterion.fit_class_means([(features, target)]).clone()
+    torch.testing.assert_close(criterion.fit_class_means([(scale * features, target)]), expected)
 
 
 @pytest.mark.parametrize("training", [True, False])

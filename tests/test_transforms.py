@@ -8,15 +8,17 @@ import pytest
 import torch
 from conftest import KERNELS, relative
 from torch import nn
+from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
-from torch.autograd import grad, gradgradcheck
-from torch.func import functional_call, hessian, jacrev, jvp, stack_module_state, vmap
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad, functional, grad, gradcheck, gradgradcheck
+from torch.func import functional_call, hessian, jacfwd, jacrev, jvp, linearize, stack_module_state, vmap
 from torch.func import grad as func_grad
 from torch.utils.checkpoint import checkpoint
 
 import ncmi_kernels
-from ncmi_kernels import NCMILoss, ncmi_loss, ncmi_terms
+from ncmi_kernels import CentroidSGD, NCMILoss, ncmi_loss, ncmi_terms
 
 SEPARATIONS = ("sample_to_centroid", "centroid_to_sample")
 RATIOS = ("batch", "sample")
@@ -109,7 +111,9 @@ def test_centres_and_weights_are_not_differentiated_whatever_the_nesting():
         def total(center, weight, backend=backend):
             return vmap(lambda z: ncmi_loss(z, y, xi, center=center, weight=weight, backend=backend))(z).sum()
 
-        exactly(func_grad(total, (0, 1))(center, weight), (torch.zeros_like(center), torch.zeros_like(weight)))
+        exactly(func_grad(total)(center, weight), torch.zeros_like(center))
+        with pytest.raises(RuntimeError, match="weight: got a tensor that requires a gradient"):
+            func_grad(total, 1)(center, weight)
 
 
 @every_backend
@@ -144,6 +148,142 @@ def test_further_derivatives_and_other_modes(ratio):
     close(nested, torch.stack([torch.stack([loss(each, y, centroids) for each in zs]) for centroids in (xi, -xi)]))
     total = func_grad(lambda zs, f=loss: vmap(f, (0, None, None))(zs, y, xi).square().sum())
     close(total(zs), torch.stack([func_grad(lambda z: loss(z, y, xi).square())(each) for each in zs]))
+
+
+def slope(function, along):
+    return lambda z: jvp(function, (z,), (along,))[1]
+
+
+TANGENT = torch.linspace(-1, 1, B * M, dtype=torch.float64).view(B, M)
+FORWARD = {
+    "jvp": lambda f: slope(f, TANGENT),
+    "jacfwd": jacfwd,
+    "jvp of jvp": lambda f: slope(slope(f, TANGENT), TANGENT.flip(0)),
+    "jacfwd of jacfwd": lambda f: jacfwd(jacfwd(f)),
+    "jacrev of jvp": lambda f: jacrev(slope(f, TANGENT)),
+    "jvp of jvp of grad": lambda f: slope(slope(func_grad(f), TANGENT), TANGENT.flip(0)),
+    "jvp of hessian": lambda f: slope(hessian(f), TANGENT),
+    "vmap of jvp of jvp": lambda f: (
+        lambda z: vmap(lambda t: slope(slope(f, t), t)(z))(torch.stack([TANGENT, -TANGENT]))
+    ),
+    "linearize": lambda f: lambda z: linearize(f, z)[1](TANGENT),
+    "dual level": lambda f: lambda z: dual_slope(f, z),
+    "hessian by dual level": lambda f: (
+        lambda z: functional.hessian(f, z, vectorize=True, outer_jacobian_strategy="forward-mode")
+    ),
+    "jvp of a vjp made before": lambda f: (
+        lambda z: slope(torch.func.vjp(f, z)[1], z.new_ones(()) * 3)(z.new_ones(()))[0]
+    ),
+}
+
+
+def dual_slope(function, z):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(z, TANGENT))).tangent
+
+
+def scalar_functions(backend):
+    """Functions of features [B, M] whose forward-mode derivatives no Function's own rule may lose."""
+    _, y, xi = problem()
+    classes, weight, features = (
+        y.clamp(min=0),
+        torch.rand(B, dtype=torch.float64),
+        torch.randn(B, M, dtype=torch.float64),
+    )
+    criterion = NCMILoss(C, M, dtype=torch.float64, backend=backend).eval()
+    options = {"backend": backend}
+    return {
+        "batch": lambda z: ncmi_loss(z, y, xi, **options),
+        "sample": lambda z: ncmi_loss(z, y, xi, ratio="sample", l2_normalize=True, **options),
+        "other separation": lambda z: ncmi_loss(z, y, xi, separation="centroid_to_sample", temperature=0.7, **options),
+        "focus": lambda z: ncmi_loss(z, y, xi, separation_focus=5.0, **options),
+        "sum of terms": lambda z: ncmi_terms(z, classes, xi, **options)[0].sum(),
+        "terms": lambda z: (ncmi_terms(z, classes, xi, **options)[1] * weight).sum(),
+        "centroids": lambda z: ncmi_loss(features, y, xi + z[:C], **options),
+        "module": lambda z: criterion(z, y),
+    }
+
+
+@pytest.mark.parametrize("name", list(scalar_functions(None)))
+@pytest.mark.parametrize("transform", FORWARD)
+def test_forward_mode_at_any_depth(transform, name):
+    z = problem()[0]
+    torch.manual_seed(1)
+    actual = FORWARD[transform](scalar_functions(None)[name])(z)
+    torch.manual_seed(1)
+    expected = FORWARD[transform](scalar_functions("reference")[name])(z)
+    close(actual, expected)
+    assert expected.detach().abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("name", ["batch", "sample", "focus", "terms", "module"])
+@pytest.mark.parametrize("transform", ["jvp", "jacfwd", "dual level"])
+def test_compiled_forward_mode(transform, name):
+    """Before and after ordinary calls in the same graph, which take the kernels."""
+    torch._dynamo.reset()
+    function = scalar_functions(None)[name]
+    z = problem()[0]
+
+    def around(z):
+        return function(z), FORWARD[transform](function)(z), function(2 * z)
+
+    close(torch.compile(around, fullgraph=True, backend="aot_eager")(z), around(z))
+
+
+def test_a_compiled_function_called_within_a_level():
+    torch._dynamo.reset()
+    function = scalar_functions(None)["batch"]
+    compiled, z = torch.compile(function, backend="eager"), problem()[0]
+    for _ in range(2):
+        close(compiled(z), function(z))
+        close(dual_slope(compiled, z), dual_slope(function, z))
+
+
+def test_gradcheck_in_every_mode():
+    z, y, xi = problem()
+    leaves = z.requires_grad_(), xi.requires_grad_()
+    for ratio in RATIOS:
+        loss = partial(ncmi_loss, ratio=ratio)
+        modes = {"check_forward_ad": True, "check_batched_grad": True, "check_batched_forward_grad": True}
+        assert gradcheck(lambda z, xi, loss=loss: loss(z, y, xi), leaves, **modes)
+
+
+@pytest.mark.parametrize("focus", [0.0, 5.0])
+def test_several_upstream_gradients_at_once(focus):
+    z, y, xi = problem()
+    classes = y.clamp(min=0)
+    options = {"separation_focus": focus}
+    functions = [
+        lambda z: ncmi_terms(z, classes, xi, **options),
+        lambda z: ncmi_loss(z, y, xi, ratio="sample", reduction="none", **options),
+        lambda b: ncmi_loss(z, y, b[:C], ratio="sample", reduction="none", **options),
+    ]
+    point = torch.randn(B, M, dtype=torch.float64)
+    for function in functions:
+        close(functional.jacobian(function, point, vectorize=True), functional.jacobian(function, point))
+    for ratio in RATIOS:
+        loss = partial(ncmi_loss, ratio=ratio, **options)
+        hessians = [functional.hessian(lambda z, loss=loss: loss(z, y, xi), z, vectorize=v) for v in (True, False)]
+        close(*hessians)
+        leaves = z.clone().requires_grad_(), xi.clone().requires_grad_()
+        value, upstream = loss(leaves[0], y, leaves[1]), torch.tensor([1.0, -3.0], dtype=torch.float64)
+        batched = grad(value, leaves, upstream, is_grads_batched=True, retain_graph=True)
+        each = [grad(value, leaves, up, retain_graph=True) for up in upstream]
+        close(batched, tuple(map(torch.stack, zip(*each, strict=True))))
+
+
+@pytest.mark.parametrize("how", [hessian, lambda f: jacrev(jacrev(f)), lambda f: slope(func_grad(f), TANGENT)])
+def test_second_derivatives_of_what_is_made_of_the_terms(how):
+    z, y, xi = problem()
+    y = y.clamp(min=0)
+    for combine in (
+        lambda a, g: a.sum(),
+        lambda a, g: a.sum() / g.sum(),
+        lambda a, g: (a / g).mean(),
+        lambda a, g: a @ a,
+    ):
+        function = lambda z, backend, combine=combine: combine(*ncmi_terms(z, y, xi, backend=backend))  # noqa: E731
+        close(*(how(partial(function, backend=backend))(z) for backend in (None, "reference")))
 
 
 def test_upstream_gradients_that_are_mapped():
@@ -312,6 +452,14 @@ def test_ignored_rows_leave_no_trace_in_a_second_derivative(l2, ratio):
         close(actual, expected)
 
 
+def test_second_derivatives_of_a_row_of_length_zero():
+    z, y, xi = problem()
+    z[0] = 0
+    z.requires_grad_(), xi.requires_grad_()
+    first = grad(ncmi_loss(z, y, xi, l2_normalize=True), (z, xi), create_graph=True)
+    assert all(each.isfinite().all() for each in grad(first[1].square().sum() + first[0][2:].sum(), (z, xi)))
+
+
 @every_ratio
 @pytest.mark.parametrize("training", [False, True])
 def test_training_with_a_gradient_penalty(training, ratio):
@@ -345,10 +493,11 @@ def test_training_with_a_gradient_penalty(training, ratio):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def step_pair(ratio, learnt, rate=0.5):
+def step_pair(ratio, learnt, rate=0.5, **options):
     """A network, a criterion, and an optimiser of both; twice the same."""
     network = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, M))
-    criterion = NCMILoss(C, M, ratio=ratio, learn_centroids=learnt, center_momentum=0.5)
+    options = {"ratio": ratio, "learn_centroids": learnt, "center_momentum": 0.5, **options}
+    criterion = NCMILoss(C, M, **options)
     pair = []
     for _ in range(2):
         modules = nn.ModuleList(copy.deepcopy([network, criterion]))
@@ -362,9 +511,9 @@ def compare_training(pair, compiled_step, eager_step, tolerance):
     for size in (7, 16, 33, 64, 65):
         x, y = torch.randn(size, 8), torch.randint(C, (size,))
         torch.testing.assert_close(compiled_step(x, y).detach(), eager_step(x, y).detach(), rtol=tolerance, atol=1e-7)
-    states = [[*network.state_dict().values(), *criterion.state_dict().values()] for network, criterion, *_ in pair]
+    states = [{**network.state_dict(), **criterion.state_dict()} for network, criterion, *_ in pair]
     torch.testing.assert_close(*states, rtol=tolerance, atol=1e-6)
-    assert states[0][-1] == 5
+    assert states[0]["num_batches_tracked"] == 5
 
 
 @pytest.mark.parametrize(("dynamic", "graphs"), [(True, 1), (None, 2)])
@@ -556,6 +705,96 @@ def test_a_gradient_scaler_skips_what_overflows_and_recovers(ratio):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Tracing without values
+# ------------------------------------------------------------------------------------------------------------
+
+CRITERIA = {
+    "batch": {},
+    "sample": {"ratio": "sample"},
+    "focus": {"separation_focus": 5.0},
+    "fixed": {"learn_centroids": False},
+    "reference": {"backend": "reference"},
+}
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_fake_tensors(name):
+    """What estimates memory or counts operations of a whole program without running it."""
+    with FakeTensorMode():
+        criterion = NCMILoss(C, M, **CRITERIA[name])
+        z, y = torch.randn(B, M, requires_grad=True), torch.randint(C, (B,))
+        optimizer = CentroidSGD(criterion, 0.1, momentum=0.9)
+        for training in (True, False):
+            loss = criterion.train(training)(z, y)
+            assert loss.shape == ()
+            loss.backward()
+        assert z.grad.shape == (B, M)
+        optimizer.step(z.detach(), y)
+        assert criterion.fit_class_means([(z.detach(), y)]).shape == (C, M)
+        assert criterion.predict(z, class_means=True).shape == (B,)
+        assert ncmi_terms(z, y, torch.randn(C, M))[0].shape == (B,)
+
+
+def test_fake_inputs_leave_nothing_in_a_real_criterion():
+    criterion = NCMILoss(C, M, learn_centroids=False).eval()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        criterion(torch.randn(B, M), torch.randint(C, (B,)))
+    z, y = torch.randn(B, M), torch.randint(C, (B,))
+    exactly(criterion(z, y), copy.deepcopy(criterion)(z, y))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", CRITERIA)
+def test_jit_trace(name, training):
+    criterion = NCMILoss(C, M, **CRITERIA[name]).train(training)
+    z, y = torch.randn(B, M), torch.arange(B) % C
+    traced = torch.jit.trace(criterion, (z, y), check_trace=False)
+    for size in (B, 2 * B):
+        z, y = torch.randn(size, M), torch.arange(size) % C
+        twin = copy.deepcopy(criterion)
+        torch.testing.assert_close(traced(z, y), twin(z, y), rtol=1e-5, atol=0)
+        exactly(criterion.num_batches_tracked, twin.num_batches_tracked)
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_compiled_autograd(name):
+    criterion = NCMILoss(C, M, **CRITERIA[name])
+    z, y = torch.randn(B, M, requires_grad=True), torch.arange(B) % C
+    loss = criterion(z, y)
+    (expected,) = grad(loss, z, retain_graph=True)
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        loss.backward()
+    exactly(z.grad, expected)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("name", ["batch", "focus"])
+def test_the_alternating_recipe_compiled_is_one_graph(name, backend):
+    """Eager calls and steps of the centroids, before and between, fill caches that no graph may depend on."""
+    torch._dynamo.reset()
+    counters.clear()
+    (network, criterion, wanted, _), twins = step_pair("batch", True, **CRITERIA[name])
+    optimizers = [CentroidSGD(each, 5.0, 0.9) for each in (criterion, twins[1])]
+
+    def forward(x, y):
+        features = network(x)
+        return criterion(features, y), features
+
+    compiled = torch.compile(forward, fullgraph=True, dynamic=True, backend=backend)
+    for size in (9, 9, 4):
+        x, y = torch.randn(size, 8), torch.randint(C, (size,))
+        criterion(torch.randn(7, M), torch.arange(7) % C), criterion.eval()(torch.ones(2, M), y[:2]), criterion.train()
+        twins[1].load_state_dict(criterion.state_dict())
+        loss, features = compiled(x, y)
+        expected = twins[1](twins[0](x), y)
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(grad(loss, wanted[:2]), grad(expected, twins[2][:2]), rtol=1e-4, atol=1e-7)
+        optimizers[0].step(features, y), optimizers[1].step(twins[0](x), y)
+        torch.testing.assert_close(criterion.centroid_logits, twins[1].centroid_logits, rtol=1e-4, atol=1e-6)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Checkpoints, accumulation, clipping
 # ------------------------------------------------------------------------------------------------------------
 
@@ -586,9 +825,12 @@ def test_a_checkpoint_around_the_criterion(ratio, backend, reentrant):
             p.grad = None
 
 
-def test_two_checkpoints_before_one_backward_pass():
+@pytest.mark.parametrize("name", ["batch", "sample", "focus"])
+def test_two_checkpoints_before_one_backward_pass(name):
     """Without re-entrance the gradients are those at the centres of the forward passes."""
-    (network, criterion, wanted, _), (network_2, criterion_2, wanted_2, _) = step_pair("batch", True)
+    (network, criterion, wanted, _), (network_2, criterion_2, wanted_2, _) = step_pair(
+        **{"ratio": "batch", "learnt": True} | CRITERIA[name]
+    )
     batches = [(torch.randn(9, 8) + shift, torch.randint(C, (9,))) for shift in (0, 3)]
     sum(checkpoint(lambda x, y: criterion(network(x), y), *batch, use_reentrant=False) for batch in batches).backward()
     expected = grad(sum(criterion_2(network_2(x), y) for x, y in batches), wanted_2)
