@@ -1,12 +1,19 @@
 """The optimiser of the centroids: the other half of alternating training."""
 
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ncmi_kernels import _ops, functional
+from ncmi_kernels._options import check_positive
 from ncmi_kernels.modules import NCMILoss
+
+
+def _no_momentum(logits: Tensor) -> Tensor:
+    with torch.inference_mode(False):  # what is made in inference mode could not be changed outside of it
+        return torch.zeros_like(logits, requires_grad=False)
 
 
 class CentroidSGD(torch.optim.Optimizer):
@@ -34,11 +41,12 @@ class CentroidSGD(torch.optim.Optimizer):
     same features, at the same centroids and centre, is used again: so step with the features that it had. Step after
     `backward`, which needs the centroids of the forward pass and raises otherwise.
 
-    A batch whose loss is not finite moves nothing, as the centre: half-precision features that overflow are skipped, as
-    a `torch.amp.GradScaler` skips the network's step.
+    A batch whose loss is not finite moves nothing, neither by momentum nor by weight decay: one without a row that
+    counts, or half-precision features that overflow, as a `torch.amp.GradScaler` skips the network's step.
 
     The constructor sets `criterion.centroid_logits.requires_grad` to False, so that `backward` forms no gradient that
-    nobody takes. Learning-rate schedulers, `state_dict` and step hooks work as with any optimiser. With several
+    nobody takes. Learning-rate schedulers, `state_dict`, torch.distributed.checkpoint and step hooks work as with any
+    optimiser. With several
     processes give the criterion their `process_group`: without one, each moves its centroids by its own batches. To
     train the centroids jointly with the network instead, give `criterion.parameters()` to the network's optimiser and
     leave this one out.
@@ -56,6 +64,8 @@ class CentroidSGD(torch.optim.Optimizer):
         TypeError, ValueError: an argument is not as above; or `criterion.reduction` is "none".
     """
 
+    criterion: NCMILoss
+
     def __init__(
         self,
         criterion: NCMILoss,
@@ -68,14 +78,9 @@ class CentroidSGD(torch.optim.Optimizer):
     ) -> None:
         if not isinstance(criterion, NCMILoss):
             raise TypeError(f"criterion: got {type(criterion).__name__}, expected an NCMILoss")
-        for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
-            if not isinstance(value, (int, float)) or isinstance(value, bool):
-                raise TypeError(f"{name}: got {value!r}, expected a number >= 0")
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{name}: got {value!r}, expected a finite number >= 0")
         if nesterov and momentum == 0:
             raise ValueError("momentum: got 0 with nesterov=True, expected a number > 0")
-        if not isinstance(start_step, int) or isinstance(start_step, bool):
+        if not isinstance(start_step, Integral) or isinstance(start_step, bool):
             raise TypeError(f"start_step: got {start_step!r}, expected an integer >= 0")
         if start_step < 0:
             raise ValueError(f"start_step: got {start_step!r}, expected an integer >= 0")
@@ -83,19 +88,54 @@ class CentroidSGD(torch.optim.Optimizer):
         self.criterion = criterion
         criterion._keeps_rows = True
         defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
+            "lr": check_positive("lr", lr, zero=True),
+            "momentum": check_positive("momentum", momentum, zero=True),
+            "weight_decay": check_positive("weight_decay", weight_decay, zero=True),
             "nesterov": nesterov,
-            "start_step": start_step,
+            "start_step": int(start_step),
         }
-        super().__init__([criterion.centroid_logits.requires_grad_(False)], defaults)
+        logits = criterion.centroid_logits.requires_grad_(False)
+        super().__init__([logits], defaults)
+        # All there will be, so that torch.distributed.checkpoint finds in a new optimiser what it has to load.
+        self.state[logits] = {"step": 0}
+        if momentum:
+            self.state[logits]["momentum_buffer"] = _no_momentum(logits)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take the group of the centroids; there can be no other one."""
         if self.param_groups:
             raise ValueError("param_group: got a second group, expected only that of the criterion's centroids")
         super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of any optimiser, but that all is in the one param group, and `state` is empty.
+
+        From `state`, torch.distributed.checkpoint drops what belongs to a parameter that requires no gradient.
+        """
+        result = super().state_dict()
+        (group,) = result["param_groups"]
+        group.update(result["state"].pop(group["params"][0], {}))
+        return result
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: it is the state of another optimiser, or of other centroids.
+        """
+        groups = state_dict.get("param_groups", ())
+        missing = [name for group in groups for name in (*self.defaults, "step") if name not in group]
+        if len(groups) != 1 or missing or state_dict.get("state"):
+            without = f" without {', '.join(missing)}" if missing else ""
+            raise ValueError(f"state_dict: got that of another optimiser{without}, expected that of a CentroidSGD")
+        group = dict(groups[0])
+        state = {name: group.pop(name) for name in ("step", "momentum_buffer") if name in group}
+        (logits,), buffer = self.param_groups[0]["params"], state.get("momentum_buffer")
+        if buffer is not None and buffer.shape != logits.shape:
+            raise ValueError(
+                f"state_dict: got a momentum_buffer of shape {tuple(buffer.shape)}, expected {tuple(logits.shape)}"
+            )
+        super().load_state_dict({"state": {group["params"][0]: state}, "param_groups": [group]})
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "criterion": self.criterion}
@@ -122,13 +162,16 @@ class CentroidSGD(torch.optim.Optimizer):
         functional.check_batch(features, target, logits)
         if count >= group["start_step"]:
             buffer = state.get("momentum_buffer")
-            if buffer is not None and (buffer.dtype, buffer.device) != (logits.dtype, logits.device):
+            moved_on = buffer is not None and (buffer.dtype, buffer.device) != (logits.dtype, logits.device)
+            if moved_on and count == group["start_step"]:
+                buffer = None  # the criterion has moved before the first step: nothing is lost
+            elif moved_on:
                 raise RuntimeError(
                     f"momentum_buffer: got {buffer.dtype} on {buffer.device}, expected {logits.dtype} on "
                     f"{logits.device} as the centroids: load its state_dict again after moving the criterion"
                 )
             if buffer is None and group["momentum"] != 0:
-                buffer = torch.zeros_like(logits)
+                buffer = _no_momentum(logits)
             self._move(logits, features, target, group, buffer)
             if buffer is not None:
                 state["momentum_buffer"] = buffer
@@ -159,9 +202,12 @@ class CentroidSGD(torch.optim.Optimizer):
             )
             criterion._keep_stats(backend, stats)
             return
-        step = criterion.centroid_gradient(features, target)
+        step, means = criterion._step_gradient(features, target)
         # Without waiting for a device: where the batch is unusable, everything stays as it is.
-        usable = step.sum().isfinite()
+        total: Any = step.sum()
+        if hasattr(total, "full_tensor"):
+            total = total.full_tensor()
+        usable = total.isfinite() & means.isfinite().all()
         if weight_decay:
             step = step.add(logits, alpha=weight_decay)
         if momentum:

@@ -2,10 +2,13 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as checkpoint
 from conftest import relative
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from ncmi_kernels import CentroidSGD, NCMILoss, _ops
 
@@ -187,16 +190,19 @@ def test_a_step_is_seen_by_version_counters():
         loss.backward()
 
 
-def test_a_step_is_seen_through_hooks_on_saved_tensors():
+def test_copies_that_hooks_on_saved_tensors_made_do_not_see_a_step():
     criterion = pair()[1]
+    start = copy.deepcopy(criterion.state_dict())
     optimizer = CentroidSGD(criterion, 30.0)
     (features, target), *_ = batches(1)
+    criterion(features, target)
+    (expected,) = torch.autograd.grad(criterion(features.requires_grad_(), target), features)
+    criterion.load_state_dict(start)
     with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda tensor: tensor):
         criterion(features, target)
-        loss = criterion(features.requires_grad_(), target)
+        loss = criterion(features, target)
     optimizer.step(features, target)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+    assert torch.equal(torch.autograd.grad(loss, features)[0], expected)  # copies of all that it needs
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -237,6 +243,27 @@ def test_a_batch_that_is_not_finite_moves_nothing(backend, ratio, value, sgd):
     criterion(*given[2]), optimizer.step(*given[2])
     assert criterion.centroid_logits.isfinite().all()
     assert not torch.equal(criterion.centroid_logits, before)
+
+
+@pytest.mark.parametrize("rows", [0, 6])
+@pytest.mark.parametrize("sgd", SGD)
+@pytest.mark.parametrize("backend", [*BACKENDS, "focus"])
+def test_a_batch_without_a_row_that_counts_moves_nothing(backend, sgd, rows):
+    options = {"separation_focus": 5.0} if backend == "focus" else {"backend": backend}
+    criterion = pair(**options)[1]
+    optimizer = CentroidSGD(criterion, **SGD[sgd])
+    for features, target in batches(2):
+        criterion(features, target), optimizer.step(features, target)
+    before = copy.deepcopy((criterion.centroid_logits.detach(), optimizer.state_dict()))
+    nothing = torch.randn(rows, M), torch.full((rows,), -100)
+    criterion(*nothing), optimizer.step(*nothing)
+    before[1]["param_groups"][0]["step"] += 1
+    after = criterion.centroid_logits.detach(), optimizer.state_dict()
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    features, target = next(batches(1))
+    twin = copy.deepcopy(criterion)
+    twin._forget()
+    assert torch.equal(criterion.eval()(features, target), twin.eval()(features, target))
 
 
 def test_export_with_an_optimiser_of_the_centroids():
@@ -406,6 +433,52 @@ def test_state_dict_round_trip_gives_the_same_bits(stop, tmp_path):
     assert torch.equal(resumed.center, criterion.center)
 
 
+def test_distributed_checkpoint_into_a_new_optimiser(tmp_path):
+    criterion = pair()[1]
+    optimizer = CentroidSGD(criterion, 30.0, 0.9, start_step=1)
+    for features, target in batches(3):
+        optimizer.step(features, target)
+    expected = optimizer.state_dict()
+    checkpoint.save({"optimizer": expected}, checkpoint_id=tmp_path, no_dist=True)
+    new = CentroidSGD(pair()[1], 1.0, 0.5)
+    state = {"optimizer": new.state_dict()}
+    checkpoint.load(state, checkpoint_id=tmp_path, no_dist=True)
+    new.load_state_dict(state["optimizer"])
+    torch.testing.assert_close(new.state_dict(), expected, rtol=0, atol=0)
+
+    for momentum in (0.0, 0.9):
+        optimizer, twin = CentroidSGD(criterion, 30.0, momentum), pair()[1]
+        new = CentroidSGD(twin, 1.0, momentum)
+        assert get_optimizer_state_dict(twin, new)  # of one that has taken no step
+        optimizer.step(features, target)
+        set_optimizer_state_dict(twin, new, get_optimizer_state_dict(criterion, optimizer))
+        torch.testing.assert_close(new.state_dict(), optimizer.state_dict(), rtol=0, atol=0)
+
+
+def test_the_state_of_another_optimiser_is_refused():
+    optimizer = CentroidSGD(pair()[1], 30.0, 0.9)
+    parameter = nn.Parameter(torch.zeros(C, M))
+    for other in (torch.optim.SGD([parameter], 0.1, 0.9), torch.optim.Adam([parameter])):
+        with pytest.raises(ValueError, match="state_dict: got that of another optimiser without"):
+            optimizer.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match="momentum_buffer of shape"):
+        optimizer.load_state_dict(CentroidSGD(NCMILoss(C + 1, M), 30.0, 0.9).state_dict())
+
+
+def test_a_criterion_that_moves_before_the_first_step():
+    criterion = pair()[1]
+    optimizer = CentroidSGD(criterion, 30.0, 0.9)
+    criterion.double()
+    features, target = next(batches(1))
+    optimizer.step(features, target)
+    assert optimizer.state[criterion.centroid_logits]["momentum_buffer"].dtype == torch.float64
+
+
+def test_numbers_of_numpy():
+    group = CentroidSGD(pair()[1], np.float32(0.5), start_step=np.int64(3)).param_groups[0]
+    assert (group["lr"], group["start_step"]) == (0.5, 3)
+
+
 def test_copied_with_its_criterion():
     criterion = pair()[1]
     optimizer = CentroidSGD(criterion, 30.0, 0.9)
@@ -504,9 +577,7 @@ def test_a_refused_batch_changes_nothing(backend):
         with pytest.raises(exception):
             optimizer.step(*bad)
         assert torch.equal(criterion.centroid_logits, before)
-        after = optimizer.state_dict()
-        assert after["state"][0]["step"] == state["state"][0]["step"]
-        assert torch.equal(after["state"][0]["momentum_buffer"], state["state"][0]["momentum_buffer"])
+        torch.testing.assert_close(optimizer.state_dict(), state, rtol=0, atol=0)
 
 
 def test_reduction_none_and_a_replaced_parameter_are_refused():

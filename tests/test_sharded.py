@@ -152,6 +152,12 @@ def check_special_batches():
     loss, by_input = gradients(sharded, torch.randn(3, M, dtype=torch.float64), nothing, [])
     assert loss.isnan()
     assert not by_input.any()
+    optimizer = CentroidSGD(sharded, 20.0, 0.9, 1e-2)
+    optimizer.step(*each[rank])
+    before = own(sharded.centroid_logits).clone()
+    optimizer.step(torch.randn(3, M, dtype=torch.float64), nothing)
+    assert torch.equal(own(sharded.centroid_logits), before)
+    sharded.centroid_logits.requires_grad_(True)
 
     # A target that is no class, a double backward, and what cannot be assigned or formed.
     with pytest.raises(IndexError, match="value 7 at row 1"):
@@ -292,16 +298,24 @@ def _train(directory, seeds, save_to=None, load_from=None):
     if load_from:
         with torch.no_grad():
             own(sharded.centroid_logits).fill_(float("nan"))
-        state = {"criterion": sharded.state_dict()}
+        state = {"criterion": sharded.state_dict(), "optimizer": optimizer.state_dict()}
         checkpoint.load(state, checkpoint_id=load_from)
         sharded.load_state_dict(state["criterion"])
-        return sharded.centroid_logits.full_tensor().detach().numpy(), sharded.center.numpy()
+        optimizer.load_state_dict(state["optimizer"])
+        return numbers(sharded, optimizer)
     for seed in seeds:
         each, _ = batches(13, torch.float64, seed)
         sharded(*each[dist.get_rank()])
         optimizer.step(*each[dist.get_rank()])
-    checkpoint.save({"criterion": sharded.state_dict()}, checkpoint_id=save_to)
-    return sharded.centroid_logits.full_tensor().detach().numpy(), sharded.center.numpy()
+    sharded.fit_class_means([each[dist.get_rank()]])
+    checkpoint.save({"criterion": sharded.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint_id=save_to)
+    return numbers(sharded, optimizer)
+
+
+def numbers(sharded, optimizer):
+    (state,) = optimizer.state.values()
+    tables = sharded.centroid_logits.detach(), sharded.class_means, state["momentum_buffer"]
+    return [*(table.full_tensor().numpy() for table in tables), sharded.center.numpy(), state["step"]]
 
 
 def test_checkpoints_move_between_numbers_of_processes():
@@ -310,8 +324,8 @@ def test_checkpoints_move_between_numbers_of_processes():
         for size in (2, 4):
             loaded = processes.run(size, resume, directory, 3, 2)
             for each in loaded:
-                np.testing.assert_array_equal(each[0], saved[0])
-                np.testing.assert_array_equal(each[1], saved[1])
+                for actual, expected in zip(each, saved, strict=True):
+                    np.testing.assert_array_equal(actual, expected)
 
 
 # ------------------------------------------------------------------------------------------------------------
