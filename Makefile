@@ -5,15 +5,19 @@ VENV ?= .venv
 DATA ?= digits
 OUT ?= benchmarks/results/gpu
 TORCH ?= 2.12.1
+EXAMPLES ?= 2000
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs bench bench-compare gpu-report figures wheel test-torch clean
+.PHONY: demo test fuzz lint docs bench bench-compare gpu-report figures wheel test-torch sanitize clean
 
 demo: $(VENV)/.built  ## train with cross-entropy and with NCMI, print a table, draw the curves (DATA=fashion-mnist)
 	$(BIN)/python benchmarks/demo.py --data $(DATA) $(ARGS)
 
 test: $(VENV)/.built  ## the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
+
+fuzz: $(VENV)/.built  ## the public API against the definition in float64, on examples that no one thought of (EXAMPLES=20000)
+	NCMI_FUZZ=$(EXAMPLES) $(BIN)/python -m pytest tests/test_fuzz.py $(ARGS)
 
 lint: $(VENV)/.dependencies  ## formatting, lint, types
 	$(BIN)/ruff format --check .
@@ -51,8 +55,11 @@ test-torch: $(VENV)-torch-$(TORCH)/.dependencies  ## the package built and teste
 	$(VENV)-torch-$(TORCH)/bin/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall .
 	$(VENV)-torch-$(TORCH)/bin/pytest $(ARGS) $(addprefix tests/test_,$(addsuffix .py,module optim transforms focus metrics))
 
+sanitize: $(VENV)-sanitize/.dependencies  ## the CPU kernels under AddressSanitizer, UBSan and ThreadSanitizer
+	bash tests/sanitize/run.sh $(abspath $(VENV)-sanitize/bin) $(ARGS)
+
 clean:
-	rm -rf $(VENV) $(VENV)-wheel $(VENV)-torch-* build dist docs/build *.egg-info ncmi_kernels/_C*.so ncmi_kernels/_cuda*.so
+	rm -rf $(VENV) $(VENV)-* build dist docs/build *.egg-info ncmi_kernels/_C*.so ncmi_kernels/_cuda*.so
 
 $(VENV)/.dependencies: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -63,6 +70,12 @@ $(VENV)-torch-$(TORCH)/.dependencies: requirements-dev.txt
 	$(PYTHON) -m venv --clear $(@D)
 	grep -E '^(numpy|wheel|ninja|pytest|torchmetrics|lightning-utilities)' $< > $(@D)/requirements.txt
 	$(@D)/bin/python -m pip install --quiet torch==$(TORCH) 'setuptools>=77' -r $(@D)/requirements.txt
+	touch $@
+
+$(VENV)-sanitize/.dependencies: requirements-dev.txt
+	$(PYTHON) -m venv --clear $(@D)
+	grep -E '^(torch=|numpy|setuptools|wheel|pytest)' $< > $(@D)/requirements.txt
+	$(@D)/bin/python -m pip install --quiet -r $(@D)/requirements.txt
 	touch $@
 
 $(VENV)/.built: $(VENV)/.dependencies setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
