@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from ncmi_kernels._distributed import Group
 
 # Columns of the operators' `rows` (RowStats in csrc/layout.h) and `norms` (ClassStats, and AllStats in the last row).
-KIND_SHIFTED = 3  # a row of NSF all far below zero
-SCALE, KIND, SHIFT, INVERSE_NORM, OWN_MEAN, ALL_MEAN, BY_CONCENTRATION, BY_SEPARATION = 0, 2, 3, 4, 5, 6, 7, 8
+SCALE, SHIFT, INVERSE_NORM, OWN_MEAN, ALL_MEAN, BY_CONCENTRATION, BY_SEPARATION = 0, 3, 4, 5, 6, 7, 8
 LOG_NORM, LONE = 0, 3
 MEAN_LOG_NORM, CLASSES = 1, 2
 
@@ -124,7 +123,7 @@ def _activate(
         f = x * scale
         plain = f.clamp(max=0).sub_(f.abs().neg_().expm1_().div_(2).log1p_())
         below = shifted.sub_(f.clamp(max=0).exp_().log1p_())
-        log_activation = torch.where(of_rows[:, KIND, None] == KIND_SHIFTED, below, plain)
+        log_activation = torch.where(shift != 0, below, plain)  # NSF shifts by what is below zero, or not at all
         p = log_activation.exp() * (norm / 2)
     return p, log_activation if options.centroid_to_sample else None
 

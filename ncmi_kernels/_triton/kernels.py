@@ -754,7 +754,8 @@ def terms_kernel(
     if MAY_SHIFT:
         shift = tl.where(shift * scale <= SHIFTED_FROM, shift, 0.0)
         # As NSF finite elements whose f are not would be taken for infinite ones.
-        row_kind = tl.where((shift == 0.0) & (reach * scale < infinity), NSF, SHIFTED)
+        # A row with NaN is of the kind that others are: it must not change their bits.
+        row_kind = tl.where((shift != 0.0) | (reach * scale == infinity), SHIFTED, NSF)
         if MOST == NEAR:
             row_kind = tl.where(reach * scale <= 1.0, NEAR, row_kind)
         kind = tl.min(tl.where(live, row_kind, MOST), axis=0)
