@@ -228,7 +228,7 @@ NCMI_INLINE double log_one_plus(double s) { return log1p(s); }
 // f = x * scale is contracted into the subtraction; and finite, as 0 times it has to be 0.
 template <class T>
 NCMI_INLINE T below_largest(T x, T scale, T shift) {
-  const T below = (shift - x) * scale;
+  const T below = absolute((shift - x) * scale);  // zero without a sign, for exp_minus
   return below < kLargest<T> ? below : kLargest<T>;
 }
 

@@ -89,6 +89,18 @@ def test_centroids_that_are_one_hot_but_for_an_offset(offset, separation, backen
 
 @every_backend
 @every_separation
+@pytest.mark.parametrize("activation", ["nsf", "softmax"])
+def test_zeros_of_either_sign(activation, separation, backend):
+    target = torch.arange(6) % 3
+    z, xi = torch.randn(6, 20), torch.zeros(3, 20)
+    z[:, ::2], z[:, 1::4] = 0.0, -0.0
+    z[0], xi[:, ::3], xi[0] = -0.0, -0.0, torch.randn(20)
+    found = errors(z, target, xi, backend, separation=separation, activation=activation)
+    check(found, concentration=2e-6, separation=2e-6, loss=2e-6, input=5e-6, centroids=5e-6)
+
+
+@every_backend
+@every_separation
 @pytest.mark.parametrize("scale", [1e2, 1e3, 1e5, 1e9, 1e30])
 def test_softmax_of_large_logits(scale, separation, backend):
     target = torch.arange(30) % 20
