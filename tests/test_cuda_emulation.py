@@ -157,14 +157,6 @@ def test_every_layout_of_a_row(runs, columns, separation, l2):
         check(make(5, 4, columns, center=True), FLOAT32, l2_normalize=l2, separation=separation, ratio=ratio)
 
 
-def test_one_column(runs):
-    """p = q = 1: every term is exactly zero and only rounding is left."""
-    for separation, l2 in itertools.product(SEPARATIONS, (False, True)):
-        problem = make(3, 4, 1, center=True, dtype=torch.float64)
-        for a in kernels(problem, separation=separation, l2_normalize=l2):
-            assert a.abs().max() < 1e-6
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("columns", [133, 136, 520, 8200])
 @pytest.mark.parametrize("separation", SEPARATIONS)
