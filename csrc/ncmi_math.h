@@ -224,8 +224,8 @@ NCMI_INLINE float log_one_plus(float s) {
 }
 NCMI_INLINE double log_one_plus(double s) { return log1p(s); }
 
-// (shift - x) * scale for x <= shift, the largest x of a row: exactly 0 there, which max(f) - f is not where the product
-// f = x * scale is contracted into the subtraction; and finite, as 0 times it has to be 0.
+// (shift - x) * scale for x <= shift, the largest x of a row: exactly 0 there, which max(f) - f is not where the
+// product f = x * scale is contracted into the subtraction; and finite, as 0 times it has to be 0.
 template <class T>
 NCMI_INLINE T below_largest(T x, T scale, T shift) {
   const T below = absolute((shift - x) * scale);  // zero without a sign, for exp_minus
@@ -233,8 +233,8 @@ NCMI_INLINE T below_largest(T x, T scale, T shift) {
 }
 
 // NSF of a row in which every f <= kShifted: sigma(f) e^-max(f) / 2, and the logarithm of twice that. Far below zero
-// log 2 sigma lies on a grid that is coarse beside that of sigma, where it rounds alike in all columns, and at last sigma
-// underflows. The logarithms of here are small, and a is formed from what they are rounded to.
+// log 2 sigma lies on a grid that is coarse beside that of sigma, where it rounds alike in all columns, and at last
+// sigma underflows. The logarithms of here are small, and a is formed from what they are rounded to.
 constexpr double kShifted = -2.0;
 
 template <class T>

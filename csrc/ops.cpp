@@ -25,9 +25,10 @@ STABLE_TORCH_LIBRARY(ncmi_kernels, m) {
 
   // The same, reduced: the loss in the arithmetic type, a scalar or for reduction 0 (none; 1 mean, 2 sum) [B]; rows with
   // d loss / d terms; means [2] float64, those over the rows of concentration and separation, weighted as the loss is
-  // (NaN where no row counts). Given a running centre in the place of center, it is moved first, as by update_center_, which
-  // gives moved_center; [0] without one. `with_grad`, for the ratio by sample and a scalar loss: d loss / d input [B, M]
-  // from the same pass, for an input in the arithmetic type; else grad is [0].
+  // (NaN where no row counts). Given a running centre in the place of center, the rows are centred by moved_center,
+  // what update_center_ would make of it ([0] without one), and it is moved once nothing can fail any more. `with_grad`,
+  // for the ratio by sample and a scalar loss: d loss / d input [B, M] from the same pass, for an input in the arithmetic
+  // type; else grad is [0].
   m.def(
       "loss(Tensor input, Tensor target, Tensor? center, Tensor(a!)? running_center,"
       " Tensor(b!)? num_batches_tracked, float momentum, Tensor log_activation, Tensor activation,"
@@ -36,7 +37,7 @@ STABLE_TORCH_LIBRARY(ncmi_kernels, m) {
       " bool with_grad)"
       " -> (Tensor loss, Tensor rows, Tensor moved_center, Tensor grad, Tensor means)");
 
-  // grad [B, M] times upstream [], in place; nothing is touched where that is 1.
+  // grad [B, M] times upstream [], in place; nothing is touched where that is 1. 0, as in ignored rows, stays 0.
   m.def("scale_(Tensor(a!) grad, Tensor upstream) -> ()");
 
   // Backward by row: d loss / d input [B, M] in the dtype of input. `upstream` (a scalar or [B]) multiplies
@@ -61,7 +62,8 @@ STABLE_TORCH_LIBRARY(ncmi_kernels, m) {
 
   // A step of torch.optim.SGD on centroid_logits, by the gradient that centroid_grad would give and that is formed a row
   // at a time; momentum_buffer goes with a momentum. The statistics, those that centroid_stats gave of the centroids,
-  // become those of the new ones, in place. A batch with terms that are not finite moves nothing.
+  // become those of the new ones, in place. A batch without rows that count, or with terms that are not finite, moves
+  // nothing.
   m.def(
       "centroid_step_(Tensor input, Tensor target, Tensor? center, Tensor(a!) centroid_logits,"
       " Tensor(b!)? momentum_buffer, Tensor(c!) log_activation, Tensor(d!) activation, Tensor(e!) reference,"

@@ -261,9 +261,12 @@ wide = NCMILoss(4, 6_000_000, separation="centroid_to_sample")
 one, label = torch.randn(4, 6_000_000), torch.tensor([0, 1, 2, 3])
 optimizer = CentroidSGD(wide, lr=0.1)
 before = wide.centroid_logits.detach().clone()
+run = torch.ops.ncmi_kernels
+stats = run.centroid_stats(before, False, False)
+threads = lambda: run.terms(one, label, None, *stats, 1.0, True, False, False, -100)  # each has memory of its own
 used = int(open("/proc/self/statm").read().split()[0]) * 4096
 resource.setrlimit(resource.RLIMIT_AS, (used + (60 << 20), -1))
-for call in (lambda: criterion(z, y), lambda: optimizer.step(one, label)):
+for call in (lambda: criterion(z, y), lambda: optimizer.step(one, label), threads):
     try:
         call()
     except MemoryError as error:

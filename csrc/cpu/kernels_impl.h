@@ -42,7 +42,7 @@ template <class T>
 struct alignas(64) Lanes {
   T lane[kWide] = {};
 
-  // Folded in F.
+  // The sum over the lanes, added up in F.
   template <class F = T>
   double total() const {
     F sum[32];
@@ -259,8 +259,9 @@ NCMI_INLINE auto with_kind(Kind kind, const F& f) {
 // Calls f<as>(k, m) over stretches [k, k + m) of a centroid's logits, m <= kWide. Stretches of a kNsf row in which
 // every |f| <= 1 are taken as kNsfNear, which means the same numbers and costs a third: logits that began one-hot are
 // small in all columns but a few. Where those few are, kNsfMostlyNear takes each by its size: in columns that are equal
-// roundings are equal too, and add up, so they should be those of small numbers. m is a multiple of a vector but for the
-// last stretch. Who calls it for a part of the columns starts at a multiple of kWide, for the same stretches as others.
+// roundings are equal too, and add up, so they should be those of small numbers. m is a multiple of a vector but for
+// the last stretch. Who calls it for a part of the columns starts at a multiple of kWide, for the same stretches as
+// others.
 template <Kind kind, class T, class F>
 NCMI_INLINE void for_logits(const T* x, int64_t n, const F& f) {
   const auto stretch = [&](int64_t k, int64_t m) __attribute__((always_inline)) {
@@ -436,10 +437,10 @@ struct RowLanes {
       sums.norm += 0.5 * excess.total();
     else
       sums.norm += norm.total();
-    using Fold = double;
-    sums.own += kHalf * own.template total<Fold>();
-    sums.all += (centroid_to_sample ? 1.0 : kHalf) * all.template total<Fold>();
-    if constexpr (centroid_to_sample) sums.own_cross += own_cross.template total<Fold>();
+    // In double: where every logarithm is about -1.5, say, these are large, and what is made of them is not.
+    sums.own += kHalf * own.template total<double>();
+    sums.all += (centroid_to_sample ? 1.0 : kHalf) * all.template total<double>();
+    if constexpr (centroid_to_sample) sums.own_cross += own_cross.template total<double>();
   }
 };
 
@@ -583,7 +584,8 @@ NCMI_INLINE void grad_of_row(const Centroids<T>& q, const Row<T>& row, const Row
   });
   // Where the length counts, through x / ||x|| as well: g - x (x . g) / ||x||^2. The square may underflow, x . g be
   // infinite where no length counts.
-  const T inverse_length = T(stats.inverse_length), share = inverse_length == T(0) ? T(0) : T(dot * stats.inverse_length);
+  const T inverse_length = T(stats.inverse_length);
+  const T share = inverse_length == T(0) ? T(0) : T(dot * stats.inverse_length);
   NCMI_SIMD()
   for (int64_t k = 0; k < n; ++k) out[k] = narrow<Out>(grad[k] - (x[k] * inverse_length) * share);
 }

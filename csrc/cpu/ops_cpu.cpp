@@ -196,8 +196,9 @@ class StatsOf {
   // needs memory that the constructor has not got: a step must not end in the middle.
   template <class F>
   void compute(const F& rows) {
-    parallel_rows(chunks_, classes_per_chunk_ * args_.columns,
-                  [&](int64_t begin, int64_t end) { rows(args_, begin, end, scratch_.data() + begin * args_.columns); });
+    parallel_rows(chunks_, classes_per_chunk_ * args_.columns, [&](int64_t begin, int64_t end) {
+      rows(args_, begin, end, scratch_.data() + begin * args_.columns);
+    });
     parallel_columns(args_.columns, chunks_, [&](int64_t begin, int64_t end) {
       kernels_for<T>().centroid_columns(args_, begin, end);
     });
@@ -441,7 +442,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss(
     Tensor grad = with_grad ? empty({rows, q.columns}, kScalarType<T>) : empty({0}, kScalarType<T>);
     auto [values, stats] =
         compute_terms<T>(input, y, running ? std::optional<Tensor>(moved) : center, q,
-                         {temperature, l2_normalize, softmax}, row_weight.data(), eps, with_grad ? output<T>(grad) : nullptr);
+                         {temperature, l2_normalize, softmax}, row_weight.data(), eps,
+                         with_grad ? output<T>(grad) : nullptr);
     Tensor result = reduction == kNone ? empty({rows}, kScalarType<T>) : empty({}, kScalarType<T>);
     Tensor means = empty({2}, ScalarType::Double);
     reduce<T>(values.data(), values.data() + rows, y, row_weight, batch_ratio, reduction, eps, output<T>(result),
@@ -634,8 +636,8 @@ void centroid_step_(const Tensor& input, const Tensor& target, const std::option
                            nesterov};
     const BatchSums<T> sums(input, target, center, centroid_logits, q, row_stats, std::nullopt, ignore_index,
                             std::nullopt, nullptr);
-    // A row whose terms are not finite has derivatives that are not: such a batch moves nothing, for good, as the centre;
-    // nor does one without rows, whose loss is 0 / 0.
+    // A row whose terms are not finite has derivatives that are not: such a batch moves nothing, for good, as the
+    // centre; nor does one without rows, whose loss is 0 / 0.
     if (!sums.has_rows() || !std::isfinite(sums.args().separation_grad_sum)) return;
     // In place: what a class's gradient needs of its own statistics is read before they are overwritten, and it needs
     // none of other classes; what it needs of all of them, their number, does not change.

@@ -262,7 +262,8 @@ __global__ void __launch_bounds__(kThreads, 1) class_grad_kernel(const CentroidG
   const bool has_rows = args.class_begin[c] != args.class_begin[c + 1];
   const double inverse_norm = ::exp(-q.log_norm(c)), inverse_classes = 1.0 / q.all().classes;
   const double separation_sum = args.totals[q.columns];
-  // A row whose terms are not finite has derivatives that are not: such a batch moves nothing, nor does one without rows.
+  // A row whose terms are not finite has derivatives that are not: such a batch moves nothing, nor does one without
+  // rows.
   if (with_step && (!(separation_sum - separation_sum == 0) || args.class_begin[q.classes] == 0)) return;
   const T shift = T(q.shift(c));
   T* own_sums = args.own + args.own_offset(c);

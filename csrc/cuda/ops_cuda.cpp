@@ -123,7 +123,8 @@ int64_t stats_workspace(int64_t classes, int64_t columns) {
 // What centroid_stats gives of the logits xi [C, M], to where it belongs.
 template <class T>
 void write_stats(const Device& device, Workspace& workspace, const Matrix& xi, int64_t classes, int64_t columns,
-                 bool softmax, bool centroid_to_sample, T* log_activation, T* activation, T* reference, ClassStats* of) {
+                 bool softmax, bool centroid_to_sample, T* log_activation, T* activation, T* reference,
+                 ClassStats* of) {
   const int64_t chunks = class_chunks(classes, columns);
   const int64_t sums = chunks * kClassSums * columns, lost = 2 * columns;
   launch_centroid_stats<T>({xi, classes, columns, softmax, centroid_to_sample, log_activation,

@@ -246,7 +246,8 @@ NCMI_DEVICE RowSums sum_row(R& row, const Own<T>& of, double scale, T shift) {
     all.value += sum_all;
     own_cross.value += sum_cross;
   });
-  // So have the others over threads where they are not small: of -1.5 in every column, say.
+  // So have the others over threads, but near: where every logarithm is about -1.5, say, they are large, and what is made
+  // of them is not.
   const auto over_warp = [](auto sum) NCMI_INLINED {
     if constexpr (norm_in_double)
       return warp_sum(double(sum));
