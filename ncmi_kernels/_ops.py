@@ -142,6 +142,8 @@ def grads_by_autograd(
 
 def save(ctx: Any, center: Tensor | None, centroid_logits: Tensor, *tensors: Tensor | None) -> None:
     """Save what a backward pass needs, for :func:`saved`: autograd lets go of it after that pass, and hooks see it."""
+    if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
+        return
     ctx.save_for_backward(center, centroid_logits, *tensors)
     if torch.compiler.is_compiling():
         return
