@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.library import Library
+from torch.nn import Parameter
 
 from ncmi_kernels import _backends, reference
-from ncmi_kernels._modes import concrete, forward_mode, jit_tracing, mapped_backward, transforming
+from ncmi_kernels._modes import forward_mode, jit_tracing, mapped_backward, transforming
 from ncmi_kernels._options import REDUCTIONS, Options
 
 
@@ -148,7 +149,7 @@ def save(ctx: Any, center: Tensor | None, centroid_logits: Tensor, *tensors: Ten
     if torch.compiler.is_compiling():
         return
     ctx.center = center
-    known = concrete(centroid_logits) and not centroid_logits.is_inference()
+    known = type(centroid_logits) in (Tensor, Parameter) and not centroid_logits.is_inference()  # no fake tensor
     ctx.centroids = (centroid_logits.data_ptr(), centroid_logits._version) if known else None
 
 
