@@ -117,7 +117,7 @@ def divergences(log_p: Tensor, log_q: Tensor, separation: str) -> Tensor:
         divergence = (p * log_p).sum(dim=1, keepdim=True) - p @ log_q.T
     else:
         divergence = (q * log_q).sum(dim=1) - log_p @ q.T
-    return divergence.clamp(min=0)  # rounding may leave less
+    return divergence - divergence.detach().clamp(max=0)  # rounding may leave less than 0, and its gradient stays
 
 
 def collapsed_terms(

@@ -444,3 +444,13 @@ def test_what_moves_before_the_backward_pass():
             moved.add_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
+
+
+@pytest.mark.parametrize("separation", SEPARATIONS)
+def test_divergences_that_round_below_zero_keep_their_gradient(separation):
+    log_q = torch.randn(200, 9).log_softmax(dim=1)
+    log_p = log_q.clone().requires_grad_()
+    own = reference.divergences(log_p, log_q, separation).diagonal()
+    assert own.min() >= 0
+    (grad,) = torch.autograd.grad(own.sum(), log_p)
+    assert relative(grad, log_q.exp() if separation == SEPARATIONS[0] else -log_q.exp()) < 1e-5

@@ -243,7 +243,8 @@ def literal(
         x = rounded(x - center)
     if options["l2_normalize"]:
         short = x.detach().norm(dim=1, keepdim=True) < 1e-12
-        x = rounded(x / x.masked_fill(short, 1).norm(dim=1, keepdim=True).masked_fill(short, 1e-12))
+        length = rounded(x.masked_fill(short, 1).norm(dim=1, keepdim=True))
+        x = rounded(x / length.masked_fill(short, 1e-12))
     log_a, log_a_sum = activate(x, options["temperature"], softmax, rounded)
     log_b, log_b_sum = activate(xi, 1.0, softmax, rounded)
     own = F.one_hot(y, classes).bool()
