@@ -169,11 +169,13 @@ def _near(y):
 
 @triton.jit
 def _opaque(x):
-    """A double that the compiler does not know to be `x`: what is computed of it is computed again, not kept."""
+    """A number that the compiler does not know to be `x`: what is computed of it is computed again, not kept."""
     if INTERPRETED:
         return x
-    else:
+    elif x.dtype == tl.float64:
         return tl.inline_asm_elementwise("mov.b64 $0, $1;", "=d,d", [x], dtype=tl.float64, is_pure=False, pack=1)
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -190,22 +192,28 @@ def _activate(x, scale, shift, KIND: tl.constexpr, FAST: tl.constexpr):
         slope = 0.5 - 0.5 * t
         value_slope = 0.25 - 0.25 * (t * t)
     else:
+        # A logarithm has to be finite, as 0 times it has to be 0.
+        finite: tl.constexpr = 0.5 * (LARGEST_64 if x.dtype == tl.float64 else LARGEST_32)
         if KIND == NSF:
             g = x * scale
         else:
-            # At the largest x 0, whatever is fused: the difference comes first. Finite, as 0 times it has to be 0.
-            bound: tl.constexpr = LARGEST_64 if x.dtype == tl.float64 else LARGEST_32
-            g = tl.clamp((x - shift) * scale, -bound, bound, propagate_nan=tl.PropagateNan.ALL)
+            # At the largest x 0, whatever is fused: the difference comes first.
+            g = (x - shift) * scale
+            if KIND == SOFTMAX:
+                g = tl.maximum(g, -finite, propagate_nan=tl.PropagateNan.ALL)
         size = tl.abs(g)
         small = tl.exp2(size * -LOG2_E) if FAST else _exp_minus(size)
         if KIND == SOFTMAX:
             value = small
-            log = -size
+            log = g
             slope = tl.full(x.shape, 1.0, x.dtype)
             value_slope = value
         else:
-            # min(g, 0), exactly, but NaN for an infinite f: the saturated sigmoid would hide it from the loss.
-            below = 0.5 * g - 0.5 * size
+            if KIND == NSF:
+                # min(g, 0), exactly, but NaN for an infinite f: the saturated sigmoid would hide it from the loss.
+                below = 0.5 * g - 0.5 * size
+            else:
+                below = tl.clamp(g, -finite, 0.0, propagate_nan=tl.PropagateNan.ALL)
             u = 1.0 + small
             if KIND == SHIFTED:
                 shifted = shift != 0.0
@@ -290,14 +298,17 @@ def _load_rows(pointer, row, k, inside, EVEN: tl.constexpr):
 
 @triton.jit
 def _load_centroids(
-    log_activation, activation, reference, y, k, M: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr, EVEN: tl.constexpr
-):
-    """A stretch of what rows are compared with: log a_y, reference, and for centroid_to_sample a_y and the mean q."""
-    own_log = _load_rows(log_activation, y * M, k, k < M, EVEN)
-    compared = _load_vector(reference, k, k < M, y.shape[0], EVEN)
+    log_activation, activation, reference, y, at, k, M: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
+    """Columns at + k of what rows are compared with: log a_y, reference, of centroid_to_sample a_y and the mean q."""
+    # Added to pointers `at` is part of the instruction; added to k it would take a register.
+    inside = k < M - at
+    own_log = _load_rows(log_activation + at, y * M, k, inside, EVEN)
+    compared = _load_vector(reference + at, k, inside, y.shape[0], EVEN)
     if CENTROID_TO_SAMPLE:
-        own_activation = _load_rows(activation, y * M, k, k < M, EVEN)
-        q_mean = _load_vector(reference + M, k, k < M, y.shape[0], EVEN)
+        own_activation = _load_rows(activation + at, y * M, k, inside, EVEN)
+        q_mean = _load_vector(reference + M + at, k, inside, y.shape[0], EVEN)
     else:
         own_activation = own_log
         q_mean = compared
@@ -306,20 +317,21 @@ def _load_centroids(
 
 @triton.jit
 def _load_features(
-    input, center, row, live, k, inside, unit_stride, column_stride, DTYPE: tl.constexpr, ALIGN: tl.constexpr,
+    input, center, row, live, at, k, inside, unit_stride, column_stride, DTYPE: tl.constexpr, ALIGN: tl.constexpr,
     CONTIGUOUS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """z - center [rows, N]; past the last column 0, in rows that are not `live` anything finite."""
+    """z - center [rows, N], columns at + k; past the last column 0, in rows that are not `live` anything finite."""
     # The row stride comes in units of ALIGN elements: the compiler has to see that for 16-byte loads.
     base = input + row * (unit_stride.to(tl.int64) * ALIGN)
     if CONTIGUOUS:
-        pointers = base[:, None] + k[None, :]
+        pointers = (base + at)[:, None] + k[None, :]
     else:
-        pointers = base[:, None] + (k.to(tl.int64) * column_stride)[None, :]
+        stride = column_stride.to(tl.int64)
+        pointers = (base + at * stride)[:, None] + (k * stride)[None, :]
     mask = live[:, None] if EVEN else live[:, None] & inside[None, :]
     x = tl.load(pointers, mask=mask, other=0.0).to(DTYPE)
     if center is not None:
-        x -= _load_vector(center, k, inside, row.shape[0], EVEN)
+        x -= _load_vector(center + at, k, inside, row.shape[0], EVEN)
     return x
 
 
@@ -450,34 +462,53 @@ def _terms_of(norm, own, total, own_cross, own_log_norm, norms, classes, CENTROI
 
 
 @triton.jit
-def _grad_stretch(
-    x, scale, shift, inverse_norm, own_mean, all_mean, alpha, beta, own_log_norm, own_log, own_activation, reference,
-    q_mean, inside, all_classes, KIND: tl.constexpr, FAST: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr,
-    EVEN: tl.constexpr,
+def _grad_factors(
+    scale, shift, inverse_norm, own_mean, all_mean, alpha, beta, own_log_norm, all_classes, dtype: tl.constexpr,
+    KIND: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr,
 ):  # fmt: skip
-    """d loss / d z of a stretch, but for what the chain rule of the length takes away; 0 past the last column."""
-    dtype: tl.constexpr = x.dtype
-    inverse_classes = 1.0 / all_classes  # here: handed on, it would take registers that spill
-    m = shift.to(dtype)[:, None]
-    if not EVEN:
-        x = tl.where(inside[None, :], x, m)
-    value, log, slope, value_slope = _activate(x, scale.to(dtype)[:, None], m, KIND, FAST)
+    """What `_grad_stretch` multiplies by, formed in double: numbers [ROWS, 1] of `dtype`."""
+    inverse_norm = _share(inverse_norm, shift, KIND)
+    inverse_classes = 1.0 / all_classes
     if CENTROID_TO_SAMPLE:
-        # (1 - sigma) [alpha p (log p - log q_y - A) + beta (p - mean over v of q_v + (q_y - p) / C)]
-        p = value * inverse_norm.to(dtype)[:, None]
-        q_own = own_activation * tl.exp(-own_log_norm).to(dtype)[:, None]
-        by_concentration = (alpha * scale).to(dtype)[:, None]
-        by_separation = (beta * scale).to(dtype)[:, None]
-        grad = by_concentration * (slope * p * (log - own_log - own_mean.to(dtype)[:, None]))
-        grad += by_separation * (slope * ((p - q_mean) + inverse_classes.to(dtype) * (q_own - p)))
+        factors = (
+            (alpha * scale * inverse_norm).to(dtype)[:, None],
+            own_mean.to(dtype)[:, None],
+            (beta * scale).to(dtype)[:, None],
+            (inverse_norm * (1.0 - inverse_classes)).to(dtype)[:, None],
+            (tl.exp(-own_log_norm) * inverse_classes).to(dtype)[:, None],
+        )
     else:
-        # (1 - sigma) p [alpha' (all + gap - mean) + beta (all - mean)] with alpha' = alpha - beta / C, all = log a -
-        # reference, gap = reference - log a_y. Near a minimum alpha' + beta is small beside either: formed in double.
+        # With alpha' = alpha - beta / C. Near a minimum alpha' + beta is small beside either.
         by_gap = alpha - beta * inverse_classes
         factor = scale * inverse_norm
-        constant = (factor * (by_gap * own_mean + beta * all_mean)).to(dtype)[:, None]
-        by_all = (factor * (by_gap + beta)).to(dtype)[:, None]
-        by_gap = (factor * by_gap).to(dtype)[:, None]
+        factors = (
+            (factor * (by_gap + beta)).to(dtype)[:, None],
+            (factor * by_gap).to(dtype)[:, None],
+            (factor * (by_gap * own_mean + beta * all_mean)).to(dtype)[:, None],
+        )
+    return factors
+
+
+@triton.jit
+def _grad_stretch(
+    x, scale, shift, factors, own_log, own_activation, reference, q_mean, inside, KIND: tl.constexpr,
+    FAST: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """d loss / d z of a stretch, but for what the chain rule of the length takes away; 0 past the last column."""
+    scale = scale.to(x.dtype)[:, None]
+    shift = shift.to(x.dtype)[:, None]
+    if not EVEN:
+        x = tl.where(inside[None, :], x, shift)
+    value, log, slope, value_slope = _activate(x, scale, shift, KIND, FAST)
+    if CENTROID_TO_SAMPLE:
+        # (1 - sigma) [alpha p (log p - log q_y - A) + beta (p - mean over v of q_v + (q_y - p) / C)]
+        by_concentration, own_mean, by_separation, share, own_share = factors
+        grad = by_concentration * (value_slope * (log - own_log - own_mean))
+        grad += by_separation * (slope * ((share * value - q_mean) + own_share * own_activation))
+    else:
+        # (1 - sigma) p [alpha' (all + gap - mean) + beta (all - mean)] with all = log a - reference and
+        # gap = reference - log a_y.
+        by_all, by_gap, constant = factors
         grad = value_slope * (by_all * (log - reference) + (by_gap * (reference - own_log) - constant))
     if not EVEN:
         grad = tl.where(inside[None, :], grad, 0.0)
@@ -501,78 +532,81 @@ def _grad_rows(
     dtype: tl.constexpr = log_activation.dtype.element_ty
     out: tl.constexpr = grad.dtype.element_ty
     written = row < B
+    k = tl.arange(0, COLUMNS)
+    factors = _grad_factors(
+        scale, shift, inverse_norm, own_mean, all_mean, alpha, beta, own_log_norm, all_classes, dtype, KIND,
+        CENTROID_TO_SAMPLE,
+    )  # fmt: skip
     if not KEEP:
         scale = _opaque(scale)
-    half_scale = (0.5 * scale).to(dtype)[:, None]
-    # g - x (x . g) / ||x||^2: the product is not known until the row is done. In terms of y = x scale / 2, which g is
-    # made of: the square of a length's inverse may underflow.
-    of_length = inverse_length.to(dtype) / (0.5 * scale).to(dtype)
-    inverse_norm = _share(inverse_norm, shift, KIND)
+        shift = _opaque(shift)
+    # g - x (x . g) / ||x||^2: the product is not known until the row is done.
     dot = tl.full([ROWS, COLUMNS], 0.0, dtype)
     gs = ()
     for j in tl.static_range(STRETCHES):
-        k = j * COLUMNS + tl.arange(0, COLUMNS)
+        inside = k < M - j * COLUMNS
         own_log, compared, own_activation, q_mean = _load_centroids(
-            log_activation, activation, reference, y, k, M, CENTROID_TO_SAMPLE, (j + 1) * COLUMNS <= M
+            log_activation, activation, reference, y, j * COLUMNS, k, M, CENTROID_TO_SAMPLE, (j + 1) * COLUMNS <= M
         )
         g = _grad_stretch(
-            xs[j], scale, shift, inverse_norm, own_mean, all_mean, alpha, beta, own_log_norm, own_log, own_activation,
-            compared, q_mean, k < M, all_classes, KIND, FAST, CENTROID_TO_SAMPLE, (j + 1) * COLUMNS <= M,
+            xs[j], scale, shift, factors, own_log, own_activation, compared, q_mean, inside, KIND, FAST,
+            CENTROID_TO_SAMPLE, (j + 1) * COLUMNS <= M,
         )  # fmt: skip
-        dot += (xs[j] * half_scale) * g
+        dot += xs[j] * g
         if KEEP:
             gs = gs + (g,)
     if not SINGLE:
         for start in range(0, M, COLUMNS):
-            k = start + tl.arange(0, COLUMNS)
+            inside = k < M - start
             x = _load_features(
-                input, center, row, live, k, k < M, unit_stride, column_stride, dtype, ALIGN, CONTIGUOUS, EVEN
+                input, center, row, live, start, k, inside, unit_stride, column_stride, dtype, ALIGN, CONTIGUOUS, EVEN
             )
             own_log, compared, own_activation, q_mean = _load_centroids(
-                log_activation, activation, reference, y, k, M, CENTROID_TO_SAMPLE, EVEN
+                log_activation, activation, reference, y, start, k, M, CENTROID_TO_SAMPLE, EVEN
             )
             g = _grad_stretch(
-                x, scale, shift, inverse_norm, own_mean, all_mean, alpha, beta, own_log_norm, own_log, own_activation,
-                compared, q_mean, k < M, all_classes, KIND, FAST, CENTROID_TO_SAMPLE, EVEN,
+                x, scale, shift, factors, own_log, own_activation, compared, q_mean, inside, KIND, FAST,
+                CENTROID_TO_SAMPLE, EVEN,
             )  # fmt: skip
-            dot += (x * half_scale) * g
-    # y . g may be infinite where no length counts.
-    share = tl.where(of_length == 0.0, 0.0, tl.sum(dot, axis=1) * of_length * of_length)[:, None]
+            dot += x * g
+    # x . g may be infinite where no length counts, and the square of a length's inverse may underflow.
+    inverse_length = inverse_length.to(dtype)
+    share = tl.where(inverse_length == 0.0, 0.0, tl.sum(dot, axis=1) * inverse_length)[:, None]
+    inverse_length = inverse_length[:, None]
     if not KEEP:
         scale = _opaque(scale)
-        half_scale = (0.5 * scale).to(dtype)[:, None]
+        shift = _opaque(shift)
     for j in tl.static_range(STRETCHES):
-        k = j * COLUMNS + tl.arange(0, COLUMNS)
+        inside = k < M - j * COLUMNS
         if KEEP:
             g = gs[j]
         else:
             own_log, compared, own_activation, q_mean = _load_centroids(
-                log_activation, activation, reference, y, k, M, CENTROID_TO_SAMPLE, (j + 1) * COLUMNS <= M
+                log_activation, activation, reference, y, j * COLUMNS, k, M, CENTROID_TO_SAMPLE, (j + 1) * COLUMNS <= M
             )
             g = _grad_stretch(
-                xs[j], scale, shift, inverse_norm, own_mean, all_mean, alpha, beta, own_log_norm, own_log,
-                own_activation, compared, q_mean, k < M, all_classes, KIND, FAST, CENTROID_TO_SAMPLE,
-                (j + 1) * COLUMNS <= M,
+                xs[j], scale, shift, factors, own_log, own_activation, compared, q_mean, inside, KIND, FAST,
+                CENTROID_TO_SAMPLE, (j + 1) * COLUMNS <= M,
             )  # fmt: skip
-        g = tl.where(live[:, None], g - (xs[j] * half_scale) * share, 0.0)
-        mask = written[:, None] if (j + 1) * COLUMNS <= M else written[:, None] & (k < M)[None, :]
-        tl.store(grad + (row * M)[:, None] + k[None, :], _rounded(g, out), mask=mask)
+        g = tl.where(live[:, None], g, 0.0) - (xs[j] * inverse_length) * share
+        mask = written[:, None] if (j + 1) * COLUMNS <= M else written[:, None] & inside[None, :]
+        tl.store((grad + row * M + j * COLUMNS)[:, None] + k[None, :], _rounded(g, out), mask=mask)
     if not SINGLE:
         for start in range(0, M, COLUMNS):
-            k = start + tl.arange(0, COLUMNS)
+            inside = k < M - start
             x = _load_features(
-                input, center, row, live, k, k < M, unit_stride, column_stride, dtype, ALIGN, CONTIGUOUS, EVEN
+                input, center, row, live, start, k, inside, unit_stride, column_stride, dtype, ALIGN, CONTIGUOUS, EVEN
             )
             own_log, compared, own_activation, q_mean = _load_centroids(
-                log_activation, activation, reference, y, k, M, CENTROID_TO_SAMPLE, EVEN
+                log_activation, activation, reference, y, start, k, M, CENTROID_TO_SAMPLE, EVEN
             )
             g = _grad_stretch(
-                x, scale, shift, inverse_norm, own_mean, all_mean, alpha, beta, own_log_norm, own_log, own_activation,
-                compared, q_mean, k < M, all_classes, KIND, FAST, CENTROID_TO_SAMPLE, EVEN,
+                x, scale, shift, factors, own_log, own_activation, compared, q_mean, inside, KIND, FAST,
+                CENTROID_TO_SAMPLE, EVEN,
             )  # fmt: skip
-            g = tl.where(live[:, None], g - (x * half_scale) * share, 0.0)
-            mask = written[:, None] if EVEN else written[:, None] & (k < M)[None, :]
-            tl.store(grad + (row * M)[:, None] + k[None, :], _rounded(g, out), mask=mask)
+            g = tl.where(live[:, None], g, 0.0) - (x * inverse_length) * share
+            mask = written[:, None] if EVEN else written[:, None] & inside[None, :]
+            tl.store((grad + row * M + start)[:, None] + k[None, :], _rounded(g, out), mask=mask)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -590,30 +624,31 @@ def _sum_rows(
     """`_row_sums` of whole rows, from `xs` where they are held on chip."""
     dtype: tl.constexpr = log_activation.dtype.element_ty
     EVEN: tl.constexpr = M % COLUMNS == 0
+    k = tl.arange(0, COLUMNS)
     own = tl.full([ROWS, COLUMNS], 0.0, dtype)
     total = tl.full([ROWS, COLUMNS], 0.0, dtype)
     own_cross = tl.full([ROWS, COLUMNS], 0.0, dtype)
     norm = tl.full([ROWS, COLUMNS], 0.0, dtype) if KIND == NEAR else tl.full([ROWS, COLUMNS // VEC], 0.0, tl.float64)
     for j in tl.static_range(STRETCHES):
-        k = j * COLUMNS + tl.arange(0, COLUMNS)
+        inside = k < M - j * COLUMNS
         own_log, compared, own_activation, q_mean = _load_centroids(
-            log_activation, activation, reference, y, k, M, CENTROID_TO_SAMPLE, (j + 1) * COLUMNS <= M
+            log_activation, activation, reference, y, j * COLUMNS, k, M, CENTROID_TO_SAMPLE, (j + 1) * COLUMNS <= M
         )
         norm, own, total, own_cross = _add_stretch(
-            norm, own, total, own_cross, xs[j], scale, shift, own_log, own_activation, compared, q_mean, k < M, KIND,
+            norm, own, total, own_cross, xs[j], scale, shift, own_log, own_activation, compared, q_mean, inside, KIND,
             FAST, CENTROID_TO_SAMPLE, (j + 1) * COLUMNS <= M, VEC,
         )  # fmt: skip
     if STRETCHES == 0:
         for start in range(0, M, COLUMNS):
-            k = start + tl.arange(0, COLUMNS)
+            inside = k < M - start
             x = _load_features(
-                input, center, row, live, k, k < M, unit_stride, column_stride, dtype, ALIGN, CONTIGUOUS, EVEN
+                input, center, row, live, start, k, inside, unit_stride, column_stride, dtype, ALIGN, CONTIGUOUS, EVEN
             )
             own_log, compared, own_activation, q_mean = _load_centroids(
-                log_activation, activation, reference, y, k, M, CENTROID_TO_SAMPLE, EVEN
+                log_activation, activation, reference, y, start, k, M, CENTROID_TO_SAMPLE, EVEN
             )
             norm, own, total, own_cross = _add_stretch(
-                norm, own, total, own_cross, x, scale, shift, own_log, own_activation, compared, q_mean, k < M, KIND,
+                norm, own, total, own_cross, x, scale, shift, own_log, own_activation, compared, q_mean, inside, KIND,
                 FAST, CENTROID_TO_SAMPLE, EVEN, VEC,
             )  # fmt: skip
     return _row_sums(norm, own, total, own_cross, M, KIND, CENTROID_TO_SAMPLE, VEC)
@@ -660,19 +695,21 @@ def terms_kernel(
 
     # 1. x = z - c, and what its scale and shift need of the whole row.
     infinity: tl.constexpr = float("inf")
+    k = tl.arange(0, COLUMNS)
     squares = tl.full([ROWS, COLUMNS], 0.0, dtype)
     largest = tl.full([ROWS, COLUMNS], -infinity, dtype)
     sizes = squares
     xs = ()
     for j in tl.static_range(STRETCHES):
-        k = j * COLUMNS + tl.arange(0, COLUMNS)
+        inside = k < M - j * COLUMNS
         x = _load_features(
             input,
             center,
             row,
             live,
+            j * COLUMNS,
             k,
-            k < M,
+            inside,
             unit_stride,
             column_stride,
             dtype,
@@ -683,19 +720,19 @@ def terms_kernel(
         if L2:
             squares += x * x
         if LARGEST:
-            largest = tl.maximum(largest, x if (j + 1) * COLUMNS <= M else tl.where((k < M)[None, :], x, -infinity))
+            largest = tl.maximum(largest, x if (j + 1) * COLUMNS <= M else tl.where(inside[None, :], x, -infinity))
             sizes = tl.maximum(sizes, tl.abs(x))
         xs = xs + (x,)
     if not SINGLE and (L2 or LARGEST):
         for start in range(0, M, COLUMNS):
-            k = start + tl.arange(0, COLUMNS)
+            inside = k < M - start
             x = _load_features(
-                input, center, row, live, k, k < M, unit_stride, column_stride, dtype, ALIGN, CONTIGUOUS, EVEN
+                input, center, row, live, start, k, inside, unit_stride, column_stride, dtype, ALIGN, CONTIGUOUS, EVEN
             )
             if L2:
                 squares += x * x
             if LARGEST:
-                largest = tl.maximum(largest, x if EVEN else tl.where((k < M)[None, :], x, -infinity))
+                largest = tl.maximum(largest, x if EVEN else tl.where(inside[None, :], x, -infinity))
                 sizes = tl.maximum(sizes, tl.abs(x))
 
     # 2. f = x scale, and what log a is relative to.
@@ -714,14 +751,15 @@ def terms_kernel(
             tiny: tl.constexpr = 2.0**-520 if dtype == tl.float64 else 2.0**-70
             small_squares = tl.full([ROWS, RESCUE], 0.0, dtype)
             for start in range(0, end, RESCUE):
-                column = start + tl.arange(0, RESCUE)
+                column = tl.arange(0, RESCUE)
                 small = tiny * _load_features(
                     input,
                     center,
                     row,
                     live,
+                    start,
                     column,
-                    column < M,
+                    column < M - start,
                     unit_stride,
                     column_stride,
                     dtype,
@@ -856,16 +894,18 @@ def input_grad_kernel(
     own_log_norm = tl.load(norms + y * RECORD + LOG_NORM)
     all_classes = _all_classes(norms, classes)
     kind = _least_kind(tl.load(of_row + ROW_KIND, mask=live, other=SOFTMAX))
+    k = tl.arange(0, COLUMNS)
     xs = ()
     for j in tl.static_range(STRETCHES):
-        k = j * COLUMNS + tl.arange(0, COLUMNS)
+        inside = k < M - j * COLUMNS
         x = _load_features(
             input,
             center,
             row,
             live,
+            j * COLUMNS,
             k,
-            k < M,
+            inside,
             unit_stride,
             column_stride,
             dtype,
@@ -875,14 +915,24 @@ def input_grad_kernel(
         )
         xs = xs + (x,)
     # All of a row in one branch: a branch for each stretch would pass what it made through registers that spill.
-    for AS in tl.static_range(SHIFTED, SOFTMAX + 1):
-        if AS != NSF and kind == AS:
-            _grad_rows(
-                xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm,
-                scale, inverse_length, shift, inverse_norm, own_mean, all_mean, alpha, beta, unit_stride,
-                column_stride, all_classes, M, ALIGN, CONTIGUOUS, AS, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS,
-                STRETCHES, KEEP,
-            )  # fmt: skip
+    if kind == NEAR:
+        _grad_rows(
+            xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm, scale,
+            inverse_length, shift, inverse_norm, own_mean, all_mean, alpha, beta, unit_stride, column_stride,
+            all_classes, M, ALIGN, CONTIGUOUS, NEAR, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
+        )  # fmt: skip
+    elif kind == SOFTMAX:
+        _grad_rows(
+            xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm, scale,
+            inverse_length, shift, inverse_norm, own_mean, all_mean, alpha, beta, unit_stride, column_stride,
+            all_classes, M, ALIGN, CONTIGUOUS, SOFTMAX, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
+        )  # fmt: skip
+    else:
+        _grad_rows(
+            xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm, scale,
+            inverse_length, shift, inverse_norm, own_mean, all_mean, alpha, beta, unit_stride, column_stride,
+            all_classes, M, ALIGN, CONTIGUOUS, SHIFTED, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -1071,7 +1121,7 @@ def column_sums_kernel(
             y, live, wrong = _checked(target, row, target_stride, ignore_index, classes, last)
             if WITH_SUMS:
                 partial += _load_features(
-                    input, None, row, live, k, k < M, unit_stride, column_stride, dtype, ALIGN, CONTIGUOUS, False
+                    input, None, row, live, 0, k, k < M, unit_stride, column_stride, dtype, ALIGN, CONTIGUOUS, False
                 )
             tl.device_assert(wrong == 0, "target: out of range, expected a class in [0, C) or ignore_index")
             counted = tl.where(live, 1.0, 0.0).to(tl.float64)
@@ -1189,15 +1239,16 @@ def centroid_rows_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < classes
     infinity: tl.constexpr = float("inf")
+    k = tl.arange(0, COLUMNS)
     largest = tl.full([ROWS, COLUMNS], -infinity, dtype)
     sizes = tl.full([ROWS, COLUMNS], 0.0, dtype)
     for start in range(0, M, COLUMNS):
-        k = start + tl.arange(0, COLUMNS)
+        inside = k < M - start
         x = _load_features(
-            logits, None, row, live, k, k < M, unit_stride, column_stride, dtype, ALIGN, CONTIGUOUS, EVEN
+            logits, None, row, live, start, k, inside, unit_stride, column_stride, dtype, ALIGN, CONTIGUOUS, EVEN
         )
         sizes = tl.maximum(sizes, tl.abs(x))
-        largest = tl.maximum(largest, x if EVEN else tl.where((k < M)[None, :], x, -infinity))
+        largest = tl.maximum(largest, x if EVEN else tl.where(inside[None, :], x, -infinity))
     shift = tl.max(largest, axis=1)
     if KIND == SHIFTED:
         shift = tl.where(shift <= SHIFTED_FROM, shift, 0.0)
@@ -1205,10 +1256,9 @@ def centroid_rows_kernel(
     scale = tl.where(tl.max(sizes, axis=1) == infinity, float("nan"), tl.full([ROWS], 1.0, dtype))
     norm = tl.full([ROWS, COLUMNS // VEC], 0.0, tl.float64)
     for start in range(0, M, COLUMNS):
-        k = start + tl.arange(0, COLUMNS)
-        inside = k < M
+        inside = k < M - start
         x = _load_features(
-            logits, None, row, live, k, inside, unit_stride, column_stride, dtype, ALIGN, CONTIGUOUS, EVEN
+            logits, None, row, live, start, k, inside, unit_stride, column_stride, dtype, ALIGN, CONTIGUOUS, EVEN
         )
         if not EVEN:
             x = tl.where(inside[None, :], x, shift[:, None])
@@ -1230,11 +1280,11 @@ def centroid_rows_kernel(
         norm += _neighbours(added.to(tl.float64), VEC)
         # A logarithm at the end of the range would make sums of it infinite.
         log = tl.maximum(log, -(2.0**1008) if dtype == tl.float64 else -(2.0**112), propagate_nan=tl.PropagateNan.ALL)
-        at = (row * M)[:, None] + k[None, :]
+        at = row * M + start
         mask = live[:, None] if EVEN else live[:, None] & inside[None, :]
-        tl.store(log_activation + at, log, mask=mask)
+        tl.store((log_activation + at)[:, None] + k[None, :], log, mask=mask)
         if WITH_ACTIVATION:
-            tl.store(activation + at, value, mask=mask)
+            tl.store((activation + at)[:, None] + k[None, :], value, mask=mask)
     of_class = norms + row * RECORD
     column = tl.arange(0, RECORD)
     unset = tl.where(column == LONE, -1.0, 0.0).to(tl.float64)
@@ -1382,7 +1432,7 @@ def class_sums_kernel(
         if WITH_OWN and not CENTROID_TO_SAMPLE:
             own_factor -= beta * inverse_classes
         x = _load_features(
-            input, center, row, live, k, inside, unit_stride, column_stride, DTYPE, ALIGN, CONTIGUOUS, False
+            input, center, row, live, 0, k, inside, unit_stride, column_stride, DTYPE, ALIGN, CONTIGUOUS, False
         )
         x = tl.where(inside[None, :], x, shift[:, None])
         value, log, _, _ = _activate_as(x, scale[:, None], shift[:, None], kind, FAST)
@@ -1443,7 +1493,7 @@ def centroid_grad_kernel(
             k = start + tl.arange(0, COLUMNS)
             inside = k < M
             x = _load_features(
-                logits, None, c, live, k, inside, unit_stride, column_stride, dtype, ALIGN, CONTIGUOUS, False
+                logits, None, c, live, 0, k, inside, unit_stride, column_stride, dtype, ALIGN, CONTIGUOUS, False
             )
             shifted = tl.where(inside[None, :], x, shift[:, None])
             value, log, slope, _ = _activate_as(shifted, tl.full([1, 1], 1.0, dtype), shift[:, None], kind, False)
