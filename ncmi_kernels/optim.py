@@ -123,12 +123,17 @@ class CentroidSGD(torch.optim.Optimizer):
         Raises:
             ValueError: it is the state of another optimiser, or of other centroids.
         """
-        groups = state_dict.get("param_groups", ())
+        # Version 0.1.0 had in `state`, as other optimisers have, what stands in the param group now.
+        states = state_dict.get("state", {})
+        groups = [dict(group) for group in state_dict.get("param_groups", ())]
+        for group in groups:
+            for parameter in group["params"]:
+                group.update(states.get(parameter, {}))
         missing = [name for group in groups for name in (*self.defaults, "step") if name not in group]
-        if len(groups) != 1 or missing or state_dict.get("state"):
+        if len(groups) != 1 or missing:
             without = f" without {', '.join(missing)}" if missing else ""
             raise ValueError(f"state_dict: got that of another optimiser{without}, expected that of a CentroidSGD")
-        group = dict(groups[0])
+        (group,) = groups
         state = {name: group.pop(name) for name in ("step", "momentum_buffer") if name in group}
         (logits,), buffer = self.param_groups[0]["params"], state.get("momentum_buffer")
         if buffer is not None and buffer.shape != logits.shape:

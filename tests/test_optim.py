@@ -465,6 +465,16 @@ def test_the_state_of_another_optimiser_is_refused():
         optimizer.load_state_dict(CentroidSGD(NCMILoss(C + 1, M), 30.0, 0.9).state_dict())
 
 
+def test_a_state_of_version_0_1():
+    first, second = (CentroidSGD(pair()[1], 30.0, 0.9) for _ in range(2))
+    for features, target in batches(2):
+        first.step(features, target)
+    group = first.state_dict()["param_groups"][0]
+    state = {name: group.pop(name) for name in ("step", "momentum_buffer")}
+    second.load_state_dict({"state": {0: state}, "param_groups": [group]})
+    assert str(second.state_dict()) == str(first.state_dict())
+
+
 def test_a_criterion_that_moves_before_the_first_step():
     criterion = pair()[1]
     optimizer = CentroidSGD(criterion, 30.0, 0.9)

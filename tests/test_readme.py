@@ -76,7 +76,7 @@ def test_on_one_device(tmp_path):
     first = run("Alternating steps")
     start = first["criterion"].last_terms.cmi
     assert start.isfinite()
-    assert first["centroid_optimizer"].state_dict()["state"][0]["step"] == 8
+    assert first["centroid_optimizer"].state_dict()["param_groups"][0]["step"] == 8
     found = run("Alternating steps", "Half precision, compiling, transforms", "Stopping and going on", path=path)
     assert found["criterion"].last_terms.cmi < start
     assert path.stat().st_size > 0
