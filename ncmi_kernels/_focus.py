@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ncmi_kernels import _ops, reference
-from ncmi_kernels._modes import concrete, jit_tracing, transforming
+from ncmi_kernels._modes import concrete, jit_tracing, plain_backward, transforming
 from ncmi_kernels._options import Options
 from ncmi_kernels._reduction import reduced, refuse_double_backward, row_weights
 
@@ -267,7 +267,7 @@ class _Loss(torch.autograd.Function):
         input, target, centroid_logits, center, weight, by_terms, stats, rows, repeated = _saved(ctx)
         options, backend, group = ctx.options, ctx.backend, ctx.group
         wanted = ctx.needs_input_grad
-        if _ops.plain_backward(upstream):
+        if plain_backward(upstream):
             if repeated:
                 with reference.no_autocast(input.device):
                     rows = compute_rows(input, target, center, stats, options, backend)
@@ -321,7 +321,7 @@ class _Terms(torch.autograd.Function):
         options, backend = ctx.options, ctx.backend
         wanted = ctx.needs_input_grad[:2]
         grads: tuple[Tensor | None, ...]
-        if _ops.plain_backward(*upstream):
+        if plain_backward(*upstream):
             if repeated:
                 with reference.no_autocast(input.device):
                     rows = compute_rows(input, target, center, stats, options, backend)

@@ -30,9 +30,19 @@ def forward_mode() -> bool:
     return forward_ad._current_level >= 0 or _inside_level()
 
 
+_is_mapped: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+
+
 def mapped_backward(*upstream: Tensor) -> bool:
     """Whether a backward pass is that of several upstream gradients at once: is_grads_batched, vectorize=True."""
-    return not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_legacy_batchedtensor, upstream))
+    return not torch.compiler.is_compiling() and any(map(_is_mapped, upstream))
+
+
+def plain_backward(*upstream: Tensor) -> bool:
+    """Whether a backward pass is neither differentiated (create_graph, forward mode) nor mapped (vmap)."""
+    if torch.compiler.is_compiling():
+        return True
+    return not (torch.is_grad_enabled() or transforming() or forward_mode() or any(map(_is_mapped, upstream)))
 
 
 def jit_tracing() -> bool:
@@ -44,4 +54,6 @@ def concrete(tensor: Tensor) -> bool:
     """Whether Python may ask for values: not where a fake tensor, or a traced one, stands for others."""
     if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor):
         return False
+    if not torch._C._len_torch_dispatch_stack():
+        return True
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None  # make_fx, torch.func.linearize

@@ -15,7 +15,7 @@ from torch.library import Library
 from torch.nn import Parameter
 
 from ncmi_kernels import _backends, reference
-from ncmi_kernels._modes import forward_mode, jit_tracing, mapped_backward, transforming
+from ncmi_kernels._modes import forward_mode, jit_tracing, mapped_backward, plain_backward, transforming
 from ncmi_kernels._options import REDUCTIONS, Options
 
 
@@ -97,7 +97,7 @@ def _grads(
     target: Tensor,
     centroid_logits: Tensor,
     center: Tensor | None,
-    stats: CentroidStats,
+    stats: Sequence[Tensor],
     rows: Tensor,
     upstream: Tensor | None,
     options: Options,
@@ -123,13 +123,6 @@ def _grads(
     return grad_input, grad_centroids
 
 
-def plain_backward(*upstream: Tensor) -> bool:
-    """Whether a backward pass is neither differentiated (create_graph, forward mode) nor mapped (vmap)."""
-    if torch.compiler.is_compiling():
-        return True
-    return not (torch.is_grad_enabled() or transforming() or forward_mode() or mapped_backward(*upstream))
-
-
 def grads_by_autograd(
     function: Callable[[], Any], inputs: Sequence[Tensor], wanted: Sequence[bool], upstream: Any
 ) -> tuple[Tensor | None, ...]:
@@ -141,10 +134,8 @@ def grads_by_autograd(
     return tuple(next(found) if needed else None for needed in wanted)
 
 
-def save(ctx: Any, center: Tensor | None, centroid_logits: Tensor, *tensors: Tensor | None) -> None:
+def save(ctx: Any, center: Tensor | None, centroid_logits: Any, *tensors: Tensor | None) -> None:
     """Save what a backward pass needs, for :func:`saved`: autograd lets go of it after that pass, and hooks see it."""
-    if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
-        return
     ctx.save_for_backward(center, centroid_logits, *tensors)
     if torch.compiler.is_compiling():
         return
@@ -178,54 +169,59 @@ def saved(ctx: Any) -> tuple[Sequence[Any], bool]:
     return ((ctx.center, *tensors[1:]) if repeated else tensors), repeated
 
 
+# target, center, weight, options, backend, stats, update, one_pass and seen, as :func:`loss` has them.
+Others = tuple[
+    Tensor,
+    Tensor | None,
+    Tensor | None,
+    Options,
+    str,
+    CentroidStats | None,
+    CenterUpdate | None,
+    bool,
+    list[Tensor] | None,
+]
+
+
+def _run_loss(input: Tensor, centroid_logits: Tensor, others: Others) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The loss, and what its backward pass needs."""
+    target, center, weight, options, backend, stats, update, one_pass, seen = others
+    if stats is None:
+        stats = centroid_stats(centroid_logits, options, backend)
+    moving = (center, None, None, 0.0) if update is None else (None, center, *update)
+    result, rows, moved, grad, means_of_terms = operators(backend).loss(
+        input,
+        target,
+        *moving,
+        *stats,
+        weight,
+        *options.for_loss,
+        one_pass,
+    )
+    if update is not None:
+        center = moved
+    if seen is not None:
+        seen.append(means_of_terms)
+        if not torch.compiler.is_compiling():
+            seen.append(rows)
+    return result, (center, centroid_logits, input, target, weight, grad if one_pass else None, rows, *stats)
+
+
 class _Loss(torch.autograd.Function):
     """The loss, of the arguments of :func:`loss`; what is not differentiated comes in one, as each costs time."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        centroid_logits: Tensor,
-        others: tuple[
-            Tensor,
-            Tensor | None,
-            Tensor | None,
-            Options,
-            str,
-            CentroidStats | None,
-            CenterUpdate | None,
-            bool,
-            list[Tensor] | None,
-        ],
-    ) -> Tensor:
-        target, center, weight, options, backend, stats, update, one_pass, seen = others
-        if stats is None:
-            stats = centroid_stats(centroid_logits, options, backend)
-        moving = (center, None, None, 0.0) if update is None else (None, center, *update)
-        result, rows, moved, grad, means_of_terms = operators(backend).loss(
-            input,
-            target,
-            *moving,
-            *stats,
-            weight,
-            *options.for_loss,
-            one_pass,
-        )
-        if update is not None:
-            center = moved
-        if seen is not None:
-            seen.append(means_of_terms)
-            if not torch.compiler.is_compiling():
-                seen.append(rows)
-        save(ctx, center, centroid_logits, input, target, weight, grad if one_pass else None, rows, *stats)
-        ctx.options, ctx.backend = options, backend
+    def forward(ctx: Any, input: Tensor, centroid_logits: Tensor, others: Others) -> Tensor:
+        result, kept = _run_loss(input, centroid_logits, others)
+        save(ctx, *kept)
+        ctx.options, ctx.backend = others[3:5]
         ctx.spent = False  # whether a backward pass has taken over the gradient that the forward pass made
         return result
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (center, centroid_logits, input, target, weight, made, rows, *kept), repeated = saved(ctx)
-        stats, options, backend = CentroidStats(*kept), ctx.options, ctx.backend
+        (center, centroid_logits, input, target, weight, made, rows, *stats), repeated = saved(ctx)
+        options, backend = ctx.options, ctx.backend
         if not plain_backward(upstream):
             by_reference = mapped_backward(upstream)
             return *grads_by_autograd(
@@ -254,7 +250,7 @@ def _rows_of_loss(
     input: Tensor,
     target: Tensor,
     center: Tensor | None,
-    stats: CentroidStats,
+    stats: Sequence[Tensor],
     weight: Tensor | None,
     options: Options,
     backend: str,
@@ -288,8 +284,8 @@ class _Terms(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (center, centroid_logits, input, target, rows, *kept), repeated = saved(ctx)
-        stats, options, backend = CentroidStats(*kept), ctx.options, ctx.backend
+        (center, centroid_logits, input, target, rows, *stats), repeated = saved(ctx)
+        options, backend = ctx.options, ctx.backend
         wanted = ctx.needs_input_grad[:2]
         grads: tuple[Tensor | None, ...]
         if plain_backward(*upstream):
@@ -478,18 +474,22 @@ def loss(
     if transforming() or jit_tracing():
         assert update is None
         return _transformable_loss(input, target, centroid_logits, center, weight, options, backend)
+    compiling = torch.compiler.is_compiling()
+    graph = torch.is_grad_enabled() and (input.requires_grad or centroid_logits.requires_grad)
     # By sample the gradient of a row is known once the row is: made in this pass, it needs no second one. Half
     # precisions wait for the upstream gradient, which may be what keeps them from underflow.
     one_pass = (
-        options.scalar_by_sample
+        graph
+        and options.scalar_by_sample
         and input.requires_grad
-        and torch.is_grad_enabled()
         and input.dtype is centroid_logits.dtype
-        and not torch.compiler.is_compiling()
+        and not compiling
     )
     others = target, center, weight, options, backend, stats, update, one_pass, seen
+    if not (graph or compiling):
+        return _run_loss(input, centroid_logits, others)[0]
     result = _Loss.apply(input, centroid_logits, others)
-    if seen is not None and torch.compiler.is_compiling():
+    if seen is not None and compiling:
         seen.append(seen.pop().detach())  # what leaves a traced Function requires a gradient
     return result
 

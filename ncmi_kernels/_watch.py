@@ -35,11 +35,11 @@ class Watch:
         """
         if self.warned:
             return
-        if means.device.type == "cpu":
+        if means.is_cpu:
             concentration, separation = means.tolist()
             if _is_trouble(concentration, separation, options) and (target.long() != options.ignore_index).any():
                 self._warn(concentration, separation, options.eps)
-        elif means.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        elif means.is_cuda and not torch.cuda.is_current_stream_capturing():
             if self._event is not None and self._event.query():
                 assert self._copy is not None
                 self._event = None

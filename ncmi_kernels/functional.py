@@ -311,11 +311,11 @@ def to_arithmetic_dtype(
     input: Tensor, centroid_logits: Tensor, center: Tensor | None, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Everything but a half-precision input in the dtype of the arithmetic: float32, or float64 where one is."""
-    if input.dtype == torch.float64 or centroid_logits.dtype == torch.float64:
+    if input.dtype is torch.float64 or centroid_logits.dtype is torch.float64:
         input, dtype = input.double(), torch.float64
     else:
         dtype = torch.float32
-    if centroid_logits.dtype != dtype:
+    if centroid_logits.dtype is not dtype:
         centroid_logits = centroid_logits.to(dtype)
     return input, centroid_logits, _as_constant(center, dtype), _as_constant(weight, dtype)
 
@@ -324,10 +324,10 @@ def _as_constant(vector: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A vector as the kernels take it, which a graph can save: autograd refuses what was made in inference mode."""
     if vector is None:
         return None
+    if vector.dtype is not dtype or vector.requires_grad or not vector.is_contiguous():
+        vector = vector.detach().to(dtype).contiguous()
     if not torch.compiler.is_compiling() and vector.is_inference():
         vector = vector.clone()
-    if vector.dtype != dtype or vector.requires_grad or not vector.is_contiguous():
-        vector = vector.detach().to(dtype).contiguous()
     return vector
 
 
@@ -393,13 +393,15 @@ def check_batch(input: Tensor, target: Tensor, centroid_logits: Tensor) -> None:
             f"input: got shape {tuple(shape)}, expected [B, M], [M] or [B, M, d1, ...] with M = {columns}, "
             f"the second dimension of centroid_logits {tuple(centroid_logits.shape)}"
         )
-    expected = shape[:1] + shape[2:] if dims > 1 else ()
+    expected = shape[:1] if dims == 2 else shape[:1] + shape[2:] if dims > 1 else ()
     if target.shape != expected:
         raise ValueError(
             f"target: got shape {tuple(target.shape)}, expected {tuple(expected)} for input {tuple(shape)}"
         )
-    check_device("target", target, input)
-    check_device("centroid_logits", centroid_logits, input)
+    device = input.device
+    if target.device != device or centroid_logits.device != device:
+        check_device("target", target, input)
+        check_device("centroid_logits", centroid_logits, input)
 
 
 def check_target(target: Tensor) -> None:

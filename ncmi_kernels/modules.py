@@ -230,9 +230,11 @@ class NCMILoss(nn.Module):
 
     def _keep(self, seen: list[Any], input: Tensor, target: Tensor, backend: str) -> None:
         """Keep what was seen of a batch (:func:`_ops.loss`): for `last_terms`, and for the step of the centroids."""
-        if transforming() or forward_mode() or jit_tracing() or torch.compiler.is_exporting():
+        if transforming() or forward_mode() or jit_tracing():
             return  # the tensors would outlive the transform
         if not concrete(seen[0]):
+            if torch.compiler.is_exporting():
+                return
             self._last_terms = seen[0]
             self._last_rows = None
             return
@@ -251,7 +253,7 @@ class NCMILoss(nn.Module):
             self._watch.look(seen[0], self.options, target)
 
     def _told_rows_apart_by(self, input: Tensor, target: Tensor) -> list[Tensor]:
-        tensors = (input, target, self.centroid_logits, self.center, self.weight)
+        tensors = (input, target, self._tensor("centroid_logits"), self._tensor("center"), self._tensor("weight"))
         return [t for t in tensors if t is not None]
 
     def _state_of_rows(self, input: Tensor, target: Tensor, backend: str) -> tuple[Any, ...] | None:
@@ -417,9 +419,17 @@ class NCMILoss(nn.Module):
 
     # --------------------------------------------------------------------------------------------------------
 
+    def _tensor(self, name: str) -> Any:
+        """A parameter or buffer; `nn.Module.__getattr__` takes half a microsecond to find it."""
+        if name in self._buffers:
+            return self._buffers[name]
+        if name in self._parameters:
+            return self._parameters[name]
+        return getattr(self, name)  # as torch.nn.utils.parametrize has it
+
     def _whole_centroids(self) -> Tensor:
         """The centroid logits; raises RuntimeError where only a part of them is here."""
-        logits = self.centroid_logits
+        logits = self._tensor("centroid_logits")
         if type(logits) is not nn.Parameter:
             remedy = "keep the criterion outside of fully_shard and distribute_module, or use ShardedNCMILoss"
             functional.refuse_dtensor("centroid_logits", logits, remedy)
@@ -473,7 +483,8 @@ class NCMILoss(nn.Module):
 
     def _buffers_for(self, logits: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The running centre, None without centring, and the class weights; raises for what was assigned amiss."""
-        center, weight = self.center if self.center_momentum is not None else None, self.weight
+        center = None if self._center_momentum is None else self._tensor("center")
+        weight = self._tensor("weight")
         if center is not None:
             functional.check_vector("center", center, self.feature_dim, logits)
         if weight is not None:
@@ -508,7 +519,8 @@ class NCMILoss(nn.Module):
         Either the operator `loss` does it, told how by the second value, or the third is to be committed once the loss
         is there. So a forward pass that fails has moved nothing.
         """
-        if center is None or self.center_momentum is None:
+        momentum = self._center_momentum
+        if center is None or momentum is None:
             return None, None, None
         if not self.training:
             # The graph keeps the centre, and a batch in training mode may move it before the backward pass.
@@ -519,9 +531,10 @@ class NCMILoss(nn.Module):
                 "training: got True inside a torch.func transform, expected criterion.eval() or center_momentum=None: "
                 "a transform cannot move the running centre"
             )
-        if not torch.compiler.is_compiling() and _graph_task() >= 0:
+        compiling = torch.compiler.is_compiling()
+        if not compiling and _graph_task() >= 0:
             return center, None, None
-        dtype = center.dtype
+        dtype, batches = center.dtype, self._tensor("num_batches_tracked")
         if (
             backend != "reference"
             and self._group is None
@@ -529,13 +542,13 @@ class NCMILoss(nn.Module):
             and (dtype is torch.float64 or (dtype is torch.float32 and input.dtype is not torch.float64))
             and center.is_contiguous()
         ):
-            if not (self.options.separation_focus or torch.compiler.is_compiling() or jit_tracing()):
-                return center, (self.num_batches_tracked, self.center_momentum), None
-            moved = _Moved(center.clone(), self.num_batches_tracked.clone())
+            if not (self.options.separation_focus or compiling or jit_tracing()):
+                return center, (batches, momentum), None
+            moved = _Moved(center.clone(), batches.clone())
             rows, classes = functional.flatten(input.detach(), target)
             _ops.update_center_(
                 moved.center,
-                (moved.batches, self.center_momentum),
+                (moved.batches, momentum),
                 rows,
                 classes,
                 self.num_classes,
@@ -619,7 +632,7 @@ class NCMILoss(nn.Module):
 
     def _keep_stats(self, backend: str, stats: Any) -> None:
         """Keep the statistics of the centroids as they are now."""
-        logits = self.centroid_logits
+        logits = self._tensor("centroid_logits")
         self._stats_cache = (logits, self.options, backend, logits._version, logits.detach(), stats)
 
     def _check_one_loss(self) -> None:
@@ -629,7 +642,7 @@ class NCMILoss(nn.Module):
     def _stats_for_step(self, features: Tensor) -> tuple[_ops.CentroidStats | None, str]:
         """The backend of a step of the centroids, with the statistics of these if it can take the step in one pass."""
         backend = _backends.resolve(self.backend, features)
-        logits = self.centroid_logits
+        logits = self._tensor("centroid_logits")
         one_pass = self._group is None and logits.is_contiguous() and not self.options.separation_focus
         return self._fixed_stats(features, logits, backend) if one_pass else None, backend
 

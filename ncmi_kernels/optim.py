@@ -159,7 +159,7 @@ class CentroidSGD(torch.optim.Optimizer):
         """
         (group,) = self.param_groups
         (logits,) = group["params"]
-        if logits is not self.criterion.centroid_logits:
+        if logits is not self.criterion._tensor("centroid_logits"):
             raise RuntimeError("criterion: its centroid_logits is another parameter now, expected a new CentroidSGD")
         self.criterion._check_one_loss()
         state = self.state[logits]
@@ -190,8 +190,8 @@ class CentroidSGD(torch.optim.Optimizer):
         stats, backend = criterion._stats_for_step(features)
         if stats is not None and (buffer is None or buffer.is_contiguous()):
             rows, classes = functional.flatten(features, target)
-            center = None if criterion.center_momentum is None else criterion.center
-            rows, _, center, weight = functional.to_arithmetic_dtype(rows, logits, center, criterion.weight)
+            center, weight = criterion._buffers_for(logits)
+            rows, _, center, weight = functional.to_arithmetic_dtype(rows, logits, center, weight)
             _ops.centroid_step_(
                 rows,
                 classes,
