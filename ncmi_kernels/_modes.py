@@ -42,7 +42,9 @@ def plain_backward(*upstream: Tensor) -> bool:
     """Whether a backward pass is neither differentiated (create_graph, forward mode) nor mapped (vmap)."""
     if torch.compiler.is_compiling():
         return True
-    return not (torch.is_grad_enabled() or transforming() or forward_mode() or any(map(_is_mapped, upstream)))
+    if torch.is_grad_enabled() or transforming() or forward_mode():
+        return False
+    return not any(map(_is_mapped, upstream))
 
 
 def jit_tracing() -> bool:

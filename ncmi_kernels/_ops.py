@@ -134,21 +134,27 @@ def grads_by_autograd(
     return tuple(next(found) if needed else None for needed in wanted)
 
 
-def save(ctx: Any, center: Tensor | None, centroid_logits: Any, *tensors: Tensor | None) -> None:
-    """Save what a backward pass needs, for :func:`saved`: autograd lets go of it after that pass, and hooks see it."""
-    ctx.save_for_backward(center, centroid_logits, *tensors)
+def save(ctx: Any, *tensors: Any) -> None:
+    """Save what a backward pass needs, for :func:`saved`: autograd lets go of it after that pass, and hooks see it.
+
+    The first two are the centre, or None, and the centroid logits.
+    """
+    ctx.save_for_backward(*tensors)
     if torch.compiler.is_compiling():
         return
-    ctx.center = center
-    known = type(centroid_logits) in (Tensor, Parameter) and not centroid_logits.is_inference()  # no fake tensor
-    ctx.centroids = (centroid_logits.data_ptr(), centroid_logits._version) if known else None
+    logits = tensors[1]
+    if type(logits) in (Tensor, Parameter) and not logits.is_inference():
+        ctx.before = tensors[0], logits._version, logits.data_ptr()
+    else:  # no version, or as of a fake tensor no address
+        ctx.before = tensors[0], None, None
 
 
 def saved(ctx: Any) -> tuple[Sequence[Any], bool]:
     """What :func:`save` was given, and whether it is of a forward pass that was repeated at another centre.
 
     torch.utils.checkpoint without re-entrance repeats a forward pass when its tensors are asked for. By then others may
-    have moved the running centre: `ctx.center` is the one to use, and what was found of the rows is to be found again.
+    have moved the running centre: that of before is the one to use, and what was found of the rows is to be found
+    again.
 
     Raises:
         RuntimeError: the centroids of the repeated pass were modified. (Of others autograd's own error tells.)
@@ -156,17 +162,17 @@ def saved(ctx: Any) -> tuple[Sequence[Any], bool]:
     tensors = ctx.saved_tensors
     if torch.compiler.is_compiling():
         return tensors, False
-    center, centroid_logits = tensors[:2]
-    if (
-        ctx.centroids is not None
-        and centroid_logits.data_ptr() == ctx.centroids[0]  # no copy of theirs
-        and centroid_logits._version != ctx.centroids[1]
-    ):
-        raise RuntimeError(
-            "centroid_logits: modified by an inplace operation since the forward pass, expected the backward pass first"
-        )
-    repeated = ctx.center is not None and center is not ctx.center and not torch.equal(center, ctx.center)
-    return ((ctx.center, *tensors[1:]) if repeated else tensors), repeated
+    center, version, address = ctx.before
+    if version is not None:
+        logits = tensors[1]
+        if logits._version != version and logits.data_ptr() == address:  # else a copy of theirs
+            raise RuntimeError(
+                "centroid_logits: modified by an inplace operation since the forward pass, expected the backward pass "
+                "first"
+            )
+    if tensors[0] is center or center is None or torch.equal(tensors[0], center):
+        return tensors, False
+    return (center, *tensors[1:]), True
 
 
 # target, center, weight, options, backend, stats, update, one_pass and seen, as :func:`loss` has them.
@@ -471,10 +477,10 @@ def loss(
     To `seen` are appended what :func:`reference.loss` appends and, but in compiled code, the rows' statistics for
     :func:`centroid_step_`. Nothing within a transform of torch.func, which it would outlive.
     """
+    compiling = torch.compiler.is_compiling()
     if transforming() or jit_tracing():
         assert update is None
         return _transformable_loss(input, target, centroid_logits, center, weight, options, backend)
-    compiling = torch.compiler.is_compiling()
     graph = torch.is_grad_enabled() and (input.requires_grad or centroid_logits.requires_grad)
     # By sample the gradient of a row is known once the row is: made in this pass, it needs no second one. Half
     # precisions wait for the upstream gradient, which may be what keeps them from underflow.

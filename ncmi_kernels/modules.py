@@ -603,13 +603,13 @@ class NCMILoss(nn.Module):
             and cache[1] is options
             and cache[2] == backend
             and cache[3] == logits._version
-            and cache[4].data_ptr() == logits.data_ptr()
-            and cache[4].stride() == logits.stride()
-            and cache[4].dtype is logits.dtype
+            and cache[4] == logits.data_ptr()
+            and cache[5] == logits.stride()
+            and cache[6] is logits.dtype
             and (input.dtype is not torch.float64 or logits.dtype is torch.float64)
             and logits.grad is None
         ):
-            return cache[5]
+            return cache[-1]
         self._stats_cache = cache = None
         if (
             transforming()
@@ -633,7 +633,8 @@ class NCMILoss(nn.Module):
     def _keep_stats(self, backend: str, stats: Any) -> None:
         """Keep the statistics of the centroids as they are now."""
         logits = self._tensor("centroid_logits")
-        self._stats_cache = (logits, self.options, backend, logits._version, logits.detach(), stats)
+        found = (logits, self.options, backend, logits._version, logits.data_ptr(), logits.stride(), logits.dtype)
+        self._stats_cache = (*found, logits.detach(), stats)
 
     def _check_one_loss(self) -> None:
         if self.options.reduction == "none":
