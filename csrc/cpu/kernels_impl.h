@@ -256,21 +256,37 @@ NCMI_INLINE auto with_kind(Kind kind, const F& f) {
   return f.template operator()<Kind::kNsf>();
 }
 
+// How many are not small, NaN among them.
+template <class T>
+NCMI_INLINE int64_t count_large(const T* x, int64_t n) {
+  int large = 0;
+  NCMI_SIMD(reduction(+ : large))
+  for (int64_t k = 0; k < n; ++k) large += is_small(x[k]) ? 0 : 1;
+  return large;
+}
+
 // Calls f<as>(k, m) over stretches [k, k + m) of a centroid's logits, m <= kWide. Stretches of a kNsf row in which
 // every |f| <= 1 are taken as kNsfNear, which means the same numbers and costs a third: logits that began one-hot are
-// small in all columns but a few. Where those few are, kNsfMostlyNear takes each by its size: in columns that are equal
-// roundings are equal too, and add up, so they should be those of small numbers. m is a multiple of a vector but for
-// the last stretch. Who calls it for a part of the columns starts at a multiple of kWide, for the same stretches as
-// others.
+// small in all columns but one. The vector of that one is taken as kNsfMostlyNear, each element by its size: in columns
+// that are equal roundings are equal too, and add up, so they should be those of small numbers. m is a multiple of a
+// vector but for the last stretch. Who calls it for a part of the columns starts at a multiple of kWide, for the same
+// stretches as others.
 template <Kind kind, class T, class F>
 NCMI_INLINE void for_logits(const T* x, int64_t n, const F& f) {
   const auto stretch = [&](int64_t k, int64_t m) __attribute__((always_inline)) {
     if constexpr (kind == Kind::kNsf && sizeof(T) == sizeof(float)) {
-      int large = 0;
-      NCMI_SIMD(reduction(+ : large))
-      for (int64_t j = k; j < k + m; ++j) large += is_small(x[j]) ? 0 : 1;
+      const int64_t large = count_large(x + k, m);
       if (large == 0) return f.template operator()<Kind::kNsfNear>(k, m);
-      if (8 * large <= m) return f.template operator()<Kind::kNsfMostlyNear>(k, m);
+      if (large == 1) {
+        const int64_t part = m == kWide ? kLanes<T> : m;
+        for (int64_t j = k; j < k + m; j += part) {
+          if (count_large(x + j, part))
+            f.template operator()<Kind::kNsfMostlyNear>(j, part);
+          else
+            f.template operator()<Kind::kNsfNear>(j, part);
+        }
+        return;
+      }
     }
     f.template operator()<kind>(k, m);
   };
@@ -1151,7 +1167,8 @@ struct GradFromCentroid {
   void loop() const {
     // Copies, which a loop that writes numbers of their type does not read again.
     const T row_shift = shift;
-    const double q_factor = inverse_norm, by_mean = inverse_classes, by_log = separation_grad_sum;
+    const double q_factor = inverse_norm, by_log = separation_grad_sum;
+    const T share = T(inverse_classes * inverse_norm);
     const auto s_at = [&](int64_t k, T log) __attribute__((always_inline)) {
       const double s = by_log * double(log) - totals[k];
       if constexpr (has_rows) return s + double(own_separation[k]);
@@ -1172,11 +1189,12 @@ struct GradFromCentroid {
       NCMI_SIMD()
       for (int64_t k = begin; k < begin + m; ++k) {
         const Activation<T> a = activate<as>(x[k], argument, row_shift);
-        const double by_separation = by_mean * (double(a.value) * q_factor) * (s_at(k, a.log) - mean);
+        // What is to cancel has done so: the rest in T.
+        const T by_separation = share * a.value * T(s_at(k, a.log) - mean);
         if constexpr (has_rows)
-          grad[k] = T(double(a.slope) * (by_separation - double(own[k])));
+          grad[k] = a.slope * (by_separation - own[k]);
         else
-          grad[k] = T(double(a.slope) * by_separation);
+          grad[k] = a.slope * by_separation;
       }
     });
   }
