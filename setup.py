@@ -71,7 +71,7 @@ def cpu_extension() -> Extension:
     """The operators' declarations and their CPU kernels."""
     return CppExtension(
         name="ncmi_kernels._C",
-        sources=sources("*.cpp", "cpu/*.cpp"),
+        sources=sources("cpu/*.cpp"),
         depends=sources("*.h", "cpu/*.h"),
         define_macros=[("TORCH_TARGET_VERSION", hex(MINIMUM_TORCH))],
         # Loops marked `omp simd` vectorise; no OpenMP run time is linked.

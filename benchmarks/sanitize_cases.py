@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from ncmi_kernels import NCMILoss, _ops, ncmi_terms
+from ncmi_kernels._schema import SCHEMAS, Operators
 
 # B, C, M for their edges, where those of cases.py are for their speed: less than a warp, more than one, rows of several
 # kilobytes and rows longer than shared memory.
 SHAPES = ((5, 3, 7), (33, 4, 130), (7, 5, 2051), (2, 3, 70001))
 
 
-def counting(operators: _ops.Operators, calls: Counter[str]) -> _ops.Operators:
+def counting(operators: Operators, calls: Counter[str]) -> Operators:
     """The same operators; each call is counted."""
 
     def counted(name: str, operator: Callable[..., Any]) -> Callable[..., Any]:
@@ -33,7 +34,7 @@ def counting(operators: _ops.Operators, calls: Counter[str]) -> _ops.Operators:
 
         return call
 
-    return _ops.Operators(*(counted(name, getattr(operators, name)) for name in _ops.NAMES))
+    return Operators(**{name: counted(name, getattr(operators, name)) for name in SCHEMAS})
 
 
 def run_case(
@@ -106,8 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args(arguments)
     calls = run_all(options.backend, options.device)
-    missing = [name for name in _ops.NAMES if not calls[name]]
-    print(", ".join(f"{name}: {calls[name]}" for name in _ops.NAMES))
+    missing = [name for name in SCHEMAS if not calls[name]]
+    print(", ".join(f"{name}: {calls[name]}" for name in SCHEMAS))
     if missing:
         print(f"not called: {', '.join(missing)}", file=sys.stderr)
     return 1 if missing else 0

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ncmi_kernels import _ops, reference
+from ncmi_kernels import _ops, _schema, reference
 from ncmi_kernels._modes import concrete, jit_tracing, plain_backward, transforming
 from ncmi_kernels._options import Options
 from ncmi_kernels._reduction import reduced, refuse_double_backward, row_weights
@@ -143,7 +143,7 @@ def input_grad(
     by_all_others = by_separation * _share(stats)
     count = len(input)
     of_rows = rows.stats.clone()
-    norms = of_rows.new_zeros((count + 1, _ops.CLASS_STATS))
+    norms = of_rows.new_zeros((count + 1, _schema.CLASS_STATS))
     norms[:, LONE] = -1
     if options.centroid_to_sample:
         # The operator's (p - q_mean) + (q_y - p) / C, with q_mean = 0 and C = 1, is q_y: what takes its place.

@@ -1,48 +1,25 @@
-"""The operators (declared in csrc/ops.cpp): fake kernels for tracing, and autograd.
+"""The operators of the backends, and autograd over them.
 
 One path, whatever the backend: centroid_stats -> loss forward, input_grad and centroid_grad backward.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from functools import wraps
-from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import Library
 from torch.nn import Parameter
 
 from ncmi_kernels import _backends, reference
 from ncmi_kernels._modes import forward_mode, jit_tracing, mapped_backward, plain_backward, transforming
-from ncmi_kernels._options import REDUCTIONS, Options
-
-
-@dataclass
-class Operators:
-    """One backend's implementation of the operators of csrc/ops.cpp, called with the arguments declared there."""
-
-    centroid_stats: Callable[..., Any]
-    update_center_: Callable[..., Any]
-    terms: Callable[..., Any]
-    loss: Callable[..., Any]
-    scale_: Callable[..., Any]
-    input_grad: Callable[..., Any]
-    centroid_grad: Callable[..., Any]
-    class_totals: Callable[..., Any]
-    centroid_step_: Callable[..., Any]
-
-
-NAMES = tuple(field.name for field in fields(Operators))
-
+from ncmi_kernels._options import Options
+from ncmi_kernels._schema import Operators, define, defined
 
 # "cpu" and "cuda": the dispatcher tells them apart by the tensors. Looked up once, as that costs as much as some calls.
-_compiled = (
-    Operators(*(getattr(torch.ops.ncmi_kernels, name).default for name in NAMES))
-    if _backends.load_library() is None
-    else None
-)
+_compiled: Operators | None = None
+if _backends.load_library() is None:
+    define("ncmi_kernels")
+    _compiled = defined("ncmi_kernels")
 
 
 def operators(backend: str) -> Operators:
@@ -53,9 +30,6 @@ def operators(backend: str) -> Operators:
         return _triton.OPERATORS
     assert _compiled is not None
     return _compiled
-
-
-ROW_STATS, CLASS_STATS = 9, 8  # columns of the operators' `rows` and `norms`
 
 
 class CentroidStats(NamedTuple):
@@ -586,186 +560,3 @@ def terms(
     if transforming():
         return _TransformableTerms.apply(input, target, centroid_logits, center, options, backend)
     return _Terms.apply(input, centroid_logits, target, center, options, backend)
-
-
-def _on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
-    """The fake kernel, which also runs where one argument is left on `meta`: then it raises RuntimeError."""
-
-    @wraps(fake)
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        arguments = zip(signature(fake).parameters, args, strict=False)
-        tensors = {name: arg for name, arg in (*arguments, *kwargs.items()) if isinstance(arg, Tensor)}
-        devices = {name: tensor.device for name, tensor in tensors.items()}
-        if len(set(devices.values())) > 1:
-            raise RuntimeError(f"ncmi_kernels: got tensors on several devices, expected one: {devices}")
-        return fake(*args, **kwargs)
-
-    return checked
-
-
-def register_fakes(namespace: str) -> None:
-    """Shapes and dtypes of each operator's outputs, for torch.compile and torch.export."""
-
-    def register(name: str) -> Callable[[Callable[..., Any]], Any]:
-        return lambda fake: torch.library.register_fake(f"{namespace}::{name}", _on_one_device(fake))
-
-    @register("centroid_stats")
-    def _(centroid_logits: Tensor, softmax: bool, centroid_to_sample: bool) -> tuple[Tensor, ...]:
-        classes, columns = centroid_logits.shape
-        return (
-            centroid_logits.new_empty((classes, columns)),
-            centroid_logits.new_empty((classes if centroid_to_sample else 0, columns)),
-            centroid_logits.new_empty((2, columns)),
-            centroid_logits.new_empty((classes + 1, CLASS_STATS), dtype=torch.float64),
-        )
-
-    @register("centroid_step_")
-    def _(
-        input: Tensor,
-        target: Tensor,
-        center: Tensor | None,
-        centroid_logits: Tensor,
-        momentum_buffer: Tensor | None,
-        log_activation: Tensor,
-        activation: Tensor,
-        reference: Tensor,
-        norms: Tensor,
-        rows: Tensor,
-        softmax: bool,
-        centroid_to_sample: bool,
-        ignore_index: int,
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-        nesterov: bool,
-    ) -> None:
-        return None
-
-    @register("terms")
-    def _(
-        input: Tensor,
-        target: Tensor,
-        center: Tensor | None,
-        log_activation: Tensor,
-        activation: Tensor,
-        reference: Tensor,
-        norms: Tensor,
-        temperature: float,
-        l2_normalize: bool,
-        softmax: bool,
-        centroid_to_sample: bool,
-        ignore_index: int,
-    ) -> tuple[Tensor, ...]:
-        rows = input.shape[0]
-        return log_activation.new_empty((2, rows)), norms.new_empty((rows, ROW_STATS))
-
-    @register("loss")
-    def _(
-        input: Tensor,
-        target: Tensor,
-        center: Tensor | None,
-        running_center: Tensor | None,
-        num_batches_tracked: Tensor | None,
-        momentum: float,
-        log_activation: Tensor,
-        activation: Tensor,
-        reference: Tensor,
-        norms: Tensor,
-        weight: Tensor | None,
-        temperature: float,
-        l2_normalize: bool,
-        softmax: bool,
-        centroid_to_sample: bool,
-        batch_ratio: bool,
-        reduction: int,
-        eps: float,
-        ignore_index: int,
-        with_grad: bool,
-    ) -> tuple[Tensor, ...]:
-        rows = input.shape[0]
-        return (
-            log_activation.new_empty((rows,) if REDUCTIONS[reduction] == "none" else ()),
-            norms.new_empty((rows, ROW_STATS)),
-            log_activation.new_empty((0 if running_center is None else input.shape[1],)),
-            log_activation.new_empty(input.shape if with_grad else (0,)),
-            norms.new_empty((2,)),
-        )
-
-    @register("scale_")
-    def _(grad: Tensor, upstream: Tensor) -> None:
-        return None
-
-    @register("input_grad")
-    def _(
-        input: Tensor,
-        target: Tensor,
-        center: Tensor | None,
-        log_activation: Tensor,
-        activation: Tensor,
-        reference: Tensor,
-        norms: Tensor,
-        rows: Tensor,
-        upstream: Tensor | None,
-        centroid_to_sample: bool,
-        ignore_index: int,
-    ) -> Tensor:
-        return input.new_empty(input.shape)
-
-    @register("centroid_grad")
-    def _(
-        input: Tensor,
-        target: Tensor,
-        center: Tensor | None,
-        centroid_logits: Tensor,
-        log_activation: Tensor,
-        activation: Tensor,
-        reference: Tensor,
-        norms: Tensor,
-        rows: Tensor,
-        upstream: Tensor | None,
-        centroid_to_sample: bool,
-        ignore_index: int,
-        totals: Tensor | None = None,
-    ) -> Tensor:
-        return centroid_logits.new_empty(centroid_logits.shape)
-
-    @register("class_totals")
-    def _(
-        input: Tensor,
-        target: Tensor,
-        center: Tensor | None,
-        rows: Tensor,
-        upstream: Tensor | None,
-        centroid_to_sample: bool,
-        ignore_index: int,
-    ) -> Tensor:
-        return rows.new_empty((input.shape[1] + 1,))
-
-    @register("update_center_")
-    def _(
-        center: Tensor,
-        num_batches_tracked: Tensor,
-        input: Tensor,
-        target: Tensor,
-        momentum: float,
-        num_classes: int,
-        ignore_index: int,
-    ) -> Tensor:
-        return center.new_empty(center.shape)
-
-
-def skip_autograd(namespace: str) -> Library:
-    """Let calls pass the dispatcher's autograd layer: its fallback costs as much as the smaller kernels do.
-
-    The autograd Functions above, which alone call the operators, run them without gradients. Lasts as long as the
-    object that is returned.
-    """
-    library = Library(namespace, "IMPL", "Autograd")
-    for name in NAMES:
-        library.impl(name, torch.library.fallthrough_kernel)
-    return library
-
-
-if _backends.load_library() is None:
-    register_fakes("ncmi_kernels")
-    _library = skip_autograd("ncmi_kernels")

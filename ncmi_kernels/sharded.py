@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ncmi_kernels import _backends, _ops, functional, reference
+from ncmi_kernels import _backends, _ops, _schema, functional, reference
 from ncmi_kernels._distributed import Group
 from ncmi_kernels._options import Options
 from ncmi_kernels._reduction import reduced, refuse_double_backward, row_weights
@@ -388,7 +388,7 @@ def _of_all(
         weight, weight_sum = torch.zeros_like(by), torch.ones_like(constant)
     # What rounding loses enters the mean under p; under the mean centroid instead it goes into the constant.
     lost = (by * (exact - exact.to(dtype).double())).sum()
-    record = torch.zeros(_ops.CLASS_STATS, dtype=torch.float64, device=sums.device)
+    record = torch.zeros(_schema.CLASS_STATS, dtype=torch.float64, device=sums.device)
     record[0], record[1], record[2] = weight_sum, constant - lost, num_classes
     return torch.stack([exact, weight]).to(dtype), record
 

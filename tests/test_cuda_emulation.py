@@ -23,7 +23,7 @@ from test_kernels import (
 from torch.utils import cpp_extension
 
 import ncmi_kernels
-from ncmi_kernels import _ops, functional, ncmi_loss, ncmi_terms, reference
+from ncmi_kernels import _ops, _schema, functional, ncmi_loss, ncmi_terms, reference
 from ncmi_kernels._options import Options
 
 ROOT = Path(__file__).parent.parent
@@ -39,7 +39,7 @@ def library(tmp_path_factory):
     """csrc/cuda compiled by the host compiler."""
     directory = tmp_path_factory.mktemp("emulation")
     sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "csrc" / "cuda" / "ops_cuda.cpp"]
-    sources += [ROOT / "csrc" / "ops.cpp", EMULATION / "emulation.cpp"]
+    sources.append(EMULATION / "emulation.cpp")
     flags = ["-x", "c++", "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
     flags += ["-Werror", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020C000000000000"]
     flags += ["-include", str(EMULATION / "emulation.h")]
@@ -55,6 +55,7 @@ def library(tmp_path_factory):
     path = directory / "ncmi_emulated.so"
     link = [f"-L{p}" for p in cpp_extension.library_paths()] + ["-ltorch", "-ltorch_cpu", "-lc10"]
     subprocess.run(["g++", "-shared", "-Wl,-Bsymbolic", "-o", str(path), *objects, *link], check=True)
+    _schema.define("ncmi_emulated")
     torch.ops.load_library(str(path))
     return path
 
@@ -62,7 +63,7 @@ def library(tmp_path_factory):
 @pytest.fixture
 def emulated(library):
     """The operators, as "cpu" and "cuda" have them."""
-    return _ops.Operators(*(getattr(torch.ops.ncmi_emulated, name).default for name in _ops.NAMES))
+    return _schema.defined("ncmi_emulated")
 
 
 @pytest.fixture
@@ -438,7 +439,7 @@ def test_extremes_of_either_separation(runs):
     test_extremes.test_a_step_of_a_batch_without_rows_moves_nothing("cpu")
 
 
-@pytest.mark.parametrize("name", _ops.NAMES)
+@pytest.mark.parametrize("name", _schema.SCHEMAS)
 def test_tensors_that_do_not_fit(emulated, name):
     for centroid_to_sample in (False, True):
         test_operators.check_tensors(emulated, name, centroid_to_sample)

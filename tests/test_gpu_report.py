@@ -786,7 +786,7 @@ def test_benchmark_command_line(tmp_path, monkeypatch):
 @needs_cpu_kernels
 def test_the_sanitizer_sees_every_operator(monkeypatch):
     calls = sanitize_cases.run_all("cpu", "cpu", [(5, 3, 7)])
-    assert all(calls[name] for name in sanitize_cases._ops.NAMES), calls
+    assert all(calls[name] for name in sanitize_cases.SCHEMAS), calls
     assert sanitize_cases._ops.operators("cpu").loss is torch.ops.ncmi_kernels.loss.default, "as it was before"
     monkeypatch.setattr(sanitize_cases, "run_all", lambda backend, device: Counter(loss=1))
     assert sanitize_cases.main([]) == 1

@@ -7,7 +7,7 @@ import torch
 from conftest import KERNELS
 from torch import Tensor
 
-from ncmi_kernels import _ops
+from ncmi_kernels import _ops, _schema
 
 ROWS, CLASSES, COLUMNS = 7, 5, 19
 LONE = 3  # of the columns of norms
@@ -18,7 +18,7 @@ CONTIGUOUS = {"center", "running_center", "log_activation", "activation", "refer
 CONTIGUOUS |= {"totals", "grad", "momentum_buffer"}
 
 
-def arguments(run: _ops.Operators, name: str, centroid_to_sample: bool) -> dict[str, object]:
+def arguments(run: _schema.Operators, name: str, centroid_to_sample: bool) -> dict[str, object]:
     """Arguments that fit, by the names of the schema."""
     input, target = torch.randn(ROWS, COLUMNS), torch.arange(ROWS) % CLASSES
     logits = 10 * torch.eye(CLASSES, COLUMNS)  # of which the statistics name the column that differs
@@ -87,7 +87,7 @@ def spoilt(name: str, argument: str, good: Tensor) -> list[Tensor]:
     return bad
 
 
-def check_refuses(run: _ops.Operators, name: str, spoiled: dict[str, object]) -> None:
+def check_refuses(run: _schema.Operators, name: str, spoiled: dict[str, object]) -> None:
     """An error, which has changed none of the other arguments."""
     tensors = [t for t in spoiled.values() if isinstance(t, Tensor) and t.untyped_storage().nbytes()]
     before = [t.clone() for t in tensors]
@@ -97,7 +97,7 @@ def check_refuses(run: _ops.Operators, name: str, spoiled: dict[str, object]) ->
         assert torch.equal(t.nan_to_num(7), old.nan_to_num(7)), (name, "moved something")
 
 
-def check_tensors(run: _ops.Operators, name: str, centroid_to_sample: bool) -> None:
+def check_tensors(run: _schema.Operators, name: str, centroid_to_sample: bool) -> None:
     """Each tensor in turn of another shape, dtype or layout."""
     getattr(run, name)(*arguments(run, name, centroid_to_sample).values())
     good = arguments(run, name, centroid_to_sample)
@@ -110,7 +110,7 @@ def check_tensors(run: _ops.Operators, name: str, centroid_to_sample: bool) -> N
                 raise
 
 
-def check_combinations(run: _ops.Operators) -> None:
+def check_combinations(run: _schema.Operators) -> None:
     """Of the operator loss: what no combination of its arguments may break."""
     good = arguments(run, "loss", False)
     for bad in (
@@ -128,7 +128,7 @@ def check_combinations(run: _ops.Operators) -> None:
         check_refuses(run, "loss", {**good, **bad})
 
 
-def check_targets(run: _ops.Operators, values=(CLASSES, -1, 2**62, -(2**63))) -> None:
+def check_targets(run: _schema.Operators, values=(CLASSES, -1, 2**62, -(2**63))) -> None:
     for name in ("terms", "loss", "input_grad", "centroid_grad", "centroid_step_", "update_center_"):
         good = arguments(run, name, False)
         for value in values:
@@ -137,8 +137,8 @@ def check_targets(run: _ops.Operators, values=(CLASSES, -1, 2**62, -(2**63))) ->
             check_refuses(run, name, {**good, "target": target})
 
 
-def check_empty_batches(run: _ops.Operators) -> None:
-    for name in _ops.NAMES:
+def check_empty_batches(run: _schema.Operators) -> None:
+    for name in _schema.SCHEMAS:
         good = arguments(run, name, True)
         empty = {key: good[key][:0] for key in ("input", "target", "rows", "grad") if key in good}
         if name not in ("scale_", "centroid_stats") and "upstream" in good:
@@ -146,7 +146,9 @@ def check_empty_batches(run: _ops.Operators) -> None:
         getattr(run, name)(*{**good, **empty}.values())
 
 
-def check_statistics_that_are_none(run: _ops.Operators, values=(math.nan, math.inf, -math.inf, 1e300, -1e300, 5.5, -1)):
+def check_statistics_that_are_none(
+    run: _schema.Operators, values=(math.nan, math.inf, -math.inf, 1e300, -1e300, 5.5, -1)
+):
     """Any numbers for what the forward pass leaves: wrong results at the most."""
     for name in ("terms", "loss", "input_grad", "centroid_grad", "centroid_step_", "class_totals"):
         for table in ("norms", "rows"):
@@ -158,7 +160,7 @@ def check_statistics_that_are_none(run: _ops.Operators, values=(math.nan, math.i
                     getattr(run, name)(*good.values())
 
 
-def check_count_of_batches(run: _ops.Operators) -> None:
+def check_count_of_batches(run: _schema.Operators) -> None:
     most = torch.tensor(torch.iinfo(torch.int64).max)
     for name in ("loss", "update_center_"):
         run_with = {**arguments(run, name, False), "num_batches_tracked": most}
@@ -171,7 +173,7 @@ every_backend = pytest.mark.parametrize("backend", KERNELS)
 
 @every_backend
 @pytest.mark.parametrize("centroid_to_sample", [False, True])
-@pytest.mark.parametrize("name", _ops.NAMES)
+@pytest.mark.parametrize("name", _schema.SCHEMAS)
 def test_tensors_that_do_not_fit(name, centroid_to_sample, backend):
     check_tensors(_ops.operators(backend), name, centroid_to_sample)
 

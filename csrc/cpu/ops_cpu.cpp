@@ -1,4 +1,8 @@
-// The CPU implementations: tensors to pointers, checks, work shared out over threads.
+// The CPU implementations of the operators (ncmi_kernels/_schema.py declares them): tensors to pointers, checks, work
+// shared out over threads.
+//
+// Only LibTorch's stable ABI is used, and no part of the CPython API: one binary serves every torch from 2.12 on
+// and every Python that those run on. The library is loaded with torch.ops.load_library.
 //
 // Every output element has one owner and every sum one order, whatever the number of threads: the same bits each
 // run, on one thread or many.
@@ -691,6 +695,9 @@ STABLE_TORCH_LIBRARY_IMPL(ncmi_kernels, CPU, m) {
   m.impl("class_totals", TORCH_BOX(&ncmi::cpu::class_totals));
   m.impl("update_center_", TORCH_BOX(&ncmi::cpu::update_center_));
 }
+
+// The instruction set that the kernels use: "default", "avx2" or "avx512".
+STABLE_TORCH_LIBRARY_FRAGMENT(ncmi_kernels, m) { m.def("cpu_capability() -> str"); }
 
 STABLE_TORCH_LIBRARY_IMPL(ncmi_kernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&ncmi::cpu::cpu_capability));

@@ -1,4 +1,4 @@
-"""The Triton kernels: what csrc/ops.cpp declares, by rows, by columns and by classes.
+"""The Triton kernels of the operators, by rows, by columns and by classes.
 
 The formulas are those of csrc/ncmi_math.h and README "What is computed"; the statistics of a row and of the centroids
 mean what csrc/cpu/kernels.h says. Every output element has one owner and every sum one order: no atomics, the same bits
@@ -32,7 +32,7 @@ LARGEST_64 = tl.constexpr(1.7976931348623157e308)
 # grid that is coarse beside that of sigma, where it rounds alike in all columns; and at last sigma underflows.
 SHIFTED_FROM = tl.constexpr(-2.0)
 
-# Columns of `rows`, csrc/cpu/kernels.h RowStats.
+# Columns of `rows`, csrc/layout.h RowStats.
 STATS = tl.constexpr(9)
 SCALE = tl.constexpr(0)
 INVERSE_LENGTH = tl.constexpr(1)

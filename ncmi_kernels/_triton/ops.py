@@ -1,4 +1,4 @@
-"""The operators of csrc/ops.cpp on Triton: outputs allocated, kernels launched.
+"""The operators on Triton: outputs allocated, kernels launched.
 
 Called directly in eager mode; under torch.compile through the dispatcher, as opaque operators of a namespace of their
 own. Shapes: B rows, M columns, C classes.
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import Library
 
-from ncmi_kernels import _backends, _ops
+from ncmi_kernels import _backends, _schema
 from ncmi_kernels._options import REDUCTIONS
 from ncmi_kernels._triton import kernels
 
@@ -188,14 +188,14 @@ def _check_centroids(
     _check("log_activation", log_activation, input, dtype, (classes, columns))
     _check("activation", activation, input, dtype, (classes if centroid_to_sample else 0, columns))
     _check("reference", reference, input, dtype, (2, columns))
-    _check("norms", norms, input, _DOUBLE, (classes + 1, _ops.CLASS_STATS))
+    _check("norms", norms, input, _DOUBLE, (classes + 1, _schema.CLASS_STATS))
     _require(input.dim() == 2 and input.shape[1] == columns, "input has an unexpected shape")
     _require(classes > 0 or input.shape[0] == 0, "log_activation must not be empty")
 
 
 def _check_rows(input: Tensor, rows: Tensor, upstream: Tensor | None) -> None:
     count = input.shape[0]
-    _check("rows", rows, input, _DOUBLE, (count, _ops.ROW_STATS))
+    _check("rows", rows, input, _DOUBLE, (count, _schema.ROW_STATS))
     if upstream is not None:
         _check("upstream", upstream, input, _ARITHMETIC, (count,) if upstream.dim() else (), strided=True)
 
@@ -291,7 +291,7 @@ def centroid_stats(
     log_activation = centroid_logits.new_empty((classes, columns))
     activation = centroid_logits.new_empty((classes if centroid_to_sample else 0, columns))
     reference = centroid_logits.new_empty((2, columns))
-    norms = centroid_logits.new_empty((classes + 1, _ops.CLASS_STATS), dtype=torch.float64)
+    norms = centroid_logits.new_empty((classes + 1, _schema.CLASS_STATS), dtype=torch.float64)
     with _on(centroid_logits):
         _write_stats(centroid_logits, softmax, centroid_to_sample, log_activation, activation, reference, norms)
     return log_activation, activation, reference, norms
@@ -318,7 +318,7 @@ def _launch_rows(
     """The rows' statistics [B, 9] and sums [4, B], float64, as terms_kernel leaves them."""
     rows, columns = input.shape
     classes = log_activation.shape[0]
-    stats = norms.new_empty((rows, _ops.ROW_STATS))
+    stats = norms.new_empty((rows, _schema.ROW_STATS))
     sums = norms.new_empty((4, rows))
     if rows == 0:
         return stats, sums
@@ -1001,43 +1001,10 @@ def class_totals(
 # Operators for the dispatcher
 # ----------------------------------------------------------------------------------------------------------------------
 
-# As in csrc/ops.cpp.
-SCHEMAS = (
-    "centroid_stats(Tensor centroid_logits, bool softmax, bool centroid_to_sample)"
-    " -> (Tensor log_activation, Tensor activation, Tensor reference, Tensor norms)",
-    "terms(Tensor input, Tensor target, Tensor? center, Tensor log_activation, Tensor activation,"
-    " Tensor reference, Tensor norms, float temperature, bool l2_normalize, bool softmax,"
-    " bool centroid_to_sample, int ignore_index) -> (Tensor terms, Tensor rows)",
-    "loss(Tensor input, Tensor target, Tensor? center, Tensor(a!)? running_center,"
-    " Tensor(b!)? num_batches_tracked, float momentum, Tensor log_activation, Tensor activation,"
-    " Tensor reference, Tensor norms, Tensor? weight, float temperature, bool l2_normalize, bool softmax,"
-    " bool centroid_to_sample, bool batch_ratio, int reduction, float eps, int ignore_index,"
-    " bool with_grad)"
-    " -> (Tensor loss, Tensor rows, Tensor moved_center, Tensor grad, Tensor means)",
-    "scale_(Tensor(a!) grad, Tensor upstream) -> ()",
-    "input_grad(Tensor input, Tensor target, Tensor? center, Tensor log_activation, Tensor activation,"
-    " Tensor reference, Tensor norms, Tensor rows, Tensor? upstream,"
-    " bool centroid_to_sample, int ignore_index) -> Tensor",
-    "centroid_grad(Tensor input, Tensor target, Tensor? center, Tensor centroid_logits, Tensor log_activation,"
-    " Tensor activation, Tensor reference, Tensor norms, Tensor rows, Tensor? upstream,"
-    " bool centroid_to_sample, int ignore_index, Tensor? totals=None) -> Tensor",
-    "class_totals(Tensor input, Tensor target, Tensor? center, Tensor rows, Tensor? upstream,"
-    " bool centroid_to_sample, int ignore_index) -> Tensor",
-    "centroid_step_(Tensor input, Tensor target, Tensor? center, Tensor(a!) centroid_logits,"
-    " Tensor(b!)? momentum_buffer, Tensor(c!) log_activation, Tensor(d!) activation, Tensor(e!) reference,"
-    " Tensor(f!) norms, Tensor rows, bool softmax, bool centroid_to_sample, int ignore_index, float lr,"
-    " float momentum, float weight_decay, bool nesterov) -> ()",
-    "update_center_(Tensor(a!) center, Tensor(b!) num_batches_tracked, Tensor input, Tensor target,"
-    " float momentum, int num_classes, int ignore_index) -> Tensor",
-)
-
-_library = Library(NAMESPACE, "DEF")
-for _schema in SCHEMAS:
-    _library.define(_schema)
-for _name in _ops.NAMES:
-    _library.impl(_name, globals()[_name], "CompositeExplicitAutograd")
-_ops.register_fakes(NAMESPACE)
-_fallthrough = _ops.skip_autograd(NAMESPACE)
+_schema.define(NAMESPACE)
+_implementations = Library(NAMESPACE, "IMPL")
+for _name in _schema.SCHEMAS:
+    _implementations.impl(_name, globals()[_name], "CompositeExplicitAutograd")
 
 
 def _eager_or_traced(name: str) -> Callable[..., Any]:
@@ -1051,4 +1018,4 @@ def _eager_or_traced(name: str) -> Callable[..., Any]:
     return run
 
 
-OPERATORS = _ops.Operators(*map(_eager_or_traced, _ops.NAMES))
+OPERATORS = _schema.Operators(**{name: _eager_or_traced(name) for name in _schema.SCHEMAS})

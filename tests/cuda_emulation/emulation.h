@@ -25,8 +25,6 @@
   } while (0)
 
 // The operators under a name of their own, for CPU tensors.
-#undef STABLE_TORCH_LIBRARY
-#define STABLE_TORCH_LIBRARY(name, m) _STABLE_TORCH_LIBRARY_FRAGMENT(ncmi_emulated, m, C10_UID)
 #undef STABLE_TORCH_LIBRARY_IMPL
 #define STABLE_TORCH_LIBRARY_IMPL(name, key, m) _STABLE_TORCH_LIBRARY_IMPL(ncmi_emulated, CPU, m, C10_UID)
 

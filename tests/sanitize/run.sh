@@ -18,7 +18,7 @@ compile() {
 mkdir -p build
 trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
 compile "$package/ncmi_kernels/_C.abi3.so" -fPIC -shared -fsanitize=address,undefined,float-cast-overflow \
-  -fno-sanitize-recover=all csrc/ops.cpp csrc/cpu/*.cpp &
+  -fno-sanitize-recover=all csrc/cpu/*.cpp &
 compile build/threads -pthread -fsanitize=thread tests/sanitize/threads.cpp csrc/cpu/kernels_*.cpp
 wait $!
 

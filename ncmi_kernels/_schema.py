@@ -1,0 +1,162 @@
+"""Every operator, declared once for all backends: its schema, the shapes of its outputs, the columns of its records.
+
+B rows, M columns, C classes. "Arithmetic type": float64 where centroid_logits are, else float32.
+"""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+from ncmi_kernels._options import REDUCTIONS
+
+ROW_STATS, CLASS_STATS = 9, 8  # columns of the operators' `rows` and `norms`: csrc/layout.h
+
+_BATCH = "Tensor input, Tensor target, Tensor? center"
+_TABLE = "Tensor log_activation, Tensor activation, Tensor reference, Tensor norms"
+_FEATURES = "float temperature, bool l2_normalize, bool softmax, bool centroid_to_sample"
+
+SCHEMAS = {
+    # What the rows need to know of the centroids, from their logits [C, M] in the arithmetic type:
+    # log_activation [C, M]; activation [C, M], or [0, M] for sample_to_centroid; reference [2, M];
+    # norms [C + 1, 8] float64. The operators below also take a table (log_activation, activation, norms) of only some
+    # of the classes, of which the targets are then row numbers: reference and the last record of norms speak for all C.
+    "centroid_stats": f"(Tensor centroid_logits, bool softmax, bool centroid_to_sample) -> ({_TABLE})",
+    #
+    # By row: terms [2, B] = (concentration, separation) in the arithmetic type; rows [B, 9] float64, what the backward
+    # passes need to form p again and, in the last two columns, zeros for d loss / d terms.
+    "terms": f"({_BATCH}, {_TABLE}, {_FEATURES}, int ignore_index) -> (Tensor terms, Tensor rows)",
+    #
+    # The same, reduced: the loss in the arithmetic type, a scalar or for reduction 0 (none; 1 mean, 2 sum) [B]; rows
+    # with d loss / d terms; means [2] float64, those over the rows of concentration and separation, weighted as the
+    # loss is (NaN where no row counts). Given a running centre in the place of center, the rows are centred by
+    # moved_center, what update_center_ would make of it ([0] without one), and it is moved once nothing can fail any
+    # more. `with_grad`, for the ratio by sample and a scalar loss: d loss / d input [B, M] from the same pass, for an
+    # input in the arithmetic type; else grad is [0].
+    "loss": (
+        f"({_BATCH}, Tensor(a!)? running_center, Tensor(b!)? num_batches_tracked, float momentum, {_TABLE},"
+        f" Tensor? weight, {_FEATURES}, bool batch_ratio, int reduction, float eps, int ignore_index, bool with_grad)"
+        " -> (Tensor loss, Tensor rows, Tensor moved_center, Tensor grad, Tensor means)"
+    ),
+    #
+    # grad [B, M] times upstream [], in place; nothing is touched where that is 1. 0, as in ignored rows, stays 0.
+    "scale_": "(Tensor(a!) grad, Tensor upstream) -> ()",
+    #
+    # Backward by row: d loss / d input [B, M] in the dtype of input. `upstream` (a scalar or [B]) multiplies
+    # d loss / d terms.
+    "input_grad": (
+        f"({_BATCH}, {_TABLE}, Tensor rows, Tensor? upstream, bool centroid_to_sample, int ignore_index) -> Tensor"
+    ),
+    #
+    # The centroid sums: d loss / d centroid_logits [C, M]. `totals`, as class_totals gives them, stand in for the sums
+    # over all rows: those over the rows of a class are of the rows that are passed, which may be none.
+    "centroid_grad": (
+        f"({_BATCH}, Tensor centroid_logits, {_TABLE}, Tensor rows, Tensor? upstream, bool centroid_to_sample,"
+        " int ignore_index, Tensor? totals=None) -> Tensor"
+    ),
+    #
+    # What every class's gradient has of all rows, [M + 1] float64, beta_i = d loss / d G_i: sum_i beta_i p_i, for
+    # centroid_to_sample sum_i beta_i log a_i, and last sum_i beta_i.
+    "class_totals": (f"({_BATCH}, Tensor rows, Tensor? upstream, bool centroid_to_sample, int ignore_index) -> Tensor"),
+    #
+    # A step of torch.optim.SGD on centroid_logits, by the gradient that centroid_grad would give and that is formed a
+    # row at a time; momentum_buffer goes with a momentum. The statistics, those that centroid_stats gave of the
+    # centroids, become those of the new ones, in place. A batch without rows that count, or with terms that are not
+    # finite, moves nothing.
+    "centroid_step_": (
+        f"({_BATCH}, Tensor(a!) centroid_logits, Tensor(b!)? momentum_buffer, Tensor(c!) log_activation,"
+        " Tensor(d!) activation, Tensor(e!) reference, Tensor(f!) norms, Tensor rows, bool softmax,"
+        " bool centroid_to_sample, int ignore_index, float lr, float momentum, float weight_decay, bool nesterov)"
+        " -> ()"
+    ),
+    #
+    # The running centre: set to the mean of the rows at the first batch, then momentum * center +
+    # (1 - momentum) * mean. Returns a copy of the new centre, for the graph to keep.
+    "update_center_": (
+        "(Tensor(a!) center, Tensor(b!) num_batches_tracked, Tensor input, Tensor target, float momentum,"
+        " int num_classes, int ignore_index) -> Tensor"
+    ),
+}
+
+
+def _rows_of(a: SimpleNamespace) -> Tensor:
+    stats: Tensor = a.norms.new_empty((a.input.shape[0], ROW_STATS))
+    return stats
+
+
+def _fake_loss(a: SimpleNamespace) -> tuple[Tensor, ...]:
+    log_activation, norms = a.log_activation, a.norms
+    return (
+        log_activation.new_empty(a.input.shape[:1] if REDUCTIONS[a.reduction] == "none" else ()),
+        _rows_of(a),
+        log_activation.new_empty((0 if a.running_center is None else a.input.shape[1],)),
+        log_activation.new_empty(a.input.shape if a.with_grad else (0,)),
+        norms.new_empty((2,)),
+    )
+
+
+def _fake_centroid_stats(a: SimpleNamespace) -> tuple[Tensor, ...]:
+    logits = a.centroid_logits
+    classes, columns = logits.shape
+    return (
+        logits.new_empty((classes, columns)),
+        logits.new_empty((classes if a.centroid_to_sample else 0, columns)),
+        logits.new_empty((2, columns)),
+        logits.new_empty((classes + 1, CLASS_STATS), dtype=torch.float64),
+    )
+
+
+# Of the arguments, by their names: outputs for torch.compile and torch.export. What only writes in place has none.
+_FAKES: dict[str, Callable[[SimpleNamespace], Any]] = {
+    "centroid_stats": _fake_centroid_stats,
+    "terms": lambda a: (a.log_activation.new_empty((2, a.input.shape[0])), _rows_of(a)),
+    "loss": _fake_loss,
+    "input_grad": lambda a: a.input.new_empty(a.input.shape),
+    "centroid_grad": lambda a: a.centroid_logits.new_empty(a.centroid_logits.shape),
+    "class_totals": lambda a: a.rows.new_empty((a.input.shape[1] + 1,)),
+    "update_center_": lambda a: a.center.new_empty(a.center.shape),
+}
+
+
+class Operators(SimpleNamespace):
+    """One backend's implementation of every operator, by the operator's name."""
+
+
+_libraries: list[Library] = []  # a registration lasts as long as its library
+
+
+def define(namespace: str) -> None:
+    """Declare the operators in a namespace of torch.ops.
+
+    Calls pass the dispatcher's autograd layer, whose fallback costs as much as the smaller kernels do: the autograd
+    Functions of `_ops`, which alone call the operators, run them without gradients.
+    """
+    library = Library(namespace, "DEF")
+    _libraries.append(library)
+    for name, schema in SCHEMAS.items():
+        library.define(name + schema)
+        torch.library.register_fake(f"{namespace}::{name}", _fake_of(namespace, name), lib=library)
+        library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+
+
+def defined(namespace: str) -> Operators:
+    """The operators of a namespace."""
+    return Operators(**{name: getattr(getattr(torch.ops, namespace), name).default for name in SCHEMAS})
+
+
+def _fake_of(namespace: str, operator: str) -> Callable[..., Any]:
+    declared = getattr(getattr(torch.ops, namespace), operator).default._schema.arguments
+    names, fake = [argument.name for argument in declared], _FAKES.get(operator)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        # A fake kernel also runs where a single argument is on `meta`.
+        devices = {name: value.device for name, value in arguments.items() if isinstance(value, Tensor)}
+        if len(set(devices.values())) > 1:
+            raise RuntimeError(f"ncmi_kernels: got tensors on several devices, expected one: {devices}")
+        return None if fake is None else fake(SimpleNamespace(**arguments))
+
+    return run
