@@ -39,7 +39,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.multiprocessing.spawn import spawn
 
 from ncmi_kernels import ShardedNCMILoss
-from ncmi_kernels._distributed import Group
+from ncmi_kernels._group import Group
 
 CLASSES = (1_000, 10_000, 100_000, 1_000_000)
 STEPS = 3

@@ -7,18 +7,16 @@ each row.
 """
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ncmi_kernels import _ops, _schema, reference
+from ncmi_kernels._group import Group
 from ncmi_kernels._modes import concrete, jit_tracing, plain_backward, transforming
 from ncmi_kernels._options import Options
 from ncmi_kernels._reduction import reduced, refuse_double_backward, row_weights
-
-if TYPE_CHECKING:
-    from ncmi_kernels._distributed import Group
 
 # Columns of the operators' `rows` (RowStats in csrc/layout.h) and `norms` (ClassStats, and AllStats in the last row).
 SCALE, SHIFT, INVERSE_NORM, OWN_MEAN, ALL_MEAN, BY_CONCENTRATION, BY_SEPARATION = 0, 3, 4, 5, 6, 7, 8
@@ -286,7 +284,7 @@ class _Loss(torch.autograd.Function):
 
 
 def _reduced(
-    rows: Rows, target: Tensor, weight: Tensor | None, options: Options, group: "Group | None"
+    rows: Rows, target: Tensor, weight: Tensor | None, options: Options, group: Group | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     w, kept = row_weights(target, weight, options.ignore_index)
     result, by_terms, means = reduced(rows.concentration, rows.separation, w, kept, options, group)
@@ -347,7 +345,7 @@ def loss(
     backend: str,
     stats: CentroidStats | None,
     *,
-    group: "Group | None" = None,
+    group: Group | None = None,
     seen: list[Any] | None = None,
 ) -> Tensor:
     """As :func:`_ops.loss`; with a `group` as :func:`_distributed.loss`. torch.func transforms the reference."""
@@ -380,7 +378,7 @@ def centroid_gradient(
     backend: str,
     stats: CentroidStats | None,
     rows: Rows | None = None,
-    group: "Group | None" = None,
+    group: Group | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`_ops.centroid_gradient`; `rows` are what :func:`loss` has seen of the same batch, or None.
 

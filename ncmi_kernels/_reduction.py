@@ -1,18 +1,14 @@
 """From the terms of the rows to the loss, with the derivatives by the terms."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from ncmi_kernels._group import Group
 from ncmi_kernels._options import Options
-
-if TYPE_CHECKING:
-    from ncmi_kernels._distributed import Group
 
 
 def reduced(
-    concentration: Tensor, separation: Tensor, weight: Tensor, kept: Tensor, options: Options, group: "Group | None"
+    concentration: Tensor, separation: Tensor, weight: Tensor, kept: Tensor, options: Options, group: Group | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss from the terms and weights [B] of the rows; those that are not `kept` are zero in all three.
 

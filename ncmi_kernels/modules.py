@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ncmi_kernels import _backends, _distributed, _focus, _ops, functional, reference
+from ncmi_kernels._group import Group
 from ncmi_kernels._modes import concrete, forward_mode, jit_tracing, transforming
 from ncmi_kernels._options import OPTION_NAMES, Options, check_choice, check_fraction
 from ncmi_kernels._watch import Watch
@@ -162,7 +163,7 @@ class NCMILoss(nn.Module):
         if backend is not None:
             check_choice("backend", backend, _backends.BACKENDS)
         self.backend = backend
-        self._group = None if process_group is None else _distributed.Group(process_group)
+        self._group = None if process_group is None else Group(process_group)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"dtype: got {dtype!r}, expected a floating torch.dtype")
@@ -294,7 +295,7 @@ class NCMILoss(nn.Module):
 
     @process_group.setter
     def process_group(self, value: Any) -> None:
-        self._group = None if value is None else _distributed.Group(value)
+        self._group = None if value is None else Group(value)
 
     @torch.no_grad()
     def centroid_gradient(self, features: Tensor, target: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ncmi_kernels import _backends, _ops, _schema, functional, reference
-from ncmi_kernels._distributed import Group
+from ncmi_kernels._group import Group
 from ncmi_kernels._options import Options
 from ncmi_kernels._reduction import reduced, refuse_double_backward, row_weights
 from ncmi_kernels.modules import INITIAL_LOGIT, NCMILoss
