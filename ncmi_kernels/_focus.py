@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ncmi_kernels import _ops, _schema, reference
-from ncmi_kernels._group import Group
 from ncmi_kernels._modes import concrete, jit_tracing, plain_backward, transforming
 from ncmi_kernels._options import Options
+from ncmi_kernels._problem import Problem
 from ncmi_kernels._reduction import reduced, refuse_double_backward, row_weights
 
 # Columns of the operators' `rows` (RowStats in csrc/layout.h) and `norms` (ClassStats, and AllStats in the last row).
@@ -246,12 +246,12 @@ class _Loss(torch.autograd.Function):
     """The loss, of the arguments of :func:`loss`."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, centroid_logits: Tensor, others: tuple[Any, ...]) -> Tensor:
-        target, center, weight, options, backend, stats, group, seen = others
+    def forward(ctx: Any, input: Tensor, centroid_logits: Tensor, problem: Problem, seen: list[Any] | None) -> Tensor:
+        target, center, weight, options, backend, stats, group = problem
         with reference.no_autocast(input.device):
             stats = stats or centroid_stats(centroid_logits, options, backend)
             rows = compute_rows(input, target, center, stats, options, backend)
-        result, by_terms, means = _reduced(rows, target, weight, options, group)
+        result, by_terms, means = _reduced(rows, problem)
         if seen is not None:
             seen.append(means)
             if not torch.compiler.is_compiling():
@@ -269,24 +269,27 @@ class _Loss(torch.autograd.Function):
             if repeated:
                 with reference.no_autocast(input.device):
                     rows = compute_rows(input, target, center, stats, options, backend)
-                by_terms = _reduced(rows, target, weight, options, group)[1]
+                by_terms = _reduced(rows, Problem(target, center, weight, options, backend, stats, group))[1]
             # Ignored rows have zeros, which an infinite gradient would not keep.
             by_terms = torch.where(rows.kept, by_terms * upstream, 0)
-            return *_grads(input, centroid_logits, center, rows, by_terms, stats, options, backend, wanted), None
+            return *_grads(input, centroid_logits, center, rows, by_terms, stats, options, backend, wanted), None, None
         if group is not None:
             refuse_double_backward("process_group")
-        return *_ops.grads_by_autograd(
-            lambda: reference.loss(input, target, centroid_logits, center, weight, options),
-            (input, centroid_logits),
-            wanted[:2],
-            upstream,
-        ), None
+        return (
+            *_ops.grads_by_autograd(
+                lambda: reference.loss(input, target, centroid_logits, center, weight, options),
+                (input, centroid_logits),
+                wanted[:2],
+                upstream,
+            ),
+            None,
+            None,
+        )
 
 
-def _reduced(
-    rows: Rows, target: Tensor, weight: Tensor | None, options: Options, group: Group | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    w, kept = row_weights(target, weight, options.ignore_index)
+def _reduced(rows: Rows, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    options, group = problem.options, problem.group
+    w, kept = row_weights(problem.target, problem.weight, options.ignore_index)
     result, by_terms, means = reduced(rows.concentration, rows.separation, w, kept, options, group)
     if group is not None:
         by_terms = by_terms * group.size  # of the average that DistributedDataParallel takes, the sum is left
@@ -335,25 +338,13 @@ class _Terms(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
-def loss(
-    input: Tensor,
-    target: Tensor,
-    centroid_logits: Tensor,
-    center: Tensor | None,
-    weight: Tensor | None,
-    options: Options,
-    backend: str,
-    stats: CentroidStats | None,
-    *,
-    group: Group | None = None,
-    seen: list[Any] | None = None,
-) -> Tensor:
-    """As :func:`_ops.loss`; with a `group` as :func:`_distributed.loss`. torch.func transforms the reference."""
+def loss(input: Tensor, centroid_logits: Tensor, problem: Problem, *, seen: list[Any] | None = None) -> Tensor:
+    """As :func:`_ops.loss`; with a group as :func:`_distributed.loss`. torch.func transforms the reference."""
     if transforming() or jit_tracing():
-        assert group is None
+        target, center, weight, options, *_ = problem
+        assert problem.group is None
         return reference.loss(input, target, centroid_logits, center, weight, options)
-    others = target, center, weight, options, backend, stats, group, seen
-    result = _Loss.apply(input, centroid_logits, others)
+    result = _Loss.apply(input, centroid_logits, problem, seen)
     if seen is not None and torch.compiler.is_compiling():
         seen.append(seen.pop().detach())  # what leaves a traced Function requires a gradient
     return result
@@ -369,21 +360,13 @@ def terms(
 
 
 def centroid_gradient(
-    input: Tensor,
-    target: Tensor,
-    centroid_logits: Tensor,
-    center: Tensor | None,
-    weight: Tensor | None,
-    options: Options,
-    backend: str,
-    stats: CentroidStats | None,
-    rows: Rows | None = None,
-    group: Group | None = None,
+    input: Tensor, centroid_logits: Tensor, problem: Problem, rows: Rows | None = None
 ) -> tuple[Tensor, Tensor]:
     """As :func:`_ops.centroid_gradient`; `rows` are what :func:`loss` has seen of the same batch, or None.
 
-    With a `group`, this process's part of the gradient of the loss of all processes' rows.
+    With a group, this process's part of the gradient of the loss of all processes' rows.
     """
+    target, center, weight, options, backend, stats, group = problem
     with torch.no_grad(), reference.no_autocast(input.device):
         stats = stats or centroid_stats(centroid_logits, options, backend)
         rows = rows or compute_rows(input, target, center, stats, options, backend)

@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from ncmi_kernels import _backends, reference
 from ncmi_kernels._modes import forward_mode, jit_tracing, mapped_backward, plain_backward, transforming
 from ncmi_kernels._options import Options
+from ncmi_kernels._problem import Problem
 from ncmi_kernels._schema import Operators, define, defined
 
 # "cpu" and "cuda": the dispatcher tells them apart by the tensors. Looked up once, as that costs as much as some calls.
@@ -68,14 +69,10 @@ def update_center_(
 def _grads(
     wanted: Sequence[bool],
     input: Tensor,
-    target: Tensor,
     centroid_logits: Tensor,
-    center: Tensor | None,
-    stats: Sequence[Tensor],
+    problem: Problem,
     rows: Tensor,
     upstream: Tensor | None,
-    options: Options,
-    backend: str,
     made: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of input [B, M] and centroid_logits [C, M], each only where it is wanted.
@@ -84,6 +81,7 @@ def _grads(
     scaled in place.
     """
     grad_input = grad_centroids = None
+    target, center, _, options, backend, stats, _ = problem
     run = operators(backend)
     last = options.centroid_to_sample, options.ignore_index
     if wanted[0]:
@@ -149,23 +147,20 @@ def saved(ctx: Any) -> tuple[Sequence[Any], bool]:
     return (center, *tensors[1:]), True
 
 
-# target, center, weight, options, backend, stats, update, one_pass and seen, as :func:`loss` has them.
-Others = tuple[
-    Tensor,
-    Tensor | None,
-    Tensor | None,
-    Options,
-    str,
-    CentroidStats | None,
-    CenterUpdate | None,
-    bool,
-    list[Tensor] | None,
-]
+class _Pass(NamedTuple):
+    """What a forward pass does besides computing the loss."""
+
+    update: CenterUpdate | None  # moves the centre, which is a running one then
+    one_pass: bool  # makes the gradient of the input as well
+    seen: list[Tensor] | None  # takes what :func:`loss` appends
 
 
-def _run_loss(input: Tensor, centroid_logits: Tensor, others: Others) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+def _run_loss(
+    input: Tensor, centroid_logits: Tensor, problem: Problem, by: _Pass
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """The loss, and what its backward pass needs."""
-    target, center, weight, options, backend, stats, update, one_pass, seen = others
+    target, center, weight, options, backend, stats, _ = problem
+    update, one_pass, seen = by
     if stats is None:
         stats = centroid_stats(centroid_logits, options, backend)
     moving = (center, None, None, 0.0) if update is None else (None, center, *update)
@@ -188,55 +183,45 @@ def _run_loss(input: Tensor, centroid_logits: Tensor, others: Others) -> tuple[T
 
 
 class _Loss(torch.autograd.Function):
-    """The loss, of the arguments of :func:`loss`; what is not differentiated comes in one, as each costs time."""
+    """The loss, of the arguments of :func:`loss`; what is not differentiated comes in two, as each costs time."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, centroid_logits: Tensor, others: Others) -> Tensor:
-        result, kept = _run_loss(input, centroid_logits, others)
+    def forward(ctx: Any, input: Tensor, centroid_logits: Tensor, problem: Problem, by: _Pass) -> Tensor:
+        result, kept = _run_loss(input, centroid_logits, problem, by)
         save(ctx, *kept)
-        ctx.options, ctx.backend = others[3:5]
+        ctx.options, ctx.backend = problem.options, problem.backend
         ctx.spent = False  # whether a backward pass has taken over the gradient that the forward pass made
         return result
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (center, centroid_logits, input, target, weight, made, rows, *stats), repeated = saved(ctx)
-        options, backend = ctx.options, ctx.backend
+        problem = Problem(target, center, weight, ctx.options, ctx.backend, stats, None)
+        wanted = ctx.needs_input_grad
         if not plain_backward(upstream):
             by_reference = mapped_backward(upstream)
-            return *grads_by_autograd(
-                lambda: _transformable_loss(
-                    input, target, centroid_logits, center, weight, options, backend, by_reference
+            return (
+                *grads_by_autograd(
+                    lambda: _transformable_loss(input, centroid_logits, problem, by_reference),
+                    (input, centroid_logits),
+                    wanted[:2],
+                    upstream,
                 ),
-                (input, centroid_logits),
-                ctx.needs_input_grad[:2],
-                upstream,
-            ), None
-        if repeated:
-            rows, made = _rows_of_loss(input, target, center, stats, weight, options, backend, made is not None)
-        elif made is not None and ctx.spent:
-            made = operators(backend).input_grad(
-                input, target, center, *stats, rows, None, options.centroid_to_sample, options.ignore_index
+                None,
+                None,
             )
+        if repeated:
+            rows, made = _rows_of_loss(input, problem, made is not None)
+        elif made is not None and ctx.spent:
+            made = _grads((True, False), input, centroid_logits, problem, rows, None)[0]
         if made is not None:
             ctx.spent = True
-        wanted = ctx.needs_input_grad
-        return *_grads(
-            wanted, input, target, centroid_logits, center, stats, rows, upstream, options, backend, made
-        ), None
+        return *_grads(wanted, input, centroid_logits, problem, rows, upstream, made), None, None
 
 
-def _rows_of_loss(
-    input: Tensor,
-    target: Tensor,
-    center: Tensor | None,
-    stats: Sequence[Tensor],
-    weight: Tensor | None,
-    options: Options,
-    backend: str,
-    with_grad: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+def _rows_of_loss(input: Tensor, problem: Problem, with_grad: bool = False) -> tuple[Tensor, Tensor | None]:
     """The rows' statistics with the derivatives of the loss, and for an upstream gradient of 1 that of the input."""
+    target, center, weight, options, backend, stats, _ = problem
     _, rows, _, grad, _ = operators(backend).loss(
         input, target, center, None, None, 0.0, *stats, weight, *options.for_loss, with_grad
     )
@@ -274,7 +259,8 @@ class _Terms(torch.autograd.Function):
             else:
                 rows = rows.clone()
             rows[:, -2], rows[:, -1] = upstream
-            grads = _grads(wanted, input, target, centroid_logits, center, stats, rows, None, options, backend)
+            problem = Problem(target, center, None, options, backend, stats, None)
+            grads = _grads(wanted, input, centroid_logits, problem, rows, None)
         elif forward_mode() or mapped_backward(*upstream):
             grads = _pull_by_reference(input, target, centroid_logits, center, options, upstream)
         else:
@@ -385,7 +371,8 @@ class _TermsGrad(torch.autograd.Function):
         stats = centroid_stats(centroid_logits, options, backend)
         _, rows = operators(backend).terms(input, target, center, *stats, *options.for_terms)
         rows[:, -2], rows[:, -1] = upstream_concentration, upstream_separation
-        return _grads(wanted, input, target, centroid_logits, center, stats, rows, None, options, backend)
+        problem = Problem(target, center, None, options, backend, stats, None)
+        return _grads(wanted, input, centroid_logits, problem, rows, None)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, Tensor | None]) -> None:
@@ -413,16 +400,8 @@ class _TermsGrad(torch.autograd.Function):
         return _map_slices(_TermsGrad, info, in_dims, args, 4, one_batch)
 
 
-def _transformable_loss(
-    input: Tensor,
-    target: Tensor,
-    centroid_logits: Tensor,
-    center: Tensor | None,
-    weight: Tensor | None,
-    options: Options,
-    backend: str,
-    by_reference: bool = False,
-) -> Tensor:
+def _transformable_loss(input: Tensor, centroid_logits: Tensor, problem: Problem, by_reference: bool = False) -> Tensor:
+    target, center, weight, options, backend, *_ = problem
     if by_reference or forward_mode():
         return reference.loss(input, target, centroid_logits, center, weight, options)
     kept = target != options.ignore_index
@@ -435,18 +414,13 @@ def _transformable_loss(
 
 def loss(
     input: Tensor,
-    target: Tensor,
     centroid_logits: Tensor,
-    center: Tensor | None,
-    weight: Tensor | None,
-    options: Options,
-    backend: str,
-    stats: CentroidStats | None,
+    problem: Problem,
     update: CenterUpdate | None,
     *,
     seen: list[Tensor] | None = None,
 ) -> Tensor:
-    """The loss of [B, M] features. `stats` belong to `centroid_logits`, or are computed; `update` moves `center`.
+    """The loss of [B, M] features. Statistics that the problem lacks are computed; `update` moves its centre.
 
     To `seen` are appended what :func:`reference.loss` appends and, but in compiled code, the rows' statistics for
     :func:`centroid_step_`. Nothing within a transform of torch.func, which it would outlive.
@@ -454,40 +428,32 @@ def loss(
     compiling = torch.compiler.is_compiling()
     if transforming() or jit_tracing():
         assert update is None
-        return _transformable_loss(input, target, centroid_logits, center, weight, options, backend)
+        return _transformable_loss(input, centroid_logits, problem)
     graph = torch.is_grad_enabled() and (input.requires_grad or centroid_logits.requires_grad)
     # By sample the gradient of a row is known once the row is: made in this pass, it needs no second one. Half
     # precisions wait for the upstream gradient, which may be what keeps them from underflow.
     one_pass = (
         graph
-        and options.scalar_by_sample
+        and problem.options.scalar_by_sample
         and input.requires_grad
         and input.dtype is centroid_logits.dtype
         and not compiling
     )
-    others = target, center, weight, options, backend, stats, update, one_pass, seen
+    by = _Pass(update, one_pass, seen)
     if not (graph or compiling):
-        return _run_loss(input, centroid_logits, others)[0]
-    result = _Loss.apply(input, centroid_logits, others)
+        return _run_loss(input, centroid_logits, problem, by)[0]
+    result = _Loss.apply(input, centroid_logits, problem, by)
     if seen is not None and compiling:
         seen.append(seen.pop().detach())  # what leaves a traced Function requires a gradient
     return result
 
 
-def centroid_gradient(
-    input: Tensor,
-    target: Tensor,
-    centroid_logits: Tensor,
-    center: Tensor | None,
-    weight: Tensor | None,
-    options: Options,
-    backend: str,
-    stats: CentroidStats | None,
-) -> tuple[Tensor, Tensor]:
+def centroid_gradient(input: Tensor, centroid_logits: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
     """Without a graph: the gradient of the loss of [B, M] features by `centroid_logits` [C, M], and means of terms [2].
 
     The means are NaN where no row counts.
     """
+    target, center, weight, options, backend, stats, _ = problem
     run = operators(backend)
     stats = stats or centroid_stats(centroid_logits, options, backend)
     _, rows, _, _, means = run.loss(input, target, center, None, None, 0.0, *stats, weight, *options.for_loss, False)
@@ -505,30 +471,35 @@ def centroid_gradient(
     return grad, means
 
 
+class SGD(NamedTuple):
+    """The numbers of a step of torch.optim.SGD, in the order that the operator centroid_step_ takes them."""
+
+    lr: float
+    momentum: float
+    weight_decay: float
+    nesterov: bool
+
+
 def centroid_step_(
     input: Tensor,
-    target: Tensor,
     centroid_logits: Tensor,
-    center: Tensor | None,
-    weight: Tensor | None,
-    options: Options,
-    backend: str,
-    stats: CentroidStats,
+    problem: Problem,
     rows: Tensor | None,
     momentum_buffer: Tensor | None,
-    sgd: tuple[float, float, float, bool],
+    sgd: SGD,
 ) -> None:
-    """Move `centroid_logits` [C, M] against :func:`centroid_gradient`, in place; `stats` become those of the new ones.
+    """Move `centroid_logits` [C, M] against :func:`centroid_gradient`, in place.
 
-    `rows` are what :func:`loss` gave of the same batch at the same centroids and centre, or None.
+    The problem's statistics, which are those of the centroids, become those of the new ones. No graph uses the old ones
+    unnoticed: all that have them see that the centroids have changed.
 
-    No graph uses the old `stats` unnoticed: all that have them see that the centroids have changed.
-    `sgd` is learning rate, momentum, weight decay and whether the momentum is Nesterov's; `momentum_buffer` goes with a
-    momentum. A batch with terms that are not finite moves nothing.
+    `rows` are what :func:`loss` gave of the same batch at the same centroids and centre, or None; `momentum_buffer`
+    goes with a momentum. A batch with terms that are not finite moves nothing.
     """
+    target, center, _, options, backend, stats, _ = problem
     run = operators(backend)
     if rows is None:
-        rows, _ = _rows_of_loss(input, target, center, stats, weight, options, backend)
+        rows, _ = _rows_of_loss(input, problem)
     run.centroid_step_(
         input,
         target,

@@ -8,9 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ncmi_kernels import _backends, _focus, _ops, reference
-from ncmi_kernels._modes import concrete
+from ncmi_kernels import _backends, _distributed, _focus, _ops, reference
 from ncmi_kernels._options import Options
+from ncmi_kernels._problem import (
+    Problem,
+    check_batch,
+    check_floating,
+    check_parameters,
+    check_range,
+    flatten,
+    problem_of,
+    to_arithmetic_dtype,
+)
 
 _NOTHING_IGNORED = torch.iinfo(torch.int64).min
 
@@ -110,7 +119,9 @@ def ncmi_loss(
     warn_if_degenerate(options)
     check_parameters(centroid_logits, center, weight)
     check_batch(input, target, centroid_logits)
-    return loss(input, target, centroid_logits, center, weight, options, _backends.resolve(backend, input))
+    resolved = _backends.resolve(backend, input)
+    result = loss(*problem_of(input, target, centroid_logits, center, weight, options, resolved))
+    return result.reshape(target.shape) if options.reduction == "none" else result
 
 
 def ncmi_terms(
@@ -235,100 +246,46 @@ def nsf(input: Tensor, dim: int = -1) -> Tensor:
 
 def loss(
     input: Tensor,
-    target: Tensor,
     centroid_logits: Tensor,
-    center: Tensor | None,
-    weight: Tensor | None,
-    options: Options,
-    backend: str,
-    stats: Any = None,
+    problem: Problem,
     update: _ops.CenterUpdate | None = None,
     *,
     seen: list[Any] | None = None,
 ) -> Tensor:
-    """:func:`ncmi_loss` on checked arguments and a resolved backend; the last three as :func:`_ops.loss` has them."""
-    rows, classes = flatten(input, target)
-    rows, centroid_logits, center, weight = to_arithmetic_dtype(rows, centroid_logits, center, weight)
+    """The loss of a problem, a scalar or [N]; `update` and `seen` as :func:`_ops.loss` has them."""
+    target, center, weight, options, backend, _, group = problem
+    if options.separation_focus and backend != "reference":
+        return _focus.loss(input, centroid_logits, problem, seen=seen)
+    if group is not None:
+        return _distributed.loss(input, centroid_logits, problem, seen=seen)
     if backend == "reference":
-        check_range(classes, len(centroid_logits), options.ignore_index)
-        result = reference.loss(rows, classes, centroid_logits, center, weight, options, means=seen)
-    else:
-        others = classes, centroid_logits, center, weight, options, backend, stats
-        if options.separation_focus:
-            result = _focus.loss(rows, *others, seen=seen)
-        else:
-            result = _ops.loss(rows, *others, update, seen=seen)
-    return result.reshape(target.shape) if options.reduction == "none" else result
+        check_range(target, len(centroid_logits), options.ignore_index)
+        return reference.loss(input, target, centroid_logits, center, weight, options, means=seen)
+    return _ops.loss(input, centroid_logits, problem, update, seen=seen)
 
 
 def centroid_gradient(
-    input: Tensor,
-    target: Tensor,
-    centroid_logits: Tensor,
-    center: Tensor | None,
-    weight: Tensor | None,
-    options: Options,
-    backend: str,
-    stats: Any = None,
-    seen_rows: _focus.Rows | None = None,
+    input: Tensor, centroid_logits: Tensor, problem: Problem, seen_rows: _focus.Rows | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Without a graph: the gradient of :func:`loss` by `centroid_logits` [C, M], in its dtype, and means of terms [2].
+    """Without a graph: the gradient of :func:`loss` by `centroid_logits` [C, M], and means of terms [2].
 
-    The means are NaN where no row counts.
+    The means are NaN where no row counts. With a group, the gradient of the loss of all processes' rows, the same bits
+    on each.
     """
-    logits = centroid_logits.detach()
-    if backend == "reference":
-        means: list[Tensor] = []
+    input, centroid_logits = input.detach(), centroid_logits.detach()
+    if problem.options.separation_focus and problem.backend != "reference":
+        grad, means = _focus.centroid_gradient(input, centroid_logits, problem, seen_rows)
+    elif problem.group is not None:
+        grad, means = _distributed.centroid_gradient(input, centroid_logits, problem)
+    elif problem.backend == "reference":
+        seen: list[Tensor] = []
         with torch.enable_grad():
-            leaf = logits.requires_grad_()
-            value = loss(input.detach(), target, leaf, center, weight, options, backend, seen=means)
-            return torch.autograd.grad(value, leaf)[0], means[0]
-    rows, classes = flatten(input.detach(), target)
-    rows, wide, center, weight = to_arithmetic_dtype(rows, logits, center, weight)
-    others = (classes, wide, center, weight, options, backend, stats)
-    if options.separation_focus:
-        grad, mean_terms = _focus.centroid_gradient(rows, *others, seen_rows)
+            leaf = centroid_logits.requires_grad_()
+            grad = torch.autograd.grad(loss(input, leaf, problem, seen=seen), leaf)[0]
+        means = seen[0]
     else:
-        grad, mean_terms = _ops.centroid_gradient(rows, *others)
-    return grad.to(logits.dtype), mean_terms
-
-
-def flatten(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Bring [M], [B, M] or [B, M, d1, ...] and its target to [N, M] and [N], int64."""
-    if target.dtype is not torch.int64:
-        target = target.long()
-    return (input, target) if input.dim() == 2 else (flatten_features(input), target.flatten())
-
-
-def flatten_features(features: Tensor) -> Tensor:
-    """Bring [M], [B, M] or [B, M, d1, ...] to [N, M]."""
-    if features.dim() == 2:
-        return features
-    return features.unsqueeze(0) if features.dim() == 1 else features.movedim(1, -1).flatten(0, -2)
-
-
-def to_arithmetic_dtype(
-    input: Tensor, centroid_logits: Tensor, center: Tensor | None, weight: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Everything but a half-precision input in the dtype of the arithmetic: float32, or float64 where one is."""
-    if input.dtype is torch.float64 or centroid_logits.dtype is torch.float64:
-        input, dtype = input.double(), torch.float64
-    else:
-        dtype = torch.float32
-    if centroid_logits.dtype is not dtype:
-        centroid_logits = centroid_logits.to(dtype)
-    return input, centroid_logits, _as_constant(center, dtype), _as_constant(weight, dtype)
-
-
-def _as_constant(vector: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A vector as the kernels take it, which a graph can save: autograd refuses what was made in inference mode."""
-    if vector is None:
-        return None
-    if vector.dtype is not dtype or vector.requires_grad or not vector.is_contiguous():
-        vector = vector.detach().to(dtype).contiguous()
-    if not torch.compiler.is_compiling() and vector.is_inference():
-        vector = vector.clone()
-    return vector
+        grad, means = _ops.centroid_gradient(input, centroid_logits, problem)
+    return grad if problem.group is None else problem.group.all_reduce(grad), means
 
 
 @cache
@@ -346,125 +303,3 @@ def warn_if_degenerate(options: Options) -> None:
     """Warn once in a process about the settings with a degenerate minimum."""
     if options.centroid_to_sample and not options.l2_normalize and not torch.compiler.is_compiling():
         _warn_degenerate()
-
-
-def check_parameters(centroid_logits: Tensor, center: Tensor | None, weight: Tensor | None) -> None:
-    """Raise the errors that :func:`ncmi_loss` documents for these."""
-    check_floating("centroid_logits", centroid_logits)
-    if centroid_logits.dim() != 2 or min(centroid_logits.shape) < 2:
-        raise ValueError(
-            f"centroid_logits: got shape {tuple(centroid_logits.shape)}, expected [C, M] with C >= 2 classes and M >= 2"
-        )
-    classes, columns = centroid_logits.shape
-    if center is not None:
-        check_floating("center", center)
-        check_vector("center", center, columns, centroid_logits)
-    if weight is not None:
-        check_floating("weight", weight)
-        check_vector("weight", weight, classes, centroid_logits)
-        check_constant("weight", weight)
-
-
-def check_vector(name: str, vector: Tensor, size: int, like: Tensor) -> None:
-    """Raise ValueError or RuntimeError unless `vector` is [size], on the device of `like`."""
-    if vector.shape != (size,):
-        raise ValueError(f"{name}: got shape {tuple(vector.shape)}, expected ({size},)")
-    check_device(name, vector, like)
-
-
-def check_constant(name: str, value: Tensor) -> None:
-    """Raise RuntimeError for a tensor whose gradient would be missing without a word."""
-    if value.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{name}: got a tensor that requires a gradient, expected {name}.detach(): the loss is not differentiable "
-            "with respect to it"
-        )
-
-
-def check_batch(input: Tensor, target: Tensor, centroid_logits: Tensor) -> None:
-    """Raise the errors that :func:`ncmi_loss` documents for these, but for the range of the targets."""
-    check_floating("input", input)
-    check_target(target)
-    columns = centroid_logits.shape[1]
-    shape = input.shape
-    dims = len(shape)
-    if dims == 0 or shape[min(dims - 1, 1)] != columns:
-        raise ValueError(
-            f"input: got shape {tuple(shape)}, expected [B, M], [M] or [B, M, d1, ...] with M = {columns}, "
-            f"the second dimension of centroid_logits {tuple(centroid_logits.shape)}"
-        )
-    expected = shape[:1] if dims == 2 else shape[:1] + shape[2:] if dims > 1 else ()
-    if target.shape != expected:
-        raise ValueError(
-            f"target: got shape {tuple(target.shape)}, expected {tuple(expected)} for input {tuple(shape)}"
-        )
-    device = input.device
-    if target.device != device or centroid_logits.device != device:
-        check_device("target", target, input)
-        check_device("centroid_logits", centroid_logits, input)
-
-
-def check_target(target: Tensor) -> None:
-    """Raise TypeError or RuntimeError unless `target` is a dense tensor of class indices."""
-    _check_tensor("target", target)
-    if target.dtype is not torch.int64 and target.dtype is not torch.uint8:
-        hint = "; class probabilities are not supported" if target.dtype.is_floating_point else ""
-        raise RuntimeError(
-            f"target: got dtype {target.dtype}, expected torch.int64 (or torch.uint8) class indices{hint}"
-        )
-
-
-def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
-    """Raise RuntimeError unless both tensors are on one device."""
-    if tensor.device != like.device:
-        raise RuntimeError(f"{name}: got device {tensor.device}, expected {like.device}, that of the other tensors")
-
-
-def check_range(target: Tensor, classes: int, ignore_index: int | None) -> None:
-    """Raise IndexError for a target that is neither a class nor ignored; the operator of the loss does it itself."""
-    while not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(target):
-        target = torch._C._functorch.get_unwrapped(
-            target
-        )  # all slices of a mapped target, whichever dimension they are
-    target = target.flatten().long()
-    bad = (target < 0) | (target >= classes)
-    ignored = ""
-    if ignore_index is not None:
-        bad &= target != ignore_index
-        ignored = f" or ignore_index ({ignore_index})"
-    if target.device.type != "cpu" or not concrete(target):
-        torch._assert_async(~bad.any(), f"target: a value is not a class in [0, {classes}){ignored}")
-    elif bad.any():
-        row = int(bad.nonzero()[0])
-        raise IndexError(
-            f"target: value {int(target[row])} at row {row} is out of range, "
-            f"expected a class in [0, {classes}){ignored}"
-        )
-
-
-def _check_tensor(name: str, value: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
-    if value.layout is not torch.strided or value.is_nested:
-        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
-        raise RuntimeError(f"{name}: got {kind}, expected a dense (torch.strided) tensor")
-    if type(value) is not Tensor:
-        refuse_dtensor(name, value, f"{name}.to_local() and NCMILoss(process_group=...), for rows on several processes")
-
-
-def refuse_dtensor(name: str, value: Tensor, remedy: str) -> None:
-    """Raise RuntimeError for a DTensor, of which the kernels would see nothing but this process's part."""
-    if hasattr(type(value), "to_local"):
-        raise RuntimeError(f"{name}: got a DTensor, expected a plain tensor: {remedy}")
-
-
-_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def check_floating(name: str, value: Tensor) -> None:
-    """Raise TypeError or RuntimeError unless `value` is a dense floating tensor."""
-    _check_tensor(name, value)
-    if value.dtype not in _FLOATING:
-        raise RuntimeError(
-            f"{name}: got dtype {value.dtype}, expected torch.float32, torch.float64, torch.bfloat16 or torch.float16"
-        )

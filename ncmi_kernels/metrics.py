@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ncmi_kernels import functional, reference
+from ncmi_kernels import _problem, reference
 from ncmi_kernels._options import Options
 from ncmi_kernels.modules import _check_count
 
@@ -119,7 +119,7 @@ class NCMIMetric(Metric):
             # Relative to the uniform distribution, -log M: NSF stays near it, and small numbers lose less in a sum.
             self.add_state("log_p", torch.zeros_like(moments[:, 2:]), dist_reduce_fx="sum")
         if center is not None:
-            functional.check_floating("center", center)
+            _problem.check_floating("center", center)
             if center.shape != (self.feature_dim,):
                 raise ValueError(f"center: got shape {tuple(center.shape)}, expected ({self.feature_dim},)")
             center = center.detach().to(moments.device, torch.float64, copy=True)
@@ -133,9 +133,9 @@ class NCMIMetric(Metric):
             target: [B], [] or [B, d1, ...].
         """
         self._check(features, target)
-        features, target = functional.flatten(features, target)
+        features, target = _problem.flatten(features, target)
         target = target.long()
-        functional.check_range(target, self.num_classes, self.options.ignore_index)
+        _problem.check_range(target, self.num_classes, self.options.ignore_index)
         kept = target != self.options.ignore_index
         target = target[kept]
         with reference.no_autocast(features.device):
@@ -196,8 +196,8 @@ class NCMIMetric(Metric):
         return self._plot(val, ax)
 
     def _check(self, features: Tensor, target: Tensor) -> None:
-        functional.check_floating("features", features)
-        functional.check_target(target)
+        _problem.check_floating("features", features)
+        _problem.check_target(target)
         shape = features.shape
         if len(shape) == 0 or shape[min(len(shape) - 1, 1)] != self.feature_dim:
             raise ValueError(
@@ -209,7 +209,7 @@ class NCMIMetric(Metric):
             raise ValueError(
                 f"target: got shape {tuple(target.shape)}, expected {tuple(expected)} for features {tuple(shape)}"
             )
-        functional.check_device("target", target, features)
+        _problem.check_device("target", target, features)
         if features.device != self.moments.device:
             raise RuntimeError(
                 f"features: got device {features.device}, expected {self.moments.device}, that of the metric; "

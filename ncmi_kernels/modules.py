@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ncmi_kernels import _backends, _distributed, _focus, _ops, functional, reference
+from ncmi_kernels import _backends, _focus, _ops, _problem, functional, reference
 from ncmi_kernels._group import Group
 from ncmi_kernels._modes import concrete, forward_mode, jit_tracing, transforming
 from ncmi_kernels._options import OPTION_NAMES, Options, check_choice, check_fraction
+from ncmi_kernels._problem import problem_of
 from ncmi_kernels._watch import Watch
 
 INITIAL_LOGIT = 10.0
@@ -174,10 +175,10 @@ class NCMILoss(nn.Module):
         self.register_buffer("center", torch.zeros(self.feature_dim, device=device, dtype=dtype))
         self.register_buffer("num_batches_tracked", torch.zeros((), device=device, dtype=torch.int64))
         if weight is not None:
-            functional.check_floating("weight", weight)
+            _problem.check_floating("weight", weight)
             device_of = self.center if weight.is_meta else weight  # of a meta tensor there is nothing to copy
-            functional.check_vector("weight", weight, self.num_classes, device_of)
-            functional.check_constant("weight", weight)
+            _problem.check_vector("weight", weight, self.num_classes, device_of)
+            _problem.check_constant("weight", weight)
             weight = weight.detach().to(device=self.center.device, dtype=dtype, copy=True)
         self.register_buffer("weight", weight)
         self.register_buffer("class_means", None)
@@ -199,7 +200,7 @@ class NCMILoss(nn.Module):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of features [B, M] (or [M], [B, M, d1, ...]) for targets [B] (or [], [B, d1, ...])."""
         logits = self._whole_centroids()
-        functional.check_batch(input, target, logits)
+        _problem.check_batch(input, target, logits)
         center, weight = self._buffers_for(logits)
         backend = _backends.resolve(self.backend, input)
         center, update, moved = self._center_for(center, input, target, logits, backend)
@@ -209,15 +210,13 @@ class NCMILoss(nn.Module):
                 self._stats_cache = None
         else:
             stats = self._fixed_stats(input, logits, backend)
+        group = self._group if self.training and self.options.reduction != "none" else None
+        problem = problem_of(input, target, logits, center, weight, self.options, backend, stats, group)
         seen: list[Any] = []
-        others = logits, center, weight, self.options, backend, stats
-        if self._group is not None and self.training and self.options.reduction != "none":
-            result = _distributed.loss(input, target, *others, self._group, seen)
-        else:
-            result = functional.loss(input, target, *others, update, seen=seen)
+        result = functional.loss(*problem, update, seen=seen)
         self._commit_center(moved)
         self._keep(seen, input, target, backend)
-        return result
+        return result.reshape(target.shape) if self.options.reduction == "none" else result
 
     @property
     def last_terms(self) -> BatchTerms | None:
@@ -322,16 +321,15 @@ class NCMILoss(nn.Module):
     def _step_gradient(self, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """:meth:`centroid_gradient`, and the means of the terms [2]: NaN where no row counts."""
         logits = self._whole_centroids()
-        functional.check_batch(features, target, logits)
+        _problem.check_batch(features, target, logits)
         center, weight = self._buffers_for(logits)
         backend = _backends.resolve(self.backend, features)
         stats = None if logits.requires_grad else self._fixed_stats(features, logits, backend)
         seen_rows = self._rows_of(features, target, backend) if self.options.separation_focus else None
         self._forget()  # what comes now is a step, perhaps of a fused optimiser, which moves no version counter
-        others = (logits, center, weight, self.options, backend, stats)
-        if self._group is not None:
-            return _distributed.centroid_gradient(features, target, *others, self._group, seen_rows)
-        return functional.centroid_gradient(features, target, *others, seen_rows)
+        problem = problem_of(features, target, logits, center, weight, self.options, backend, stats, self._group)
+        grad, means = functional.centroid_gradient(*problem, seen_rows)
+        return grad.to(logits.dtype), means
 
     def centroids(self) -> Tensor:
         """The centroids [C, M] as distributions: each row sums to one. Differentiable."""
@@ -433,7 +431,7 @@ class NCMILoss(nn.Module):
         logits = self._tensor("centroid_logits")
         if type(logits) is not nn.Parameter:
             remedy = "keep the criterion outside of fully_shard and distribute_module, or use ShardedNCMILoss"
-            functional.refuse_dtensor("centroid_logits", logits, remedy)
+            _problem.refuse_dtensor("centroid_logits", logits, remedy)
         return logits
 
     def _new_centroids(self, device: Any, dtype: torch.dtype) -> Tensor:
@@ -448,17 +446,17 @@ class NCMILoss(nn.Module):
 
     def _counted_probabilities(self, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """For a fit: p [N, M] float64 and classes [N] of its rows, both 0 where ignored; and which are not [N]."""
-        functional.check_batch(features, target, self.centroid_logits)
-        rows, classes = functional.flatten(features, target)
-        functional.check_range(classes, self.num_classes, self.options.ignore_index)
+        _problem.check_batch(features, target, self.centroid_logits)
+        rows, classes = _problem.flatten(features, target)
+        _problem.check_range(classes, self.num_classes, self.options.ignore_index)
         kept = classes != self.options.ignore_index
         p = self._log_probabilities(rows).exp().double()
         return torch.where(kept[:, None], p, 0), classes.masked_fill(~kept, 0), kept
 
     def _check_features(self, features: Tensor) -> torch.Size:
         """The shape of `features` without that of a vector; raises unless they are [B, M], [M] or [B, M, d1, ...]."""
-        functional.check_floating("features", features)
-        functional.check_device("features", features, self.centroid_logits)
+        _problem.check_floating("features", features)
+        _problem.check_device("features", features, self.centroid_logits)
         shape = features.shape
         if not shape or shape[min(1, len(shape) - 1)] != self.feature_dim:
             raise ValueError(
@@ -475,7 +473,7 @@ class NCMILoss(nn.Module):
         center = None if center is None else center.to(dtype)
         with reference.no_autocast(features.device):
             return reference.log_probabilities(
-                functional.flatten_features(features).to(dtype),
+                _problem.flatten_features(features).to(dtype),
                 center,
                 self.options.temperature,
                 self.options.l2_normalize,
@@ -487,10 +485,10 @@ class NCMILoss(nn.Module):
         center = None if self._center_momentum is None else self._tensor("center")
         weight = self._tensor("weight")
         if center is not None:
-            functional.check_vector("center", center, self.feature_dim, logits)
+            _problem.check_vector("center", center, self.feature_dim, logits)
         if weight is not None:
-            functional.check_vector("weight", weight, self.num_classes, logits)
-            functional.check_constant("weight", weight)
+            _problem.check_vector("weight", weight, self.num_classes, logits)
+            _problem.check_constant("weight", weight)
         return center, weight
 
     def _own(self, table: Tensor) -> Tensor:
@@ -507,7 +505,7 @@ class NCMILoss(nn.Module):
             raise ValueError(
                 f"class_means: got shape {tuple(self.class_means.shape)}, expected {tuple(self.centroid_logits.shape)}"
             )
-        functional.check_device("class_means", self.class_means, self.centroid_logits)
+        _problem.check_device("class_means", self.class_means, self.centroid_logits)
         means = self._own(self.class_means).to(dtype)
         missing = means.sum(dim=1, keepdim=True) == 0
         return means.clamp(min=torch.finfo(dtype).tiny).log().masked_fill(missing, -torch.inf)
@@ -546,7 +544,7 @@ class NCMILoss(nn.Module):
             if not (self.options.separation_focus or compiling or jit_tracing()):
                 return center, (batches, momentum), None
             moved = _Moved(center.clone(), batches.clone())
-            rows, classes = functional.flatten(input.detach(), target)
+            rows, classes = _problem.flatten(input.detach(), target)
             _ops.update_center_(
                 moved.center,
                 (moved.batches, momentum),
@@ -558,13 +556,13 @@ class NCMILoss(nn.Module):
             )
         else:
             with torch.no_grad():
-                moved = self._move_center(*functional.flatten(input, target))
+                moved = self._move_center(*_problem.flatten(input, target))
         return moved.center, None, moved
 
     def _move_center(self, rows: Tensor, classes: Tensor) -> _Moved:
         """What the operator update_center_ does, in PyTorch and without a host sync; over all processes of a group."""
         assert self.center_momentum is not None
-        functional.check_range(classes, self.num_classes, self.options.ignore_index)
+        _problem.check_range(classes, self.num_classes, self.options.ignore_index)
         kept = (classes != self.options.ignore_index)[:, None]
         sums = torch.cat([torch.where(kept, rows, 0).sum(dim=0, dtype=torch.float64), kept.sum(dim=0)])
         if self._group is not None:

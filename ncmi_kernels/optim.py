@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ncmi_kernels import _ops, functional
+from ncmi_kernels import _ops
 from ncmi_kernels._options import check_positive
+from ncmi_kernels._problem import check_batch, problem_of
 from ncmi_kernels.modules import NCMILoss
 
 
@@ -164,7 +165,7 @@ class CentroidSGD(torch.optim.Optimizer):
         self.criterion._check_one_loss()
         state = self.state[logits]
         count = state.get("step", 0)
-        functional.check_batch(features, target, logits)
+        check_batch(features, target, logits)
         if count >= group["start_step"]:
             buffer = state.get("momentum_buffer")
             moved_on = buffer is not None and (buffer.dtype, buffer.device) != (logits.dtype, logits.device)
@@ -189,21 +190,15 @@ class CentroidSGD(torch.optim.Optimizer):
         lr, momentum, weight_decay = float(group["lr"]), group["momentum"], group["weight_decay"]
         stats, backend = criterion._stats_for_step(features)
         if stats is not None and (buffer is None or buffer.is_contiguous()):
-            rows, classes = functional.flatten(features, target)
             center, weight = criterion._buffers_for(logits)
-            rows, _, center, weight = functional.to_arithmetic_dtype(rows, logits, center, weight)
+            rows, _, problem = problem_of(features, target, logits, center, weight, criterion.options, backend, stats)
             _ops.centroid_step_(
                 rows,
-                classes,
                 logits,
-                center,
-                weight,
-                criterion.options,
-                backend,
-                stats,
+                problem,
                 criterion._rows_of(features, target, backend),
                 buffer if momentum else None,
-                (lr, momentum, weight_decay, group["nesterov"]),
+                _ops.SGD(lr, momentum, weight_decay, group["nesterov"]),
             )
             criterion._keep_stats(backend, stats)
             return

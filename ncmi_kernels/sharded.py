@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ncmi_kernels import _backends, _ops, _schema, functional, reference
+from ncmi_kernels import _backends, _ops, _problem, _schema, reference
 from ncmi_kernels._group import Group
 from ncmi_kernels._options import Options
 from ncmi_kernels._reduction import reduced, refuse_double_backward, row_weights
@@ -156,8 +156,8 @@ class ShardedNCMILoss(NCMILoss):
         center, weight = self._buffers_for(self.centroid_logits)
         center, _, moved = self._center_for(center, input, target, self.centroid_logits, arguments.backend)
         logits = _to_local(self.centroid_logits)
-        rows, classes = functional.flatten(input, target)
-        rows, logits, center, weight = functional.to_arithmetic_dtype(rows, logits, center, weight)
+        rows, classes = _problem.flatten(input, target)
+        rows, logits, center, weight = _problem.to_arithmetic_dtype(rows, logits, center, weight)
         seen: list[Tensor] = []
         result = _ShardedLoss.apply(rows, logits, classes, center, weight, arguments, seen)
         self._commit_center(moved)
@@ -173,8 +173,8 @@ class ShardedNCMILoss(NCMILoss):
         self._forget()
         center, weight = self._buffers_for(self.centroid_logits)
         local = self._own(self.centroid_logits)
-        rows, classes = functional.flatten(features, target)
-        rows, logits, center, weight = functional.to_arithmetic_dtype(rows, local, center, weight)
+        rows, classes = _problem.flatten(features, target)
+        rows, logits, center, weight = _problem.to_arithmetic_dtype(rows, local, center, weight)
         _, means, lookup, step = _step(rows, logits, classes, center, weight, arguments)
         grad = _centroid_grad(step, rows, logits, center, lookup, None, arguments)
         return self._as_dtensor(grad.to(local.dtype)), means
@@ -256,8 +256,8 @@ class ShardedNCMILoss(NCMILoss):
         return bool(self._processes.all_reduce(self._own(class_means).any().double()))
 
     def _arguments(self, input: Tensor, target: Tensor) -> "_Arguments":
-        functional.check_batch(input, target, self.centroid_logits)
-        functional.check_range(target, self.num_classes, self.options.ignore_index)
+        _problem.check_batch(input, target, self.centroid_logits)
+        _problem.check_range(target, self.num_classes, self.options.ignore_index)
         if self.options.separation_focus:
             raise ValueError(
                 f"separation_focus: got {self.options.separation_focus}, expected 0: with centroids on several "
@@ -286,7 +286,7 @@ class ShardedNCMILoss(NCMILoss):
         local = _to_local(logits)
         key = (self.options, backend, logits._version, local._version, local.data_ptr(), local.dtype, input.dtype)
         if self._stats_cache is None or self._stats_cache[0] != key:
-            wide = functional.to_arithmetic_dtype(input, local, None, None)[1]
+            wide = _problem.to_arithmetic_dtype(input, local, None, None)[1]
             self._stats_cache = (key, local, _shard(wide, self.options, backend))
         shard: _Shard = self._stats_cache[2]
         return shard

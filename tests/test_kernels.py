@@ -14,6 +14,7 @@ from torch import Tensor
 import ncmi_kernels
 from ncmi_kernels import _ops, functional, ncmi_loss, ncmi_terms, reference
 from ncmi_kernels._options import Options
+from ncmi_kernels._problem import problem_of
 
 SEPARATIONS = ("sample_to_centroid", "centroid_to_sample")
 RATIOS = ("batch", "sample")
@@ -665,7 +666,7 @@ def test_means_of_the_terms(separation, backend, interpreted, monkeypatch):
         for ratio, reduction in (("batch", "mean"), ("sample", "mean"), ("sample", "sum"), ("sample", "none")):
             options = Options(separation=separation, ratio=ratio, reduction=reduction)
             for input in (z, z.clone().requires_grad_()) if options.scalar_by_sample else (z,):
-                functional.loss(input, target, xi, center, weight, options, backend, seen=(seen := []))
+                functional.loss(*problem_of(input, target, xi, center, weight, options, backend), seen=(seen := []))
                 actual = seen[0]
                 assert actual.dtype == torch.float64
                 assert not actual.requires_grad
@@ -682,7 +683,7 @@ def test_means_of_no_terms(backend):
     ):
         means = []
         options = Options(ratio=ratio, reduction=reduction)
-        functional.loss(z[:rows], torch.full((rows,), -100), xi, None, None, options, backend, seen=means)
+        functional.loss(*problem_of(z[:rows], torch.full((rows,), -100), xi, None, None, options, backend), seen=means)
         assert bool(means[0].isnan().all())
 
 
@@ -693,7 +694,7 @@ def test_means_of_the_terms_in_a_compiled_step(backend):
 
     def step(z, xi):
         means = []
-        return functional.loss(z, target, xi, None, None, Options(), backend, seen=means), means[0]
+        return functional.loss(*problem_of(z, target, xi, None, None, Options(), backend), seen=means), means[0]
 
     loss, means = step(z, xi)
     compiled_loss, compiled_means = torch.compile(step, fullgraph=True, backend="aot_eager")(z, xi)
