@@ -639,12 +639,25 @@ class NCMILoss(nn.Module):
         if self.options.reduction == "none":
             raise ValueError("reduction: got 'none', expected 'mean' or 'sum' where the centroids take a step")
 
-    def _stats_for_step(self, features: Tensor) -> tuple[_ops.CentroidStats | None, str]:
-        """The backend of a step of the centroids, with the statistics of these if it can take the step in one pass."""
+    def _step_in_one_pass(
+        self, features: Tensor, target: Tensor, momentum_buffer: Tensor | None, sgd: _ops.SGD
+    ) -> bool:
+        """Move the centroids by a step of SGD, and what is known of them too; False where that takes a gradient."""
         backend = _backends.resolve(self.backend, features)
         logits = self._tensor("centroid_logits")
-        one_pass = self._group is None and logits.is_contiguous() and not self.options.separation_focus
-        return self._fixed_stats(features, logits, backend) if one_pass else None, backend
+        for written in (logits, momentum_buffer):
+            if written is not None and not written.is_contiguous():
+                return False
+        if self._group is not None or self.options.separation_focus:
+            return False
+        stats = self._fixed_stats(features, logits, backend)
+        if stats is None:
+            return False
+        center, weight = self._buffers_for(logits)
+        rows, _, problem = problem_of(features, target, logits, center, weight, self.options, backend, stats)
+        _ops.centroid_step_(rows, logits, problem, self._rows_of(features, target, backend), momentum_buffer, sgd)
+        self._keep_stats(backend, stats)
+        return True
 
     def train(self, mode: bool = True) -> "NCMILoss":
         """As `nn.Module.train`; also forgets what was computed of fixed centroids."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ncmi_kernels import _ops
 from ncmi_kernels._options import check_positive
-from ncmi_kernels._problem import check_batch, problem_of
+from ncmi_kernels._problem import check_batch
 from ncmi_kernels.modules import NCMILoss
 
 
@@ -186,33 +186,20 @@ class CentroidSGD(torch.optim.Optimizer):
     def _move(
         self, logits: Tensor, features: Tensor, target: Tensor, group: dict[str, Any], buffer: Tensor | None
     ) -> None:
-        criterion = self.criterion
-        lr, momentum, weight_decay = float(group["lr"]), group["momentum"], group["weight_decay"]
-        stats, backend = criterion._stats_for_step(features)
-        if stats is not None and (buffer is None or buffer.is_contiguous()):
-            center, weight = criterion._buffers_for(logits)
-            rows, _, problem = problem_of(features, target, logits, center, weight, criterion.options, backend, stats)
-            _ops.centroid_step_(
-                rows,
-                logits,
-                problem,
-                criterion._rows_of(features, target, backend),
-                buffer if momentum else None,
-                _ops.SGD(lr, momentum, weight_decay, group["nesterov"]),
-            )
-            criterion._keep_stats(backend, stats)
+        sgd = _ops.SGD(float(group["lr"]), group["momentum"], group["weight_decay"], group["nesterov"])
+        if self.criterion._step_in_one_pass(features, target, buffer if sgd.momentum else None, sgd):
             return
-        step, means = criterion._step_gradient(features, target)
+        step, means = self.criterion._step_gradient(features, target)
         # Without waiting for a device: where the batch is unusable, everything stays as it is.
         total: Any = step.sum()
         if hasattr(total, "full_tensor"):
             total = total.full_tensor()
         usable = total.isfinite() & means.isfinite().all()
-        if weight_decay:
-            step = step.add(logits, alpha=weight_decay)
-        if momentum:
+        if sgd.weight_decay:
+            step = step.add(logits, alpha=sgd.weight_decay)
+        if sgd.momentum:
             assert buffer is not None
-            average = buffer.mul(momentum).add_(step)
-            step = step.add(average, alpha=momentum) if group["nesterov"] else average
+            average = buffer.mul(sgd.momentum).add_(step)
+            step = step.add(average, alpha=sgd.momentum) if sgd.nesterov else average
             buffer.copy_(torch.where(usable, average, buffer))
-        logits.copy_(torch.where(usable, logits.add(step, alpha=-lr), logits))
+        logits.copy_(torch.where(usable, logits.add(step, alpha=-sgd.lr), logits))

@@ -179,8 +179,8 @@ class ShardedNCMILoss(NCMILoss):
         grad = _centroid_grad(step, rows, logits, center, lookup, None, arguments)
         return self._as_dtensor(grad.to(local.dtype)), means
 
-    def _stats_for_step(self, features: Tensor) -> tuple[_ops.CentroidStats | None, str]:
-        return None, _backends.resolve(self.backend, features)
+    def _step_in_one_pass(self, *args: Any) -> bool:
+        return False
 
     def centroids(self) -> Tensor:
         """The centroids as distributions, a DTensor [C, M] like `centroid_logits`. Differentiable."""
