@@ -195,7 +195,12 @@ void class_sums(const CentroidGradArgs<T>& args, ClassSums* result) {
   int64_t used = 0;
   for (int64_t c = 0; c < args.centroids.classes; ++c) {
     const bool has_rows = args.class_begin[c] != args.class_begin[c + 1];
-    ClassSums of_class{args.own_is_grad ? c : used, 0, 0, 0, has_rows, !args.centroids.centroid_to_sample};
+    ClassSums of_class{.slot = args.own_is_grad ? c : used,
+                       .own_factor = 0,
+                       .separation_grad = 0,
+                       .excess_base = 0,
+                       .has_rows = has_rows,
+                       .all_near = !args.centroids.centroid_to_sample};
     used += has_rows;
     for (int64_t j = args.class_begin[c]; j < args.class_begin[c + 1]; ++j) {
       const int64_t i = args.order[j];

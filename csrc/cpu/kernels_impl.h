@@ -15,8 +15,16 @@ namespace {
 
 template <class T>
 constexpr Kernels<T> table() {
-  return {terms<T>, input_grad, centroid_rows<T>, centroid_columns<T>, class_sums<T>, centroid_sums<T>, centroid_grad<T>,
-          centroid_step<T>, totals<T>, column_sums<T>};
+  return {.terms = terms<T>,
+          .input_grad = input_grad,
+          .centroid_rows = centroid_rows<T>,
+          .centroid_columns = centroid_columns<T>,
+          .class_sums = class_sums<T>,
+          .centroid_sums = centroid_sums<T>,
+          .centroid_grad = centroid_grad<T>,
+          .centroid_step = centroid_step<T>,
+          .totals = totals<T>,
+          .column_sums = column_sums<T>};
 }
 
 }  // namespace

@@ -87,7 +87,9 @@ Targets targets(const Tensor& t, int64_t rows, int64_t ignore_index, int64_t cla
                 int64_t columns = 0) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long, "ncmi_kernels: target must be int64");
   check_shape(t, "target", {rows});
-  const Targets target{static_cast<const int64_t*>(memory_of(t, "target")), t.stride(0), ignore_index};
+  const Targets target{.data = static_cast<const int64_t*>(memory_of(t, "target")),
+                       .stride = t.stride(0),
+                       .ignore_index = ignore_index};
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t y = target[i];
     if (y == ignore_index) continue;
@@ -160,14 +162,14 @@ Centroids<T> centroids(const Tensor& log_activation, const Tensor& activation, c
   const int64_t classes = log_activation.size(0), columns = log_activation.size(1);
   STD_TORCH_CHECK(columns > 0, "ncmi_kernels: log_activation must have columns");
   const double* of = data<double>(norms, "norms", {classes + 1, kClassStats});
-  return {classes,
-          columns,
-          centroid_to_sample,
-          data<T>(log_activation, "log_activation", {classes, columns}),
-          data<T>(activation, "activation", {centroid_to_sample ? classes : 0, columns}),
-          data<T>(reference, "reference", {2, columns}),
-          reinterpret_cast<const ClassStats*>(of),
-          *reinterpret_cast<const AllStats*>(of + classes * kClassStats)};
+  return {.classes = classes,
+          .columns = columns,
+          .centroid_to_sample = centroid_to_sample,
+          .log_activation = data<T>(log_activation, "log_activation", {classes, columns}),
+          .activation = data<T>(activation, "activation", {centroid_to_sample ? classes : 0, columns}),
+          .reference = data<T>(reference, "reference", {2, columns}),
+          .of = reinterpret_cast<const ClassStats*>(of),
+          .of_all = *reinterpret_cast<const AllStats*>(of + classes * kClassStats)};
 }
 
 // The outputs of centroid_stats, with the workspace of the kernels that fill them in for logits [C, M].
@@ -182,19 +184,19 @@ class StatsOf {
         chunks_((classes + classes_per_chunk_ - 1) / classes_per_chunk_),
         sums_(chunks_ * chunk_sums(centroid_to_sample) * columns),
         scratch_(chunks_ * columns),
-        args_{logits,
-              classes,
-              columns,
-              softmax,
-              centroid_to_sample,
-              log_activation,
-              centroid_to_sample ? activation : nullptr,
-              of,
-              reference,
-              classes_per_chunk_,
-              sums_.data(),
-              workspace_.data(),
-              workspace_.data() + columns} {}
+        args_{.logits = logits,
+              .classes = classes,
+              .columns = columns,
+              .softmax = softmax,
+              .centroid_to_sample = centroid_to_sample,
+              .log_activation = log_activation,
+              .activation = centroid_to_sample ? activation : nullptr,
+              .of = of,
+              .reference = reference,
+              .classes_per_chunk = classes_per_chunk_,
+              .chunk_sums = sums_.data(),
+              .residual = workspace_.data(),
+              .weighted_log_norm = workspace_.data() + columns} {}
 
   // `rows` fills in what belongs to the classes of some chunks: f(args, chunk_begin, chunk_end, scratch). Nothing here
   // needs memory that the constructor has not got: a step must not end in the middle.
@@ -237,7 +239,8 @@ class StatsOf {
                                  [](double sum, const ClassStats& c) { return sum + c.log_norm; }) /
                  double(args_.classes);
     }
-    *reinterpret_cast<AllStats*>(args_.of + args_.classes) = {weight_sum, constant - lost, double(args_.classes), {}};
+    *reinterpret_cast<AllStats*>(args_.of + args_.classes) = {
+        .weight_sum = weight_sum, .weighted_log_norm = constant - lost, .classes = double(args_.classes), .unused = {}};
   }
 
   Vector<double> workspace_;
@@ -279,17 +282,17 @@ std::tuple<Vector<double>, Tensor> compute_terms(const Tensor& input, const Targ
                   "ncmi_kernels: float64 input needs float64 centroid_logits");
   Vector<double> values(2 * rows);
   Tensor stats = empty({rows, kRowStats}, ScalarType::Double);
-  const TermsArgs<T> args{z,
-                          target,
-                          data<T>(center, "center", {columns}),
-                          features,
-                          q,
-                          values.data(),
-                          values.data() + rows,
-                          output<RowStats>(stats),
-                          row_weight,
-                          eps,
-                          grad};
+  const TermsArgs<T> args{.input = z,
+                          .target = target,
+                          .center = data<T>(center, "center", {columns}),
+                          .features = features,
+                          .centroids = q,
+                          .concentration = values.data(),
+                          .separation = values.data() + rows,
+                          .rows = output<RowStats>(stats),
+                          .row_weight = row_weight,
+                          .eps = eps,
+                          .grad = grad};
   parallel_rows(rows, columns, [&](int64_t begin, int64_t end) {
     Vector<T> scratch(4 * columns);
     kernels_for<T>().terms(args, begin, end, scratch.data());
@@ -305,7 +308,8 @@ std::tuple<Tensor, Tensor> terms(const Tensor& input, const Tensor& target, cons
     const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample);
     const int64_t rows = rows_of(input);
     const Targets y = targets(target, rows, ignore_index, q.classes, q.of, q.columns);
-    const auto [values, stats] = compute_terms<T>(input, y, center, q, {temperature, l2_normalize, softmax});
+    const Features features{.temperature = temperature, .l2_normalize = l2_normalize, .softmax = softmax};
+    const auto [values, stats] = compute_terms<T>(input, y, center, q, features);
     Tensor result = empty({2, rows}, kScalarType<T>);
     std::transform(values.begin(), values.end(), output<T>(result), [](double v) { return T(v); });
     return std::make_tuple(result, stats);
@@ -444,9 +448,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss(
     const Tensor moved = running ? running->moved() : empty({0}, kScalarType<T>);
     const Vector<double> row_weight = row_weights(y, rows, class_weight, reduction);
     Tensor grad = with_grad ? empty({rows, q.columns}, kScalarType<T>) : empty({0}, kScalarType<T>);
+    const Features features{.temperature = temperature, .l2_normalize = l2_normalize, .softmax = softmax};
     auto [values, stats] =
-        compute_terms<T>(input, y, running ? std::optional<Tensor>(moved) : center, q,
-                         {temperature, l2_normalize, softmax}, row_weight.data(), eps,
+        compute_terms<T>(input, y, running ? std::optional<Tensor>(moved) : center, q, features, row_weight.data(), eps,
                          with_grad ? output<T>(grad) : nullptr);
     Tensor result = reduction == kNone ? empty({rows}, kScalarType<T>) : empty({}, kScalarType<T>);
     Tensor means = empty({2}, ScalarType::Double);
@@ -510,15 +514,15 @@ Tensor input_grad(const Tensor& input, const Tensor& target, const std::optional
                     "ncmi_kernels: float64 input and float64 centroid_logits go together");
     const RowStats* stats = row_stats_of(row_stats, rows);
     const Vector<double> c = with_upstream(stats, upstream, rows);
-    const InputGradArgs<T> args{z,
-                                targets(target, rows, ignore_index, q.classes, q.of, q.columns),
-                                data<T>(center, "center", {columns}),
-                                q,
-                                stats,
-                                c.data(),
-                                c.data() + rows,
-                                grad.data_ptr(),
-                                z.dtype};
+    const InputGradArgs<T> args{.input = z,
+                                .target = targets(target, rows, ignore_index, q.classes, q.of, q.columns),
+                                .center = data<T>(center, "center", {columns}),
+                                .centroids = q,
+                                .rows = stats,
+                                .concentration_grad = c.data(),
+                                .separation_grad = c.data() + rows,
+                                .grad = grad.data_ptr(),
+                                .grad_dtype = z.dtype};
     parallel_rows(rows, columns, [&](int64_t begin, int64_t end) {
       Vector<T> scratch(4 * columns);
       kernels_for<T>().input_grad(args, begin, end, scratch.data());
@@ -564,23 +568,23 @@ class BatchSums {
     const int64_t present = own_grad ? q.classes : std::min(rows, q.classes);
     if (!own_grad) own_.resize(present * q.columns);
     if (q.centroid_to_sample) own_separation_.resize(present * q.columns);
-    args_ = {z,
-             data<T>(center, "center", {q.columns}),
-             q,
-             xi,
-             stats,
-             own_factor,
-             separation_grad,
-             order_.data(),
-             class_begin_.data(),
-             class_sums_.data(),
-             own_grad ? own_grad : own_.data(),
-             own_separation_.data(),
-             own_grad != nullptr,
-             totals_.data(),
-             given ? given[q.columns] : separation_grad_sum,
-             0,
-             nullptr};
+    args_ = {.input = z,
+             .center = data<T>(center, "center", {q.columns}),
+             .centroids = q,
+             .logits = xi,
+             .rows = stats,
+             .own_factor = own_factor,
+             .separation_grad = separation_grad,
+             .order = order_.data(),
+             .class_begin = class_begin_.data(),
+             .class_sums = class_sums_.data(),
+             .own = own_grad ? own_grad : own_.data(),
+             .own_separation = own_separation_.data(),
+             .own_is_grad = own_grad != nullptr,
+             .totals = totals_.data(),
+             .separation_grad_sum = given ? given[q.columns] : separation_grad_sum,
+             .level = 0,
+             .variation = nullptr};
     kernels_for<T>().class_sums(args_, class_sums_.data());
     parallel_columns<kWide>(q.columns, rows,
                             [&](int64_t begin, int64_t end) { kernels_for<T>().centroid_sums(args_, begin, end); });
@@ -632,12 +636,13 @@ void centroid_step_(const Tensor& input, const Tensor& target, const std::option
   with_arithmetic_type(centroid_logits.scalar_type(), "centroid_logits", [&]<class T>() {
     const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample);
     const int64_t columns = q.columns;
-    const StepArgs<T> step{const_cast<T*>(data<T>(centroid_logits, "centroid_logits", {q.classes, columns})),
-                           const_cast<T*>(data<T>(momentum_buffer, "momentum_buffer", {q.classes, columns})),
-                           lr,
-                           momentum,
-                           weight_decay,
-                           nesterov};
+    const StepArgs<T> step{
+        .logits = const_cast<T*>(data<T>(centroid_logits, "centroid_logits", {q.classes, columns})),
+        .momentum_buffer = const_cast<T*>(data<T>(momentum_buffer, "momentum_buffer", {q.classes, columns})),
+        .lr = lr,
+        .momentum = momentum,
+        .weight_decay = weight_decay,
+        .nesterov = nesterov};
     const BatchSums<T> sums(input, target, center, centroid_logits, q, row_stats, std::nullopt, ignore_index,
                             std::nullopt, nullptr);
     // A row whose terms are not finite has derivatives that are not: such a batch moves nothing, for good, as the
@@ -668,8 +673,14 @@ Tensor class_totals(const Tensor& input, const Tensor& target, const std::option
   for (int64_t i = 0; i < rows; ++i)
     if (y[i] != ignore_index) totals[columns] += c[rows + i];
   const auto sum = [&]<class T>() {
-    const TotalsArgs<T> args{z, y, data<T>(center, "center", {columns}), rows, stats, c.data() + rows,
-                             centroid_to_sample, totals};
+    const TotalsArgs<T> args{.input = z,
+                             .target = y,
+                             .center = data<T>(center, "center", {columns}),
+                             .row_count = rows,
+                             .rows = stats,
+                             .separation_grad = c.data() + rows,
+                             .centroid_to_sample = centroid_to_sample,
+                             .totals = totals};
     parallel_columns(columns, rows, [&](int64_t begin, int64_t end) { kernels_for<T>().totals(args, begin, end); });
   };
   if (z.dtype == Dtype::kFloat64)

@@ -51,7 +51,15 @@ void terms_range(const TermsArgs<T>& args, int64_t row_begin, int64_t row_end, T
         centroid_to_sample ? (q.of_all.weight_sum * log_norm - q.of_all.weighted_log_norm) - sums.all +
                                  (sums.own_cross * exp(-q.of[y].log_norm) - own_gap) * inverse_classes
                            : all_mean - (log_norm - q.of_all.weighted_log_norm) - concentration * inverse_classes);
-    args.rows[i] = {scale, inverse_length, double(kind), double(shift), inverse_norm, own_mean, all_mean, 0, 0};
+    args.rows[i] = {.scale = scale,
+                    .inverse_length = inverse_length,
+                    .kind = double(kind),
+                    .shift = double(shift),
+                    .inverse_norm = inverse_norm,
+                    .own_mean = own_mean,
+                    .all_mean = all_mean,
+                    .by_concentration = 0,
+                    .by_separation = 0};
     if (out) {
       const Ratio r = ratio(args.concentration[i], args.separation[i], args.eps);
       const double w = args.row_weight[i];
