@@ -1,74 +1,10 @@
-// Row activation: which of the formulas, with the shift of the row where it needs one.
+// Which stretches of a centroid's logits take which formula, and what the choice looks at.
 #pragma once
 
 #include "lanes.h"
 
 namespace ncmi::cpu {
 namespace {
-
-// kNsfNear, kNsfNearest: a row with every |f| <= 1, <= 1/4. kNsfShifted: one with every f <= kShifted.
-// kNsfMostlyNear: no row, but a stretch of one (for_logits).
-enum class Kind { kNsf, kNsfNear, kNsfNearest, kNsfShifted, kSoftmax, kNsfMostlyNear };
-
-// As the statistics hold it; any kind for what is none.
-NCMI_INLINE Kind kind_of(double kind) {
-  return kind >= 0 && kind <= double(Kind::kSoftmax) ? Kind(int(kind)) : Kind::kNsf;
-}
-
-constexpr double kNear = 1.0, kNearest = 0.25;
-
-template <class T>
-NCMI_INLINE bool is_small(T f) {
-  return absolute(f) <= T(kNear);
-}
-
-constexpr bool is_near(Kind kind) { return kind == Kind::kNsfNear || kind == Kind::kNsfNearest; }
-
-// The factor that takes x to the argument of the functions below.
-template <Kind kind, class T>
-NCMI_INLINE T argument_scale(double scale) {
-  return T(is_near(kind) ? 0.5 * scale : scale);
-}
-
-template <Kind kind>
-NCMI_INLINE NearActivation near(float y) {
-  return kind == Kind::kNsfNear ? nsf_near(y) : nsf_nearest(y);
-}
-
-template <Kind kind>
-NCMI_INLINE NearSlope near_slope(float y) {
-  return kind == Kind::kNsfNear ? nsf_near_slope(y) : nsf_nearest_slope(y);
-}
-
-// `scale` is that of argument_scale.
-template <Kind kind, class T>
-NCMI_INLINE Activation<T> activate(T x, T scale, T shift) {
-  if constexpr (kind == Kind::kNsf) return nsf(x * scale);
-  if constexpr (kind == Kind::kNsfShifted) return nsf_shifted(x, scale, shift);
-  if constexpr (kind == Kind::kSoftmax) return softmax(x, scale, shift);
-  if constexpr (is_near(kind)) {
-    const NearActivation a = near<kind>(x * scale);
-    return {T(0.5) + T(0.5) * a.excess, a.log, T(0.5) - T(0.5) * a.excess, T(0.25) * (T(1) - a.excess * a.excess)};
-  }
-  if constexpr (kind == Kind::kNsfMostlyNear) {
-    const Activation<T> a = nsf(x * scale), b = activate<Kind::kNsfNear>(x, T(0.5) * scale, shift);
-    const bool small = is_small(x * scale);
-    return {small ? b.value : a.value, small ? b.log : a.log, small ? b.slope : a.slope,
-            small ? b.value_slope : a.value_slope};
-  }
-}
-
-// Calls f with the activation kind as a template argument.
-template <class T, class F>
-NCMI_INLINE auto with_kind(Kind kind, const F& f) {
-  if constexpr (sizeof(T) == sizeof(float)) {  // double has no near form
-    if (kind == Kind::kNsfNear) return f.template operator()<Kind::kNsfNear>();
-    if (kind == Kind::kNsfNearest) return f.template operator()<Kind::kNsfNearest>();
-  }
-  if (kind == Kind::kNsfShifted) return f.template operator()<Kind::kNsfShifted>();
-  if (kind == Kind::kSoftmax) return f.template operator()<Kind::kSoftmax>();
-  return f.template operator()<Kind::kNsf>();
-}
 
 // How many are not small, NaN among them.
 template <class T>
@@ -107,13 +43,6 @@ NCMI_INLINE void for_logits(const T* x, int64_t n, const F& f) {
   const int64_t whole = n / kLanes<T> * kLanes<T>;
   for_stretches<kLanes<T>>(0, whole, stretch);
   if (whole < n) stretch(whole, n - whole);
-}
-
-// The kind to try for a row with |f| up to `reach`; kNsf becomes kNsfShifted where no f is above kShifted.
-Kind first_kind(bool is_softmax, double reach, size_t size_of_type) {
-  if (is_softmax) return Kind::kSoftmax;
-  if (size_of_type > sizeof(float) || !(reach <= kNear)) return Kind::kNsf;
-  return reach <= kNearest ? Kind::kNsfNearest : Kind::kNsfNear;
 }
 
 template <class T>

@@ -327,7 +327,7 @@ void grad_of_class(const CentroidGradArgs<T>& args, int64_t c, const T* x, T* gr
   const ClassSums& of_class = args.class_sums[c];
   const Kind kind = kind_of(q.of[c].kind);
   const T shift = T(q.of[c].shift);
-  const double inverse_norm = exp(-q.of[c].log_norm), inverse_classes = 1.0 / q.of_all.classes;
+  const double inverse_norm = exp(-q.of[c].log_norm), inverse_classes = 1.0 / q.all().classes;
   const T* own = of_class.has_rows ? args.own + of_class.slot * n : nullptr;
   if (q.centroid_to_sample)
     with_kind<T>(kind, GradFromCentroid<T>{x, n, shift, inverse_norm, inverse_classes, args.separation_grad_sum,

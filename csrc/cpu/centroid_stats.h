@@ -98,7 +98,7 @@ void stats_of_class(const CentroidStatsArgs<T>& args, int64_t c, const T* x, con
   const int64_t n = args.columns;
   T* value = centroid_to_sample ? args.activation + c * n : nullptr;
   T* log = args.log_activation + c * n;
-  Kind kind = first_kind(args.softmax, double(size.largest), sizeof(T));
+  Kind kind = first_kind<T>(args.softmax, double(size.largest));
   if (kind == Kind::kNsf && is_shifted(x, n)) kind = Kind::kNsfShifted;
   const T shift = kind == Kind::kSoftmax || kind == Kind::kNsfShifted ? largest_of(x, n) : T(0);
   const double norm = with_kind<T>(kind, [&]<Kind as>() {
@@ -154,7 +154,7 @@ void centroid_columns(const CentroidStatsArgs<T>& args, int64_t column_begin, in
   for (int64_t begin = column_begin; begin < column_end; begin += kColumnBlock) {
     const int64_t n = min(kColumnBlock, column_end - begin);
     for (int64_t k = 0; k < n; ++k) log_mean[k] = q_mean[k] = norm_mean[k] = 0;
-    const int64_t chunks = (args.classes + args.classes_per_chunk - 1) / args.classes_per_chunk;
+    const int64_t chunks = ceil_div(args.classes, args.classes_per_chunk);
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const double* __restrict sums =
           args.chunk_sums + chunk * chunk_sums(args.centroid_to_sample) * args.columns + begin;

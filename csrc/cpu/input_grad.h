@@ -15,7 +15,7 @@ struct GradRow {
 
   // Of `n` <= kWide columns, into grad; adds its product with x to dot.
   template <Kind kind>
-  NCMI_MEMBER void stretch(const Row<T>& row, int64_t n, T* __restrict grad, Lanes<T>& dot) const {
+  NCMI_INLINE_MEMBER void stretch(const Row<T>& row, int64_t n, T* __restrict grad, Lanes<T>& dot) const {
     const T* __restrict x = row.x;
     const T* __restrict own_log = row.own_log;
     const T* __restrict own_activation = row.own_activation;
@@ -97,7 +97,7 @@ NCMI_INLINE void grad_of_row(const Centroids<T>& q, const Row<T>& row, const Row
   ahead.add(out, sizeof(Out));
   const int64_t n = q.columns;
   const GradRow<centroid_to_sample, T> of_row{stats, centroid_to_sample ? exp(-q.of[y].log_norm) : 1.0,
-                                              1.0 / q.of_all.classes, concentration_grad, separation_grad};
+                                              1.0 / q.all().classes, concentration_grad, separation_grad};
   const T* __restrict x = row.x;
   const double dot = with_kind<T>(kind_of(stats.kind), [&]<Kind kind>() {
     return of_row.template whole_row<kind>(row, n, grad, ahead);

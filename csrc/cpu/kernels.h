@@ -7,24 +7,11 @@
 
 #include <stdint.h>
 
-#include "../layout.h"
+#include "../rows.h"
 
 namespace ncmi::cpu {
 
 constexpr int64_t kWide = 64;  // columns that loops take side by side
-
-// What the rows need to know of the centroids. T is the type of the arithmetic, float or double.
-template <class T>
-struct Centroids {
-  int64_t classes;          // C, of the table; of_all.classes is how many there are
-  int64_t columns;          // M
-  bool centroid_to_sample;  // the separation
-  const T* log_activation;  // [C, M] log a(xi), shifted
-  const T* activation;      // [C, M] a(xi), shifted; centroid_to_sample only
-  const T* reference;       // [2, M] see centroid_columns
-  const ClassStats* of;     // [C]
-  AllStats of_all;
-};
 
 template <class T>
 struct TermsArgs {

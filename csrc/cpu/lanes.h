@@ -6,13 +6,10 @@
 // first order, has lanes of double.
 #pragma once
 
-#include "../low_precision.h"
-#include "../ncmi_math.h"
 #include "kernels.h"
 
 #define NCMI_PRAGMA(x) _Pragma(#x)
 #define NCMI_SIMD(...) NCMI_PRAGMA(omp simd __VA_ARGS__)
-#define NCMI_MEMBER inline __attribute__((always_inline))
 
 namespace ncmi::cpu {
 namespace {
@@ -21,9 +18,6 @@ constexpr int64_t kBlock = 4096;  // elements of a sum in T before it goes to a 
 // Columns that an owner of columns works on at once: long enough stretches of a row for the prefetcher, short
 // enough for the sums to stay in cache.
 constexpr int64_t kColumnBlock = 2048;
-constexpr double kSmallestLength = 1e-12;  // as torch.nn.functional.normalize
-
-constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Columns that loops are laid out in: a vector of the widest instruction set.
 template <class T>

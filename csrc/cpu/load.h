@@ -6,18 +6,7 @@
 namespace ncmi::cpu {
 namespace {
 
-// Of a stretch: the sum of its squares, and its largest magnitude.
-template <class T>
-struct Size {
-  double squares;
-  T largest;
-};
-
-NCMI_INLINE uint32_t magnitude_bits(float x) { return bit_cast<uint32_t>(x) & 0x7fffffffu; }
-NCMI_INLINE uint64_t magnitude_bits(double x) { return bit_cast<uint64_t>(x) & 0x7fffffffffffffffu; }
-
-// Leaves x = z - center. The largest magnitude is found on the bits, which order as the numbers do: that lets no NaN
-// get lost.
+// Leaves x = z - center, and returns its size where that is `measured`.
 template <bool centered, bool measured, class In, class T>
 Size<T> load_as(const In* __restrict in, int64_t stride, int64_t n, const T* __restrict center, T* __restrict x) {
   using Bits = decltype(magnitude_bits(T()));
@@ -81,7 +70,7 @@ class Ahead {
   void add(const void* memory, int64_t width) { streams_[count_++] = {static_cast<const char*>(memory), width}; }
 
   // With columns [k, k + n) of the current row.
-  NCMI_MEMBER void fetch(int64_t k, int64_t n) const {
+  NCMI_INLINE_MEMBER void fetch(int64_t k, int64_t n) const {
     for (int s = 0; s < count_; ++s)
       for (int64_t byte = 0; byte < n * streams_[s].width; byte += 64)
         __builtin_prefetch(streams_[s].memory + k * streams_[s].width + byte, 0, 2);

@@ -21,7 +21,6 @@
 #include <utility>
 #include <vector>
 
-#include "../ncmi_math.h"
 #include "../tensors.h"
 #include "kernels.h"
 
@@ -141,7 +140,7 @@ void parallel_rows(int64_t rows, int64_t columns, const F& f) {
 // Over columns, in units of a cache line of floats so that no two threads write to one.
 template <int64_t unit = 16, class F>
 void parallel_columns(int64_t columns, int64_t rows, const F& f) {
-  const int64_t units = (columns + unit - 1) / unit;
+  const int64_t units = ceil_div(columns, unit);
   const int64_t grain = std::max<int64_t>(1, kElementsPerThread / (unit * std::max<int64_t>(1, rows)));
   parallel(units, grain, [&](int64_t begin, int64_t end) { f(begin * unit, std::min(columns, end * unit)); });
 }
@@ -161,15 +160,13 @@ Centroids<T> centroids(const Tensor& log_activation, const Tensor& activation, c
   STD_TORCH_CHECK(log_activation.dim() == 2, "ncmi_kernels: log_activation must have 2 dimensions");
   const int64_t classes = log_activation.size(0), columns = log_activation.size(1);
   STD_TORCH_CHECK(columns > 0, "ncmi_kernels: log_activation must have columns");
-  const double* of = data<double>(norms, "norms", {classes + 1, kClassStats});
   return {.classes = classes,
           .columns = columns,
           .centroid_to_sample = centroid_to_sample,
           .log_activation = data<T>(log_activation, "log_activation", {classes, columns}),
           .activation = data<T>(activation, "activation", {centroid_to_sample ? classes : 0, columns}),
           .reference = data<T>(reference, "reference", {2, columns}),
-          .of = reinterpret_cast<const ClassStats*>(of),
-          .of_all = *reinterpret_cast<const AllStats*>(of + classes * kClassStats)};
+          .of = reinterpret_cast<const ClassStats*>(data<double>(norms, "norms", {classes + 1, kClassStats}))};
 }
 
 // The outputs of centroid_stats, with the workspace of the kernels that fill them in for logits [C, M].
@@ -180,8 +177,8 @@ class StatsOf {
           T* activation, T* reference, ClassStats* of)
       : workspace_(2 * columns),
         // At most 64 chunks, so that their sums stay small beside [C, M], and none too small to be worth a thread.
-        classes_per_chunk_(std::max<int64_t>(32, (classes + 63) / 64)),
-        chunks_((classes + classes_per_chunk_ - 1) / classes_per_chunk_),
+        classes_per_chunk_(std::max<int64_t>(32, ceil_div(classes, 64))),
+        chunks_(ceil_div(classes, classes_per_chunk_)),
         sums_(chunks_ * chunk_sums(centroid_to_sample) * columns),
         scratch_(chunks_ * columns),
         args_{.logits = logits,
@@ -308,7 +305,7 @@ std::tuple<Tensor, Tensor> terms(const Tensor& input, const Tensor& target, cons
     const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample);
     const int64_t rows = rows_of(input);
     const Targets y = targets(target, rows, ignore_index, q.classes, q.of, q.columns);
-    const Features features{.temperature = temperature, .l2_normalize = l2_normalize, .softmax = softmax};
+    const Features features{.inverse_temperature = 1.0 / temperature, .l2_normalize = l2_normalize, .softmax = softmax};
     const auto [values, stats] = compute_terms<T>(input, y, center, q, features);
     Tensor result = empty({2, rows}, kScalarType<T>);
     std::transform(values.begin(), values.end(), output<T>(result), [](double v) { return T(v); });
@@ -448,7 +445,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss(
     const Tensor moved = running ? running->moved() : empty({0}, kScalarType<T>);
     const Vector<double> row_weight = row_weights(y, rows, class_weight, reduction);
     Tensor grad = with_grad ? empty({rows, q.columns}, kScalarType<T>) : empty({0}, kScalarType<T>);
-    const Features features{.temperature = temperature, .l2_normalize = l2_normalize, .softmax = softmax};
+    const Features features{.inverse_temperature = 1.0 / temperature, .l2_normalize = l2_normalize, .softmax = softmax};
     auto [values, stats] =
         compute_terms<T>(input, y, running ? std::optional<Tensor>(moved) : center, q, features, row_weight.data(), eps,
                          with_grad ? output<T>(grad) : nullptr);
@@ -561,7 +558,7 @@ class BatchSums {
       if (y[i] == ignore_index) continue;
       separation_grad_sum += separation_grad[i];
       // The own class enters the mean over classes of KL(p || q_v) too, and is taken out again here.
-      if (!q.centroid_to_sample) own_factor[i] -= separation_grad[i] / q.of_all.classes;
+      if (!q.centroid_to_sample) own_factor[i] -= separation_grad[i] / q.all().classes;
     }
 
     const double* given = data<double>(given_totals, "totals", {q.columns + 1});
@@ -590,7 +587,7 @@ class BatchSums {
                             [&](int64_t begin, int64_t end) { kernels_for<T>().centroid_sums(args_, begin, end); });
     if (given) std::copy(given, given + q.columns, totals_.begin());
     if (q.centroid_to_sample) return;
-    const double inverse_classes = 1.0 / q.of_all.classes;
+    const double inverse_classes = 1.0 / q.all().classes;
     args_.level = args_.separation_grad_sum / double(q.columns) * inverse_classes;
     variation_.resize(q.columns);
     for (int64_t k = 0; k < q.columns; ++k) variation_[k] = T(totals_[k] * inverse_classes - args_.level);

@@ -82,13 +82,6 @@ struct Tail {
   Row<T> row() const { return {x, own_log, own_activation, reference, q_mean}; }
 };
 
-struct RowSums {
-  double norm;       // S = sum a
-  double own;        // sum a (log a - log a(xi_y))
-  double all;        // sum a (log a - reference), or sum q_mean (log a - reference)
-  double own_cross;  // sum a(xi_y) (log a - log a(xi_y)); centroid_to_sample only
-};
-
 template <Kind kind, bool centroid_to_sample, class T>
 struct RowLanes {
   Lanes<double> norm;       // but near: of the excess, below
@@ -97,7 +90,7 @@ struct RowLanes {
 
   // Adds `n` <= kWide columns. With `masked`, those where `mask` is 0 count for nothing.
   template <bool masked>
-  NCMI_MEMBER void add(const Row<T>& row, int64_t n, const T* mask, T s, T shift) {
+  NCMI_INLINE_MEMBER void add(const Row<T>& row, int64_t n, const T* mask, T s, T shift) {
     const T* __restrict x = row.x;
     const T* __restrict own_log = row.own_log;
     const T* __restrict own_activation = row.own_activation;
@@ -168,7 +161,7 @@ __attribute__((noinline)) RowSums sum_row(const Row<T>& row, int64_t n, double s
 template <bool centroid_to_sample, class T>
 RowSums sum_row_stable(const Row<T>& row, int64_t n, double scale, T largest, bool is_softmax, const Ahead& ahead,
                        Kind* kind, T* shift) {
-  *kind = first_kind(is_softmax, double(largest) * scale, sizeof(T));
+  *kind = first_kind<T>(is_softmax, double(largest) * scale);
   *shift = is_softmax ? largest_of(row.x, n) : T(0);
   const auto sum_as = [&]<Kind as>() { return sum_row<as, centroid_to_sample>(row, n, scale, *shift, ahead); };
   const RowSums sums = with_kind<T>(*kind, sum_as);
