@@ -195,7 +195,8 @@ std::tuple<Tensor, Tensor> terms(const Tensor& input, const Tensor& target, cons
                      .eps = 0,
                      .grad = nullptr},
                     device.stream());
-    const ReduceArgs<T> reduce{.rows = rows, .target = y, .centroids = q, .sums = sums, .stats = output<RowStats>(stats)};
+    const ReduceArgs<T> reduce{
+        .rows = rows, .target = y, .centroids = q, .sums = sums, .stats = output<RowStats>(stats)};
     launch_finish_terms(reduce, output<T>(result), device.stream());
     return std::make_tuple(result, stats);
   });
@@ -436,7 +437,8 @@ void centroid_step_(const Tensor& input, const Tensor& target, const std::option
     const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample, input);
     const StepArgs<T> step{
         .logits = const_cast<T*>(data_on<T>(centroid_logits, "centroid_logits", {q.classes, q.columns}, input)),
-        .momentum_buffer = const_cast<T*>(data_on<T>(momentum_buffer, "momentum_buffer", {q.classes, q.columns}, input)),
+        .momentum_buffer =
+            const_cast<T*>(data_on<T>(momentum_buffer, "momentum_buffer", {q.classes, q.columns}, input)),
         .lr = lr,
         .momentum = momentum,
         .weight_decay = weight_decay,
