@@ -1,4 +1,4 @@
-// What the operators of every backend hand to their kernels, and rows as the forward pass leaves them.
+// What the operators of both C++ backends hand to their kernels, and rows as the forward pass leaves them.
 #pragma once
 
 #include <stdint.h>
@@ -26,7 +26,7 @@ struct Targets {
 
 // How a row of features becomes a row of probabilities.
 struct Features {
-  double temperature;
+  double inverse_temperature;
   bool l2_normalize;
   bool softmax;
 };
@@ -66,6 +66,20 @@ struct AllStats {
   double unused[5];
 };
 static_assert(sizeof(AllStats) == sizeof(ClassStats), "one tensor holds both");
+
+// What the rows need to know of the centroids. T is the type of the arithmetic, float or double.
+template <class T>
+struct Centroids {
+  int64_t classes;          // C, of the table; all().classes is how many there are
+  int64_t columns;          // M
+  bool centroid_to_sample;  // the separation
+  const T* log_activation;  // [C, M] log a(xi), shifted
+  const T* activation;      // [C, M] a(xi), shifted; centroid_to_sample only
+  const T* reference;       // [2, M] what log a is compared with for all classes at once; the mean of q over classes
+  const ClassStats* of;     // [C], and then AllStats
+
+  NCMI_INLINE_MEMBER const AllStats& all() const { return *reinterpret_cast<const AllStats*>(of + classes); }
+};
 
 // One batch more, of a count that a checkpoint may have set to anything.
 NCMI_INLINE int64_t next_batch(int64_t batches) { return batches < INT64_MAX ? batches + 1 : batches; }

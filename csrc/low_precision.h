@@ -4,12 +4,6 @@
 
 #include "ncmi_math.h"
 
-#if defined(__CUDACC__)
-#define NCMI_INLINE_MEMBER __host__ __device__ __forceinline__
-#else
-#define NCMI_INLINE_MEMBER inline __attribute__((always_inline))
-#endif
-
 namespace ncmi {
 
 struct BFloat16 {

@@ -1,4 +1,4 @@
-// The scalar formulas of NCMI, written once for every backend.
+// The scalar formulas of NCMI, written once for both C++ backends (Triton has its own).
 //
 // Everything here is plain arithmetic on one element: no memory, no loops over rows, no library type. The
 // CPU kernels inline these functions into loops that the compiler vectorises for several instruction sets; a
@@ -14,8 +14,10 @@
 
 #if defined(__CUDACC__)
 #define NCMI_INLINE static __host__ __device__ __forceinline__
+#define NCMI_INLINE_MEMBER __host__ __device__ __forceinline__
 #else
 #define NCMI_INLINE static inline __attribute__((always_inline))
+#define NCMI_INLINE_MEMBER inline __attribute__((always_inline))
 #endif
 
 namespace ncmi {
@@ -35,11 +37,21 @@ inline constexpr float kLargest<float> = 3.4028234e38f;
 template <>
 inline constexpr double kLargest<double> = 1.7976931348623157e308;
 
+constexpr double kSmallestLength = 1e-12;  // as torch.nn.functional.normalize
+
+NCMI_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+NCMI_INLINE constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+NCMI_INLINE constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// They order as the magnitudes do, and no NaN gets lost among them.
+NCMI_INLINE uint32_t magnitude_bits(float x) { return bit_cast<uint32_t>(x) & 0x7fffffffu; }
+NCMI_INLINE uint64_t magnitude_bits(double x) { return bit_cast<uint64_t>(x) & 0x7fffffffffffffffu; }
+
 // ---------------------------------------------------------------------------------------------------------
 // Elementary functions. The float versions are branch-free so that a loop over them vectorises.
 // ---------------------------------------------------------------------------------------------------------
 
-NCMI_INLINE float absolute(float x) { return bit_cast<float>(bit_cast<uint32_t>(x) & 0x7fffffffu); }
+NCMI_INLINE float absolute(float x) { return bit_cast<float>(magnitude_bits(x)); }
 NCMI_INLINE double absolute(double x) { return fabs(x); }
 
 // e^-x for x >= 0. Past 86.5 the result is 0: no denormals, and rows that small are rescaled by their maximum before

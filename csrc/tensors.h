@@ -106,7 +106,10 @@ inline Dtype dtype_of(ScalarType dtype, const char* name) {
 
 inline Matrix matrix(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.dim() == 2, "ncmi_kernels: ", name, " must have 2 dimensions");
-  return {memory_of(t, name), dtype_of(t.scalar_type(), name), t.stride(0), t.stride(1)};
+  return {.data = memory_of(t, name),
+          .dtype = dtype_of(t.scalar_type(), name),
+          .row_stride = t.stride(0),
+          .column_stride = t.stride(1)};
 }
 
 // Calls f<T>() with the arithmetic type, which `name` must have.

@@ -1,30 +1,17 @@
 // What the CPU operators (ops_cpu.cpp) call: loops over a range of rows, classes or columns, on raw pointers.
 //
-// The loops in kernels_impl.h are compiled once for each instruction set and reached through a table, so that one
-// binary runs everywhere. This header and kernels_impl.h include no C++ library template: an inline function
-// instantiated under AVX-512 flags could otherwise be the copy that the linker keeps for every caller.
+// The loops in the headers beside this one are compiled once for each instruction set (kernels_impl.h) and reached
+// through a table, so that one binary runs everywhere. No header of csrc/cpu includes a C++ library template: an inline
+// function instantiated under AVX-512 flags could otherwise be the copy that the linker keeps for every caller.
 #pragma once
 
 #include <stdint.h>
 
-#include "../layout.h"
+#include "../rows.h"
 
 namespace ncmi::cpu {
 
 constexpr int64_t kWide = 64;  // columns that loops take side by side
-
-// What the rows need to know of the centroids. T is the type of the arithmetic, float or double.
-template <class T>
-struct Centroids {
-  int64_t classes;          // C, of the table; of_all.classes is how many there are
-  int64_t columns;          // M
-  bool centroid_to_sample;  // the separation
-  const T* log_activation;  // [C, M] log a(xi), shifted
-  const T* activation;      // [C, M] a(xi), shifted; centroid_to_sample only
-  const T* reference;       // [2, M] see centroid_columns
-  const ClassStats* of;     // [C]
-  AllStats of_all;
-};
 
 template <class T>
 struct TermsArgs {
@@ -82,7 +69,7 @@ struct ClassSums {
   double separation_grad;  // beta
   double excess_base;      // sum over near rows of own_factor / 2 S
   bool has_rows;
-  bool all_near;           // then they hold the excess alone (kernels_impl.h, ColumnSums)
+  bool all_near;           // then they hold the excess alone (centroid_grad.h, ColumnSums)
 };
 
 template <class T>

@@ -21,7 +21,6 @@
 #include <utility>
 #include <vector>
 
-#include "../ncmi_math.h"
 #include "../tensors.h"
 #include "kernels.h"
 
@@ -87,7 +86,9 @@ Targets targets(const Tensor& t, int64_t rows, int64_t ignore_index, int64_t cla
                 int64_t columns = 0) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long, "ncmi_kernels: target must be int64");
   check_shape(t, "target", {rows});
-  const Targets target{static_cast<const int64_t*>(memory_of(t, "target")), t.stride(0), ignore_index};
+  const Targets target{.data = static_cast<const int64_t*>(memory_of(t, "target")),
+                       .stride = t.stride(0),
+                       .ignore_index = ignore_index};
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t y = target[i];
     if (y == ignore_index) continue;
@@ -139,7 +140,7 @@ void parallel_rows(int64_t rows, int64_t columns, const F& f) {
 // Over columns, in units of a cache line of floats so that no two threads write to one.
 template <int64_t unit = 16, class F>
 void parallel_columns(int64_t columns, int64_t rows, const F& f) {
-  const int64_t units = (columns + unit - 1) / unit;
+  const int64_t units = ceil_div(columns, unit);
   const int64_t grain = std::max<int64_t>(1, kElementsPerThread / (unit * std::max<int64_t>(1, rows)));
   parallel(units, grain, [&](int64_t begin, int64_t end) { f(begin * unit, std::min(columns, end * unit)); });
 }
@@ -159,15 +160,13 @@ Centroids<T> centroids(const Tensor& log_activation, const Tensor& activation, c
   STD_TORCH_CHECK(log_activation.dim() == 2, "ncmi_kernels: log_activation must have 2 dimensions");
   const int64_t classes = log_activation.size(0), columns = log_activation.size(1);
   STD_TORCH_CHECK(columns > 0, "ncmi_kernels: log_activation must have columns");
-  const double* of = data<double>(norms, "norms", {classes + 1, kClassStats});
-  return {classes,
-          columns,
-          centroid_to_sample,
-          data<T>(log_activation, "log_activation", {classes, columns}),
-          data<T>(activation, "activation", {centroid_to_sample ? classes : 0, columns}),
-          data<T>(reference, "reference", {2, columns}),
-          reinterpret_cast<const ClassStats*>(of),
-          *reinterpret_cast<const AllStats*>(of + classes * kClassStats)};
+  return {.classes = classes,
+          .columns = columns,
+          .centroid_to_sample = centroid_to_sample,
+          .log_activation = data<T>(log_activation, "log_activation", {classes, columns}),
+          .activation = data<T>(activation, "activation", {centroid_to_sample ? classes : 0, columns}),
+          .reference = data<T>(reference, "reference", {2, columns}),
+          .of = reinterpret_cast<const ClassStats*>(data<double>(norms, "norms", {classes + 1, kClassStats}))};
 }
 
 // The outputs of centroid_stats, with the workspace of the kernels that fill them in for logits [C, M].
@@ -178,23 +177,23 @@ class StatsOf {
           T* activation, T* reference, ClassStats* of)
       : workspace_(2 * columns),
         // At most 64 chunks, so that their sums stay small beside [C, M], and none too small to be worth a thread.
-        classes_per_chunk_(std::max<int64_t>(32, (classes + 63) / 64)),
-        chunks_((classes + classes_per_chunk_ - 1) / classes_per_chunk_),
+        classes_per_chunk_(std::max<int64_t>(32, ceil_div(classes, 64))),
+        chunks_(ceil_div(classes, classes_per_chunk_)),
         sums_(chunks_ * chunk_sums(centroid_to_sample) * columns),
         scratch_(chunks_ * columns),
-        args_{logits,
-              classes,
-              columns,
-              softmax,
-              centroid_to_sample,
-              log_activation,
-              centroid_to_sample ? activation : nullptr,
-              of,
-              reference,
-              classes_per_chunk_,
-              sums_.data(),
-              workspace_.data(),
-              workspace_.data() + columns} {}
+        args_{.logits = logits,
+              .classes = classes,
+              .columns = columns,
+              .softmax = softmax,
+              .centroid_to_sample = centroid_to_sample,
+              .log_activation = log_activation,
+              .activation = centroid_to_sample ? activation : nullptr,
+              .of = of,
+              .reference = reference,
+              .classes_per_chunk = classes_per_chunk_,
+              .chunk_sums = sums_.data(),
+              .residual = workspace_.data(),
+              .weighted_log_norm = workspace_.data() + columns} {}
 
   // `rows` fills in what belongs to the classes of some chunks: f(args, chunk_begin, chunk_end, scratch). Nothing here
   // needs memory that the constructor has not got: a step must not end in the middle.
@@ -237,7 +236,8 @@ class StatsOf {
                                  [](double sum, const ClassStats& c) { return sum + c.log_norm; }) /
                  double(args_.classes);
     }
-    *reinterpret_cast<AllStats*>(args_.of + args_.classes) = {weight_sum, constant - lost, double(args_.classes), {}};
+    *reinterpret_cast<AllStats*>(args_.of + args_.classes) = {
+        .weight_sum = weight_sum, .weighted_log_norm = constant - lost, .classes = double(args_.classes), .unused = {}};
   }
 
   Vector<double> workspace_;
@@ -279,17 +279,17 @@ std::tuple<Vector<double>, Tensor> compute_terms(const Tensor& input, const Targ
                   "ncmi_kernels: float64 input needs float64 centroid_logits");
   Vector<double> values(2 * rows);
   Tensor stats = empty({rows, kRowStats}, ScalarType::Double);
-  const TermsArgs<T> args{z,
-                          target,
-                          data<T>(center, "center", {columns}),
-                          features,
-                          q,
-                          values.data(),
-                          values.data() + rows,
-                          output<RowStats>(stats),
-                          row_weight,
-                          eps,
-                          grad};
+  const TermsArgs<T> args{.input = z,
+                          .target = target,
+                          .center = data<T>(center, "center", {columns}),
+                          .features = features,
+                          .centroids = q,
+                          .concentration = values.data(),
+                          .separation = values.data() + rows,
+                          .rows = output<RowStats>(stats),
+                          .row_weight = row_weight,
+                          .eps = eps,
+                          .grad = grad};
   parallel_rows(rows, columns, [&](int64_t begin, int64_t end) {
     Vector<T> scratch(4 * columns);
     kernels_for<T>().terms(args, begin, end, scratch.data());
@@ -305,7 +305,8 @@ std::tuple<Tensor, Tensor> terms(const Tensor& input, const Tensor& target, cons
     const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample);
     const int64_t rows = rows_of(input);
     const Targets y = targets(target, rows, ignore_index, q.classes, q.of, q.columns);
-    const auto [values, stats] = compute_terms<T>(input, y, center, q, {temperature, l2_normalize, softmax});
+    const Features features{.inverse_temperature = 1.0 / temperature, .l2_normalize = l2_normalize, .softmax = softmax};
+    const auto [values, stats] = compute_terms<T>(input, y, center, q, features);
     Tensor result = empty({2, rows}, kScalarType<T>);
     std::transform(values.begin(), values.end(), output<T>(result), [](double v) { return T(v); });
     return std::make_tuple(result, stats);
@@ -444,9 +445,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss(
     const Tensor moved = running ? running->moved() : empty({0}, kScalarType<T>);
     const Vector<double> row_weight = row_weights(y, rows, class_weight, reduction);
     Tensor grad = with_grad ? empty({rows, q.columns}, kScalarType<T>) : empty({0}, kScalarType<T>);
+    const Features features{.inverse_temperature = 1.0 / temperature, .l2_normalize = l2_normalize, .softmax = softmax};
     auto [values, stats] =
-        compute_terms<T>(input, y, running ? std::optional<Tensor>(moved) : center, q,
-                         {temperature, l2_normalize, softmax}, row_weight.data(), eps,
+        compute_terms<T>(input, y, running ? std::optional<Tensor>(moved) : center, q, features, row_weight.data(), eps,
                          with_grad ? output<T>(grad) : nullptr);
     Tensor result = reduction == kNone ? empty({rows}, kScalarType<T>) : empty({}, kScalarType<T>);
     Tensor means = empty({2}, ScalarType::Double);
@@ -510,15 +511,15 @@ Tensor input_grad(const Tensor& input, const Tensor& target, const std::optional
                     "ncmi_kernels: float64 input and float64 centroid_logits go together");
     const RowStats* stats = row_stats_of(row_stats, rows);
     const Vector<double> c = with_upstream(stats, upstream, rows);
-    const InputGradArgs<T> args{z,
-                                targets(target, rows, ignore_index, q.classes, q.of, q.columns),
-                                data<T>(center, "center", {columns}),
-                                q,
-                                stats,
-                                c.data(),
-                                c.data() + rows,
-                                grad.data_ptr(),
-                                z.dtype};
+    const InputGradArgs<T> args{.input = z,
+                                .target = targets(target, rows, ignore_index, q.classes, q.of, q.columns),
+                                .center = data<T>(center, "center", {columns}),
+                                .centroids = q,
+                                .rows = stats,
+                                .concentration_grad = c.data(),
+                                .separation_grad = c.data() + rows,
+                                .grad = grad.data_ptr(),
+                                .grad_dtype = z.dtype};
     parallel_rows(rows, columns, [&](int64_t begin, int64_t end) {
       Vector<T> scratch(4 * columns);
       kernels_for<T>().input_grad(args, begin, end, scratch.data());
@@ -557,36 +558,36 @@ class BatchSums {
       if (y[i] == ignore_index) continue;
       separation_grad_sum += separation_grad[i];
       // The own class enters the mean over classes of KL(p || q_v) too, and is taken out again here.
-      if (!q.centroid_to_sample) own_factor[i] -= separation_grad[i] / q.of_all.classes;
+      if (!q.centroid_to_sample) own_factor[i] -= separation_grad[i] / q.all().classes;
     }
 
     const double* given = data<double>(given_totals, "totals", {q.columns + 1});
     const int64_t present = own_grad ? q.classes : std::min(rows, q.classes);
     if (!own_grad) own_.resize(present * q.columns);
     if (q.centroid_to_sample) own_separation_.resize(present * q.columns);
-    args_ = {z,
-             data<T>(center, "center", {q.columns}),
-             q,
-             xi,
-             stats,
-             own_factor,
-             separation_grad,
-             order_.data(),
-             class_begin_.data(),
-             class_sums_.data(),
-             own_grad ? own_grad : own_.data(),
-             own_separation_.data(),
-             own_grad != nullptr,
-             totals_.data(),
-             given ? given[q.columns] : separation_grad_sum,
-             0,
-             nullptr};
+    args_ = {.input = z,
+             .center = data<T>(center, "center", {q.columns}),
+             .centroids = q,
+             .logits = xi,
+             .rows = stats,
+             .own_factor = own_factor,
+             .separation_grad = separation_grad,
+             .order = order_.data(),
+             .class_begin = class_begin_.data(),
+             .class_sums = class_sums_.data(),
+             .own = own_grad ? own_grad : own_.data(),
+             .own_separation = own_separation_.data(),
+             .own_is_grad = own_grad != nullptr,
+             .totals = totals_.data(),
+             .separation_grad_sum = given ? given[q.columns] : separation_grad_sum,
+             .level = 0,
+             .variation = nullptr};
     kernels_for<T>().class_sums(args_, class_sums_.data());
     parallel_columns<kWide>(q.columns, rows,
                             [&](int64_t begin, int64_t end) { kernels_for<T>().centroid_sums(args_, begin, end); });
     if (given) std::copy(given, given + q.columns, totals_.begin());
     if (q.centroid_to_sample) return;
-    const double inverse_classes = 1.0 / q.of_all.classes;
+    const double inverse_classes = 1.0 / q.all().classes;
     args_.level = args_.separation_grad_sum / double(q.columns) * inverse_classes;
     variation_.resize(q.columns);
     for (int64_t k = 0; k < q.columns; ++k) variation_[k] = T(totals_[k] * inverse_classes - args_.level);
@@ -632,12 +633,13 @@ void centroid_step_(const Tensor& input, const Tensor& target, const std::option
   with_arithmetic_type(centroid_logits.scalar_type(), "centroid_logits", [&]<class T>() {
     const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample);
     const int64_t columns = q.columns;
-    const StepArgs<T> step{const_cast<T*>(data<T>(centroid_logits, "centroid_logits", {q.classes, columns})),
-                           const_cast<T*>(data<T>(momentum_buffer, "momentum_buffer", {q.classes, columns})),
-                           lr,
-                           momentum,
-                           weight_decay,
-                           nesterov};
+    const StepArgs<T> step{
+        .logits = const_cast<T*>(data<T>(centroid_logits, "centroid_logits", {q.classes, columns})),
+        .momentum_buffer = const_cast<T*>(data<T>(momentum_buffer, "momentum_buffer", {q.classes, columns})),
+        .lr = lr,
+        .momentum = momentum,
+        .weight_decay = weight_decay,
+        .nesterov = nesterov};
     const BatchSums<T> sums(input, target, center, centroid_logits, q, row_stats, std::nullopt, ignore_index,
                             std::nullopt, nullptr);
     // A row whose terms are not finite has derivatives that are not: such a batch moves nothing, for good, as the
@@ -668,8 +670,14 @@ Tensor class_totals(const Tensor& input, const Tensor& target, const std::option
   for (int64_t i = 0; i < rows; ++i)
     if (y[i] != ignore_index) totals[columns] += c[rows + i];
   const auto sum = [&]<class T>() {
-    const TotalsArgs<T> args{z, y, data<T>(center, "center", {columns}), rows, stats, c.data() + rows,
-                             centroid_to_sample, totals};
+    const TotalsArgs<T> args{.input = z,
+                             .target = y,
+                             .center = data<T>(center, "center", {columns}),
+                             .row_count = rows,
+                             .rows = stats,
+                             .separation_grad = c.data() + rows,
+                             .centroid_to_sample = centroid_to_sample,
+                             .totals = totals};
     parallel_columns(columns, rows, [&](int64_t begin, int64_t end) { kernels_for<T>().totals(args, begin, end); });
   };
   if (z.dtype == Dtype::kFloat64)

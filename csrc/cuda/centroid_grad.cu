@@ -46,8 +46,7 @@ template <bool fast, class T, int width, class F>
 NCMI_DEVICE void each_activation(const RowStats& stats, const T (&x)[width], const F& f) {
   const double scale = stats.scale;
   const T shift = T(stats.shift);
-  with_kind<T>(kind_of(stats.kind), [&](auto tag) NCMI_INLINED {
-    constexpr Kind kind = decltype(tag)::value;
+  with_kind<T>(kind_of(stats.kind), [&]<Kind kind>() NCMI_INLINED {
     const T s = argument_scale<kind, T>(scale);
 #pragma unroll
     for (int v = 0; v < width; ++v) {
@@ -145,10 +144,9 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) class_grad_sums_kernel(const
         if constexpr (centroid_to_sample) log_sum += storage.log[w][thread];
       }
       const T xi = load_any<T>(args.logits, c * args.logits.row_stride + column * args.logits.column_stride);
-      const double inverse_norm = ::exp(-q.log_norm(c));
-      with_kind<T>(kind_of(q.kind(c)), [&](auto tag) NCMI_INLINED {
-        constexpr Kind kind = decltype(tag)::value;
-        const Activation<T> a = activate<kind, false>(xi, argument_scale<kind, T>(1.0), T(q.shift(c)));
+      const double inverse_norm = ::exp(-q.of[c].log_norm);
+      with_kind<T>(kind_of(q.of[c].kind), [&]<Kind kind>() NCMI_INLINED {
+        const Activation<T> a = activate<kind, false>(xi, argument_scale<kind, T>(1.0), T(q.of[c].shift));
         args.own[at] = T(own_sum - factor_sum[0] * (double(a.value) * inverse_norm));
         if constexpr (centroid_to_sample) args.own_separation[at] = T(log_sum - factor_sum[1] * double(a.log));
       });
@@ -260,16 +258,15 @@ __global__ void __launch_bounds__(kThreads, 1) class_grad_kernel(const CentroidG
   const int64_t c = blockIdx.x;
   Group group = group_of_thread(shared_storage<GroupStorage>());
   const bool has_rows = args.class_begin[c] != args.class_begin[c + 1];
-  const double inverse_norm = ::exp(-q.log_norm(c)), inverse_classes = 1.0 / q.all().classes;
+  const double inverse_norm = ::exp(-q.of[c].log_norm), inverse_classes = 1.0 / q.all().classes;
   const double separation_sum = args.totals[q.columns];
   // A row whose terms are not finite has derivatives that are not: such a batch moves nothing, nor does one without
   // rows.
   if (with_step && (!(separation_sum - separation_sum == 0) || args.class_begin[q.classes] == 0)) return;
-  const T shift = T(q.shift(c));
+  const T shift = T(q.of[c].shift);
   T* own_sums = args.own + args.own_offset(c);
   const T* own_separation = centroid_to_sample ? args.own_separation + args.own_offset(c) : nullptr;
-  with_kind<T>(kind_of(q.kind(c)), [&](auto tag) NCMI_INLINED {
-    constexpr Kind kind = decltype(tag)::value;
+  with_kind<T>(kind_of(q.of[c].kind), [&]<Kind kind>() NCMI_INLINED {
     const auto logit_at = [&](int64_t k) NCMI_INLINED {
       return load_any<T>(args.logits, c * args.logits.row_stride + k * args.logits.column_stride);
     };

@@ -20,7 +20,7 @@ NCMI_DEVICE double activate_row(R& row, double count, T shift, T* log, T* value)
   row.each([&](int k, const T* x) NCMI_INLINED {
 #pragma unroll
     for (int v = 0; v < R::part; ++v) {
-      if (by_size && (absolute(x[v]) <= T(1)) != is_near(kind)) continue;
+      if (by_size && is_small(x[v]) != is_near(kind)) continue;
       if constexpr (is_near(kind)) {
         const NearActivation a = near<kind>(x[v] * s);
         norm += double(a.excess);
@@ -47,16 +47,16 @@ __global__ void __maxnreg__(80) centroid_rows_kernel(const CentroidStatsArgs<T> 
   T* log = args.log_activation + c * args.columns;
   T* value = args.activation ? args.activation + c * args.columns : nullptr;
   const Size<T> size = size_of<T>(row);
-  Kind kind = first_kind(args.softmax, size.largest);
+  Kind kind = first_kind<T>(args.softmax, size.largest);
   T shift = kind == Kind::kSoftmax ? largest_of<T>(row) : T(0);
   const double columns = double(args.columns);
   double norm = 0, large = columns;  // how many elements have |f| > 1
-  if constexpr (kSame<T, float>) {
+  if constexpr (kHasNear<T>) {
     if (kind == Kind::kNsf) {
       int mine = 0;
       row.each([&](int, const T* x) NCMI_INLINED {
 #pragma unroll
-        for (int v = 0; v < decltype(row)::part; ++v) mine += absolute(x[v]) <= T(1) ? 0 : 1;
+        for (int v = 0; v < decltype(row)::part; ++v) mine += is_small(x[v]) ? 0 : 1;
       });
       large = row.group.sum(mine);
     }
@@ -66,8 +66,8 @@ __global__ void __maxnreg__(80) centroid_rows_kernel(const CentroidStatsArgs<T> 
              activate_row<Kind::kNsf, true>(row, large, shift, log, value);
   }
   if (!(8 * large <= columns))
-    with_kind<T>(kind, [&](auto tag) NCMI_INLINED {
-      norm = activate_row<decltype(tag)::value>(row, columns, shift, log, value);
+    with_kind<T>(kind, [&]<Kind as>() NCMI_INLINED {
+      norm = activate_row<as>(row, columns, shift, log, value);
     });
   if (kind == Kind::kNsf && may_be_shifted(norm, args.columns)) {
     const T largest = largest_of<T>(row);

@@ -1,4 +1,4 @@
-// What the kernels share: launching, sums over the threads of a row, loads and stores of 16 bytes, activations.
+// What the kernels share: launching, sums over the threads of a row, loads and stores of 16 bytes.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -40,11 +40,6 @@ NCMI_DEVICE Storage& shared_storage() {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr double kSmallestLength = 1e-12;  // as torch.nn.functional.normalize
-
-NCMI_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-NCMI_INLINE constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-NCMI_INLINE constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <class A, class B>
 constexpr bool kSame = false;
@@ -257,80 +252,5 @@ NCMI_DEVICE int64_t class_of(int64_t y, int64_t classes) {
   NCMI_DEVICE_ASSERT(y >= 0 && y < classes && "target is out of range");
   return y < 0 ? 0 : y >= classes ? classes - 1 : y;
 }
-
-// -------------------------------------------------------------------------------------------------------------
-// Row activation: which of the formulas, with the shift of the row where it needs one.
-// -------------------------------------------------------------------------------------------------------------
-
-// kNsfNear, kNsfNearest: a row with every |f| <= 1, <= 1/4, float only. kNsfShifted: one with every f <= kShifted.
-enum class Kind { kNsf, kNsfNear, kNsfNearest, kNsfShifted, kSoftmax };
-
-// As the statistics hold it; any kind for what is none.
-NCMI_DEVICE Kind kind_of(double kind) {
-  return kind >= 0 && kind <= double(Kind::kSoftmax) ? Kind(int(kind)) : Kind::kNsf;
-}
-
-NCMI_INLINE constexpr bool is_near(Kind kind) { return kind == Kind::kNsfNear || kind == Kind::kNsfNearest; }
-
-template <Kind kind>
-NCMI_DEVICE NearActivation near(float y) {
-  return kind == Kind::kNsfNear ? nsf_near(y) : nsf_nearest(y);
-}
-
-template <Kind kind>
-NCMI_DEVICE NearSlope near_slope(float y) {
-  return kind == Kind::kNsfNear ? nsf_near_slope(y) : nsf_nearest_slope(y);
-}
-
-// The factor that takes x to the argument of the functions below.
-template <Kind kind, class T>
-NCMI_DEVICE T argument_scale(double scale) {
-  return T(is_near(kind) ? 0.5 * scale : scale);
-}
-
-// `fast`: for inputs of 16 bits. `scale` is that of argument_scale.
-template <Kind kind, bool fast, class T>
-NCMI_DEVICE Activation<T> activate(T x, T scale, T shift) {
-  if constexpr (is_near(kind)) {
-    const NearActivation a = near<kind>(x * scale);
-    return {T(0.5) + T(0.5) * a.excess, a.log, T(0.5) - T(0.5) * a.excess, T(0.25) * (T(1) - a.excess * a.excess)};
-  } else if constexpr (kind == Kind::kNsfShifted) {
-    return nsf_shifted(x, scale, shift);
-  } else if constexpr (kind == Kind::kSoftmax) {
-    return softmax(x, scale, shift);
-  } else if constexpr (fast) {
-    return nsf_fast(x * scale);
-  } else {
-    return nsf(x * scale);
-  }
-}
-
-template <Kind kind>
-struct KindTag {
-  static constexpr Kind value = kind;
-};
-
-// Calls f with the kind as the type of its argument.
-template <class T, class F>
-NCMI_DEVICE void with_kind(Kind kind, const F& f) {
-  if (kind == Kind::kNsf) return f(KindTag<Kind::kNsf>());
-  if constexpr (kSame<T, float>) {
-    if (kind == Kind::kNsfNearest) return f(KindTag<Kind::kNsfNearest>());
-    if (kind == Kind::kNsfNear) return f(KindTag<Kind::kNsfNear>());
-  }
-  if (kind == Kind::kNsfShifted) return f(KindTag<Kind::kNsfShifted>());
-  f(KindTag<Kind::kSoftmax>());
-}
-
-// The kind to try for a row with |f| up to `reach`; kNsf becomes kNsfShifted where no f is above kShifted.
-template <class T>
-NCMI_DEVICE Kind first_kind(bool is_softmax, T reach) {
-  if (is_softmax) return Kind::kSoftmax;
-  if (!kSame<T, float> || !(reach <= T(1))) return Kind::kNsf;
-  return reach <= T(0.25) ? Kind::kNsfNearest : Kind::kNsfNear;
-}
-
-NCMI_DEVICE uint32_t magnitude_bits(float x) { return bit_cast<uint32_t>(x) & 0x7fffffffu; }
-NCMI_DEVICE uint64_t magnitude_bits(double x) { return bit_cast<uint64_t>(x) & 0x7fffffffffffffffu; }
 
 }  // namespace ncmi::cuda

@@ -4,35 +4,11 @@
 // All pointers are to device memory. T is the type of the arithmetic, float or double.
 #pragma once
 
-#include "../layout.h"
+#include "../rows.h"
 
 namespace ncmi::cuda {
 
 using Stream = void*;  // cudaStream_t
-
-template <class T>
-struct Centroids {
-  int64_t classes;          // C, of the table; all().classes is how many there are
-  int64_t columns;          // M
-  bool centroid_to_sample;  // the separation
-  const T* log_activation;  // [C, M] log a(xi), shifted
-  const T* activation;      // [C, M] a(xi), shifted; centroid_to_sample only
-  const T* reference;       // [2, M] what log a is compared with for all classes at once; the mean of q over classes
-  const ClassStats* of;     // [C], and then AllStats
-
-  NCMI_INLINE_MEMBER double log_norm(int64_t c) const { return of[c].log_norm; }
-  NCMI_INLINE_MEMBER double shift(int64_t c) const { return of[c].shift; }
-  NCMI_INLINE_MEMBER double kind(int64_t c) const { return of[c].kind; }
-  NCMI_INLINE_MEMBER const AllStats& all() const { return *reinterpret_cast<const AllStats*>(of + classes); }
-};
-
-// The sums of a row from which its terms and what the backward passes need are formed.
-struct RowSums {
-  double norm;       // S = sum a
-  double own;        // sum a (log a - log a(xi_y))
-  double all;        // sum a (log a - reference), or sum q_mean (log a - reference)
-  double own_cross;  // sum a(xi_y) (log a - log a(xi_y)); centroid_to_sample only
-};
 
 // A gradient times the upstream gradient: a scalar (stride 0) or [B], or none.
 struct Upstream {
@@ -48,20 +24,13 @@ struct Weights {
   const double* total;  // the sum over the rows, by which each is divided; null for a sum
 };
 
-// How a row of features becomes a row of probabilities: Features, without a division a row.
-struct RowFeatures {
-  double inverse_temperature;
-  bool l2_normalize;
-  bool softmax;
-};
-
 template <class T>
 struct TermsArgs {
   Matrix input;  // [B, M]
   int64_t rows;
   Targets target;   // [B]
   const T* center;  // [M] or null
-  RowFeatures features;
+  Features features;
   Centroids<T> centroids;
   RowSums* sums;    // [B]
   RowStats* stats;  // [B]: scale, inverse_length, kind and shift, and zeros

@@ -71,7 +71,9 @@ Targets targets(const Tensor& t, const Tensor& input, int64_t ignore_index) {
   check_device(t, "target", input);
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long, "ncmi_kernels: target must be int64");
   check_shape(t, "target", {input.size(0)});
-  return {static_cast<const int64_t*>(memory_of(t, "target")), t.stride(0), ignore_index};
+  return {.data = static_cast<const int64_t*>(memory_of(t, "target")),
+          .stride = t.stride(0),
+          .ignore_index = ignore_index};
 }
 
 template <class T>
@@ -80,13 +82,14 @@ Centroids<T> centroids(const Tensor& log_activation, const Tensor& activation, c
   STD_TORCH_CHECK(log_activation.dim() == 2, "ncmi_kernels: log_activation must have 2 dimensions");
   const int64_t classes = log_activation.size(0), columns = log_activation.size(1);
   STD_TORCH_CHECK(columns > 0, "ncmi_kernels: log_activation must have columns");
-  return {classes,
-          columns,
-          centroid_to_sample,
-          data_on<T>(log_activation, "log_activation", {classes, columns}, input),
-          data_on<T>(activation, "activation", {centroid_to_sample ? classes : 0, columns}, input),
-          data_on<T>(reference, "reference", {2, columns}, input),
-          reinterpret_cast<const ClassStats*>(data_on<double>(norms, "norms", {classes + 1, kClassStats}, input))};
+  return {.classes = classes,
+          .columns = columns,
+          .centroid_to_sample = centroid_to_sample,
+          .log_activation = data_on<T>(log_activation, "log_activation", {classes, columns}, input),
+          .activation = data_on<T>(activation, "activation", {centroid_to_sample ? classes : 0, columns}, input),
+          .reference = data_on<T>(reference, "reference", {2, columns}, input),
+          .of = reinterpret_cast<const ClassStats*>(
+              data_on<double>(norms, "norms", {classes + 1, kClassStats}, input))};
 }
 
 template <class T>
@@ -105,14 +108,16 @@ const RowStats* stats_on(const Tensor& rows, const Tensor& input) {
 }
 
 Upstream upstream_of(const std::optional<Tensor>& t, const Tensor& input) {
-  if (!t) return {nullptr, false, 0};
+  if (!t) return {};
   check_device(*t, "upstream", input);
   const bool by_row = t->dim() == 1;
   STD_TORCH_CHECK(by_row ? t->size(0) == input.size(0) : t->dim() == 0,
                   "ncmi_kernels: upstream must be a scalar or [B]");
   STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float || t->scalar_type() == ScalarType::Double,
                   "ncmi_kernels: upstream must be float32 or float64");
-  return {memory_of(*t, "upstream"), t->scalar_type() == ScalarType::Double, by_row ? t->stride(0) : 0};
+  return {.data = memory_of(*t, "upstream"),
+          .is_double = t->scalar_type() == ScalarType::Double,
+          .stride = by_row ? t->stride(0) : 0};
 }
 
 // In doubles, for write_stats.
@@ -127,9 +132,18 @@ void write_stats(const Device& device, Workspace& workspace, const Matrix& xi, i
                  ClassStats* of) {
   const int64_t chunks = class_chunks(classes, columns);
   const int64_t sums = chunks * kClassSums * columns, lost = 2 * columns;
-  launch_centroid_stats<T>({xi, classes, columns, softmax, centroid_to_sample, log_activation,
-                            centroid_to_sample ? activation : nullptr, reference, of, chunks, workspace.take(sums),
-                            workspace.take(lost)},
+  launch_centroid_stats<T>({.logits = xi,
+                            .classes = classes,
+                            .columns = columns,
+                            .softmax = softmax,
+                            .centroid_to_sample = centroid_to_sample,
+                            .log_activation = log_activation,
+                            .activation = centroid_to_sample ? activation : nullptr,
+                            .reference = reference,
+                            .of = of,
+                            .chunks = chunks,
+                            .sums = workspace.take(sums),
+                            .lost = workspace.take(lost)},
                            device.stream());
 }
 
@@ -167,15 +181,22 @@ std::tuple<Tensor, Tensor> terms(const Tensor& input, const Tensor& target, cons
     Workspace workspace(device, rows * kRowSums);
     RowSums* sums = workspace.take<RowSums>(rows * kRowSums);
     Tensor result = empty(device, {2, rows}, kScalarType<T>);
-    launch_terms<T>({z, rows, y, data_on<T>(center, "center", {q.columns}, input),
-                     {1.0 / temperature, l2_normalize, softmax}, q, sums, output<RowStats>(stats), {}, 0, nullptr},
+    launch_terms<T>({.input = z,
+                     .rows = rows,
+                     .target = y,
+                     .center = data_on<T>(center, "center", {q.columns}, input),
+                     .features = {.inverse_temperature = 1.0 / temperature,
+                                  .l2_normalize = l2_normalize,
+                                  .softmax = softmax},
+                     .centroids = q,
+                     .sums = sums,
+                     .stats = output<RowStats>(stats),
+                     .weights = {},
+                     .eps = 0,
+                     .grad = nullptr},
                     device.stream());
-    ReduceArgs<T> reduce{};
-    reduce.rows = rows;
-    reduce.target = y;
-    reduce.centroids = q;
-    reduce.sums = sums;
-    reduce.stats = output<RowStats>(stats);
+    const ReduceArgs<T> reduce{
+        .rows = rows, .target = y, .centroids = q, .sums = sums, .stats = output<RowStats>(stats)};
     launch_finish_terms(reduce, output<T>(result), device.stream());
     return std::make_tuple(result, stats);
   });
@@ -201,9 +222,21 @@ Tensor column_sums(const Device& device, Workspace& workspace, const Tensor& inp
   T* c = const_cast<T*>(data_on<T>(center, "center", {columns}, input));
   int64_t* batches =
       const_cast<int64_t*>(data_on<int64_t>(num_batches_tracked, "num_batches_tracked", {}, input));
-  launch_update_center<T>({z, rows, columns, target, classes, splits, workspace.take(splits * columns),
-                           workspace.take(splits * 2), class_weight, weight_total, momentum, c, batches,
-                           output<T>(moved), workspace.take<int32_t>(center_blocks(splits, columns))},
+  launch_update_center<T>({.input = z,
+                           .rows = rows,
+                           .columns = columns,
+                           .target = target,
+                           .classes = classes,
+                           .splits = splits,
+                           .sums = workspace.take(splits * columns),
+                           .counts = workspace.take(splits * 2),
+                           .class_weight = class_weight,
+                           .weight_total = weight_total,
+                           .momentum = momentum,
+                           .center = c,
+                           .batches = batches,
+                           .moved = output<T>(moved),
+                           .finite = workspace.take<int32_t>(center_blocks(splits, columns))},
                           device.stream());
   return moved;
 }
@@ -254,13 +287,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss(
                                            num_batches_tracked, momentum, class_weight, weight_total)
                           : empty(device, {0}, kScalarType<T>);
     const T* c = running_center ? output<T>(moved) : given_center;
-    const Weights<T> weights{class_weight, weight_total};
-    launch_terms<T>({z, rows, y, c, {1.0 / temperature, l2_normalize, softmax}, q, sums,
-                     output<RowStats>(stats), weights, eps, with_grad ? output<T>(grad) : nullptr},
+    const Weights<T> weights{.by_class = class_weight, .total = weight_total};
+    launch_terms<T>({.input = z,
+                     .rows = rows,
+                     .target = y,
+                     .center = c,
+                     .features = {.inverse_temperature = 1.0 / temperature,
+                                  .l2_normalize = l2_normalize,
+                                  .softmax = softmax},
+                     .centroids = q,
+                     .sums = sums,
+                     .stats = output<RowStats>(stats),
+                     .weights = weights,
+                     .eps = eps,
+                     .grad = with_grad ? output<T>(grad) : nullptr},
                     device.stream());
-    launch_reduce<T>({rows, y, q, sums, output<RowStats>(stats), weights, batch_ratio,
-                      reduction == kMean, eps, reduction == kNone ? nullptr : output<T>(result),
-                      reduction == kNone ? output<T>(result) : nullptr, output<double>(means), partial_sums},
+    launch_reduce<T>({.rows = rows,
+                      .target = y,
+                      .centroids = q,
+                      .sums = sums,
+                      .stats = output<RowStats>(stats),
+                      .weights = weights,
+                      .batch_ratio = batch_ratio,
+                      .mean = reduction == kMean,
+                      .eps = eps,
+                      .loss = reduction == kNone ? nullptr : output<T>(result),
+                      .row_loss = reduction == kNone ? output<T>(result) : nullptr,
+                      .means = output<double>(means),
+                      .partials = partial_sums},
                      device.stream());
     return std::make_tuple(result, stats, moved, grad, means);
   });
@@ -291,9 +345,14 @@ Tensor input_grad(const Tensor& input, const Tensor& target, const std::optional
                     "ncmi_kernels: float64 input and float64 centroid_logits go together");
     const int64_t rows = input.size(0);
     Tensor grad = empty(device, {rows, q.columns}, input.scalar_type());
-    launch_input_grad<T>({z, rows, targets(target, input, ignore_index),
-                          data_on<T>(center, "center", {q.columns}, input), q, stats_on(row_stats, input),
-                          upstream_of(upstream, input), grad.data_ptr()},
+    launch_input_grad<T>({.input = z,
+                          .rows = rows,
+                          .target = targets(target, input, ignore_index),
+                          .center = data_on<T>(center, "center", {q.columns}, input),
+                          .centroids = q,
+                          .stats = stats_on(row_stats, input),
+                          .upstream = upstream_of(upstream, input),
+                          .grad = grad.data_ptr()},
                          device.stream());
     return grad;
   });
@@ -328,25 +387,25 @@ void by_class(const Device& device, const Tensor& input, const Tensor& target, c
   const int64_t sums = ((by_first_row ? rows : q.classes) * q.columns * sizeof(T) + 7) / sizeof(double);
   const int64_t own = step ? sums : 0, own_separation = q.centroid_to_sample ? sums : 0;
   Workspace workspace(device, (q.classes + 1) + chunks * q.columns + (q.columns + 1) + q.classes + own + own_separation);
-  const CentroidGradArgs<T> args{z,
-                                 rows,
-                                 y,
-                                 data_on<T>(center, "center", {q.columns}, input),
-                                 q,
-                                 xi,
-                                 stats_on(row_stats, input),
-                                 upstream_of(upstream, input),
-                                 output<int32_t>(sorted),
-                                 output<int64_t>(order),
-                                 workspace.take<int64_t>(q.classes + 1),
-                                 chunks,
-                                 workspace.take(chunks * q.columns),
-                                 given ? given : workspace.take(q.columns + 1),
-                                 given != nullptr,
-                                 workspace.take(q.classes),
-                                 by_first_row,
-                                 step ? workspace.take<T>(own) : grad,
-                                 workspace.take<T>(own_separation)};
+  const CentroidGradArgs<T> args{.input = z,
+                                 .rows = rows,
+                                 .target = y,
+                                 .center = data_on<T>(center, "center", {q.columns}, input),
+                                 .centroids = q,
+                                 .logits = xi,
+                                 .stats = stats_on(row_stats, input),
+                                 .upstream = upstream_of(upstream, input),
+                                 .sorted = output<int32_t>(sorted),
+                                 .order = output<int64_t>(order),
+                                 .class_begin = workspace.take<int64_t>(q.classes + 1),
+                                 .chunks = chunks,
+                                 .partial_totals = workspace.take(chunks * q.columns),
+                                 .totals = given ? given : workspace.take(q.columns + 1),
+                                 .totals_given = given != nullptr,
+                                 .class_separation = workspace.take(q.classes),
+                                 .by_first_row = by_first_row,
+                                 .own = step ? workspace.take<T>(own) : grad,
+                                 .own_separation = workspace.take<T>(own_separation)};
   if (step)
     launch_centroid_step(args, *step, device.stream());
   else
@@ -377,12 +436,13 @@ void centroid_step_(const Tensor& input, const Tensor& target, const std::option
   with_arithmetic_type(centroid_logits.scalar_type(), "centroid_logits", [&]<class T>() {
     const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample, input);
     const StepArgs<T> step{
-        const_cast<T*>(data_on<T>(centroid_logits, "centroid_logits", {q.classes, q.columns}, input)),
-        const_cast<T*>(data_on<T>(momentum_buffer, "momentum_buffer", {q.classes, q.columns}, input)),
-        lr,
-        momentum,
-        weight_decay,
-        nesterov};
+        .logits = const_cast<T*>(data_on<T>(centroid_logits, "centroid_logits", {q.classes, q.columns}, input)),
+        .momentum_buffer =
+            const_cast<T*>(data_on<T>(momentum_buffer, "momentum_buffer", {q.classes, q.columns}, input)),
+        .lr = lr,
+        .momentum = momentum,
+        .weight_decay = weight_decay,
+        .nesterov = nesterov};
     Workspace workspace(device, stats_workspace(q.classes, q.columns));  // before anything moves
     by_class<T>(device, input, target, center, centroid_logits, q, row_stats, std::nullopt, ignore_index, std::nullopt,
                 nullptr, &step);
@@ -401,10 +461,17 @@ Tensor class_totals(const Tensor& input, const Tensor& target, const std::option
   Workspace workspace(device, chunks * (columns + 1));
   Tensor totals = empty(device, {columns + 1}, ScalarType::Double);
   const auto launch_as = [&]<class T>() {
-    launch_class_totals<T>({rows_of<T>(input, columns), rows, columns, targets(target, input, ignore_index),
-                            data_on<T>(center, "center", {columns}, input), stats_on(row_stats, input),
-                            upstream_of(upstream, input), centroid_to_sample, chunks,
-                            workspace.take(chunks * (columns + 1)), output<double>(totals)},
+    launch_class_totals<T>({.input = rows_of<T>(input, columns),
+                            .rows = rows,
+                            .columns = columns,
+                            .target = targets(target, input, ignore_index),
+                            .center = data_on<T>(center, "center", {columns}, input),
+                            .stats = stats_on(row_stats, input),
+                            .upstream = upstream_of(upstream, input),
+                            .centroid_to_sample = centroid_to_sample,
+                            .chunks = chunks,
+                            .partials = workspace.take(chunks * (columns + 1)),
+                            .totals = output<double>(totals)},
                            device.stream());
   };
   if (input.scalar_type() == ScalarType::Double)

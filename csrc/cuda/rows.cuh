@@ -114,14 +114,6 @@ struct ThreadSum<Row<In, T, 0>, T> {
   double value = 0;
 };
 
-// Of a row: the sum of its squares, and its largest magnitude, found on the bits: they order as the numbers do, and
-// no NaN gets lost.
-template <class T>
-struct Size {
-  double squares;
-  T largest;
-};
-
 template <class T, class R>
 NCMI_DEVICE Size<T> size_of(R& row) {
   ThreadSum<R, T> squares;
@@ -279,7 +271,7 @@ struct Summed {
 };
 
 template <bool centroid_to_sample, bool fast, class T, class R>
-NCMI_DEVICE Summed<T> sum_row_stable(R& row, const Own<T>& of, const RowFeatures& features) {
+NCMI_DEVICE Summed<T> sum_row_stable(R& row, const Own<T>& of, const Features& features) {
   const Size<T> size = size_of<T>(row);
   Summed<T> result;
   result.scale = features.inverse_temperature;
@@ -295,17 +287,17 @@ NCMI_DEVICE Summed<T> sum_row_stable(R& row, const Own<T>& of, const RowFeatures
     result.scale *= inverse;
     result.inverse_length = floored ? 0 : inverse;
   }
-  result.kind = first_kind(features.softmax, size.largest * T(result.scale));
+  result.kind = first_kind<T>(features.softmax, size.largest * T(result.scale));
   result.shift = features.softmax ? largest_of<T>(row) : T(0);
-  const auto sum_as = [&](auto tag) NCMI_INLINED {
-    result.sums = sum_row<decltype(tag)::value, centroid_to_sample, fast>(row, of, result.scale, result.shift);
+  const auto sum_as = [&]<Kind kind>() NCMI_INLINED {
+    result.sums = sum_row<kind, centroid_to_sample, fast>(row, of, result.scale, result.shift);
   };
-  if constexpr (kSame<T, float>) {
-    if (result.kind == Kind::kNsfNearest) sum_as(KindTag<Kind::kNsfNearest>());
-    if (result.kind == Kind::kNsfNear) sum_as(KindTag<Kind::kNsfNear>());
+  if constexpr (kHasNear<T>) {
+    if (result.kind == Kind::kNsfNearest) sum_as.template operator()<Kind::kNsfNearest>();
+    if (result.kind == Kind::kNsfNear) sum_as.template operator()<Kind::kNsfNear>();
   }
   if (result.kind == Kind::kNsf) {
-    sum_as(KindTag<Kind::kNsf>());
+    sum_as.template operator()<Kind::kNsf>();
     if (may_be_shifted(result.sums.norm, row.columns)) {
       const T largest = largest_of<T>(row);
       if (largest * T(result.scale) <= T(kShifted)) {
@@ -314,34 +306,10 @@ NCMI_DEVICE Summed<T> sum_row_stable(R& row, const Own<T>& of, const RowFeatures
       }
     }
   }
-  if (result.kind == Kind::kNsfShifted) sum_as(KindTag<Kind::kNsfShifted>());
-  if (result.kind == Kind::kSoftmax) sum_as(KindTag<Kind::kSoftmax>());
+  if (result.kind == Kind::kNsfShifted) sum_as.template operator()<Kind::kNsfShifted>();
+  if (result.kind == Kind::kSoftmax) sum_as.template operator()<Kind::kSoftmax>();
   result.sums.norm += poison<T>(row, size.squares);
   return result;
-}
-
-// -------------------------------------------------------------------------------------------------------------
-// Terms
-// -------------------------------------------------------------------------------------------------------------
-
-struct RowTerms {
-  double inverse_norm, own_mean, all_mean;
-  double concentration, separation;
-};
-
-// KL divergences as differences of logarithms, then of log-normalisers: each difference apart.
-template <class T>
-NCMI_DEVICE RowTerms terms_of(const Centroids<T>& q, int64_t y, const RowSums& sums) {
-  const double log_norm = ::log(sums.norm), inverse_norm = 1.0 / sums.norm;
-  const double own_mean = sums.own * inverse_norm, all_mean = sums.all * inverse_norm;
-  const double own_gap = log_norm - q.log_norm(y);
-  const double concentration = own_mean - own_gap;
-  const double inverse_classes = 1.0 / q.all().classes;
-  const double separation =
-      q.centroid_to_sample ? (q.all().weight_sum * log_norm - q.all().weighted_log_norm) - sums.all +
-                                 (sums.own_cross * ::exp(-q.log_norm(y)) - own_gap) * inverse_classes
-                           : all_mean - (log_norm - q.all().weighted_log_norm) - concentration * inverse_classes;
-  return {inverse_norm, own_mean, all_mean, not_negative(concentration), not_negative(separation)};
 }
 
 template <class T>
@@ -368,7 +336,7 @@ struct GradRow {
     const double inverse_c = 1.0 / q.all().classes;
     if constexpr (centroid_to_sample) {
       inverse_norm = T(stats.inverse_norm);
-      q_factor = T(::exp(-q.log_norm(y)));
+      q_factor = T(::exp(-q.of[y].log_norm));
       own_mean = T(stats.own_mean);
       inverse_classes = T(inverse_c);
       alpha = T(concentration_grad * stats.scale);
@@ -428,16 +396,14 @@ NCMI_DEVICE void grad_of_row(Row<In, T, kept>& row, const Centroids<T>& q, int64
   using R = Row<In, T, kept>;
   const Own<T> of = own_of<centroid_to_sample>(q, y);
   const int64_t offset = row.i * q.columns;
-  with_kind<T>(kind_of(stats.kind), [&](auto tag) NCMI_INLINED {
-    const GradRow<centroid_to_sample, fast, decltype(tag)::value, T> of_row(q, y, stats, concentration_grad,
-                                                                            separation_grad);
+  with_kind<T>(kind_of(stats.kind), [&]<Kind kind>() NCMI_INLINED {
+    const GradRow<centroid_to_sample, fast, kind, T> of_row(q, y, stats, concentration_grad, separation_grad);
     T grad[R::streamed ? 1 : kept];
     ThreadSum<R, T> dot;
     if (!R::streamed || stats.inverse_length != 0) {
       row.each_stretch([&](int j, int k, const T* x) NCMI_INLINED {
         T stretch[R::width];
         T* g = R::streamed ? stretch : grad + j * R::width;
-        
 #pragma unroll
         for (int v = 0; v < R::width; v += R::part) of_row.template at<R::part>(of, k + v, x + v, g + v);
         T sum = 0;
@@ -452,7 +418,6 @@ NCMI_DEVICE void grad_of_row(Row<In, T, kept>& row, const Centroids<T>& q, int64
     row.each_stretch([&](int j, int k, const T* x) NCMI_INLINED {
       T g[R::width];
       if constexpr (R::streamed) {
-        
 #pragma unroll
         for (int v = 0; v < R::width; v += R::part) of_row.template at<R::part>(of, k + v, x + v, g + v);
       } else {

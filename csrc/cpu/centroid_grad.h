@@ -1,0 +1,351 @@
+// Centroid gradient. First by column blocks, where each owner adds the rows of a class in order; then by class.
+// Sums of p and of log p are double: the gradient is their difference from q and log q, which may be near.
+#pragma once
+
+#include "activation.h"
+#include "load.h"
+
+namespace ncmi::cpu {
+namespace {
+
+// The sums of one owner of columns. Rows near the centre of the sigmoid, p = (1 + t) / 2 S, are summed as t in T: t is
+// small, and so is its rounding. All others are summed in double.
+template <class T>
+struct ColumnSums {
+  T x[kColumnBlock];
+  T own_excess[kColumnBlock], total_excess[kColumnBlock];
+  double own[kColumnBlock], own_log[kColumnBlock], total[kColumnBlock];
+};
+
+// Adds a row's stretch: own += own_factor p, total += beta p; for centroid_to_sample own_log and total take
+// beta log a instead. Without `with_own` only total.
+template <bool centroid_to_sample, bool with_own, class T>
+struct AddRow {
+  ColumnSums<T>& sums;
+  int64_t n;
+  const RowStats& row;
+  double own_factor, separation_grad;
+
+  template <Kind kind>
+  void operator()() const {
+    const T* __restrict x = sums.x;
+    const T s = argument_scale<kind, T>(row.scale), shift = T(row.shift);
+    if constexpr (is_near(kind) && !centroid_to_sample) {
+      T* __restrict own = sums.own_excess;
+      T* __restrict total = sums.total_excess;
+      const T own_share = T(0.5 * own_factor * row.inverse_norm), total_share = T(0.5 * separation_grad * row.inverse_norm);
+      NCMI_SIMD()
+      for (int64_t k = 0; k < n; ++k) {
+        const T excess = near<kind>(x[k] * s).excess;
+        if constexpr (with_own) own[k] += own_share * excess;
+        total[k] += total_share * excess;
+      }
+    } else {
+      double* __restrict own = sums.own;
+      double* __restrict own_log = sums.own_log;
+      double* __restrict total = sums.total;
+      const double own_share = own_factor * row.inverse_norm, total_share = separation_grad * row.inverse_norm;
+      NCMI_SIMD()
+      for (int64_t k = 0; k < n; ++k) {
+        const Activation<T> a = activate<kind>(x[k], s, shift);
+        if constexpr (with_own) own[k] += own_share * double(a.value);
+        if constexpr (centroid_to_sample) {
+          if constexpr (with_own) own_log[k] += separation_grad * double(a.log);
+          total[k] += separation_grad * double(a.log);
+        } else {
+          total[k] += total_share * double(a.value);
+        }
+      }
+    }
+  }
+};
+
+// At the end of a class whose rows were not all near: grad = sum_i own_factor_i (p_ik - q_ck), and for
+// centroid_to_sample own_separation = sum_i beta_i (log a_ik - log a_ck).
+template <bool centroid_to_sample, class T>
+struct FinishClass {
+  const ColumnSums<T>& sums;  // with the logits of the class in x
+  int64_t n;
+  T shift;
+  double inverse_norm, excess_base, own_factor_sum, separation_grad_sum;
+  T* __restrict grad;
+  T* __restrict own_separation;
+
+  template <Kind kind>
+  void operator()() const {
+    const T* __restrict x = sums.x;
+    const T* __restrict own_excess = sums.own_excess;
+    const double* __restrict own = sums.own;
+    const double* __restrict own_log = sums.own_log;
+    for_logits<kind>(x, n, [&]<Kind as>(int64_t begin, int64_t m) __attribute__((always_inline)) {
+      const T s = argument_scale<as, T>(1.0);
+      NCMI_SIMD()
+      for (int64_t k = begin; k < begin + m; ++k) {
+        const Activation<T> a = activate<as>(x[k], s, shift);
+        const double p_sum = own[k] + (excess_base + double(own_excess[k]));
+        grad[k] = T(p_sum - own_factor_sum * (double(a.value) * inverse_norm));
+        if constexpr (centroid_to_sample)
+          own_separation[k] = T(own_log[k] - separation_grad_sum * double(a.log));
+      }
+    });
+  }
+};
+
+constexpr int64_t kRowsPerFlush = 64;  // rows whose excess is added in T before it goes to a double
+
+template <class T>
+void flush_totals(ColumnSums<T>& sums, int64_t n) {
+  for (int64_t k = 0; k < n; ++k) {
+    sums.total[k] += double(sums.total_excess[k]);
+    sums.total_excess[k] = 0;
+  }
+}
+
+template <bool centroid_to_sample, class T>
+void centroid_sums_range(const CentroidGradArgs<T>& args, int64_t column_begin, int64_t column_end,
+                         ColumnSums<T>& sums) {
+  const Centroids<T>& q = args.centroids;
+  for (int64_t begin = column_begin; begin < column_end; begin += kColumnBlock) {
+    const int64_t n = min(kColumnBlock, column_end - begin);
+    double total_base = 0;  // sum over near rows of beta / 2 S, for the 1 in 1 + t
+    int64_t unflushed = 0;
+    for (int64_t k = 0; k < n; ++k) sums.total[k] = sums.total_excess[k] = 0;
+    for (int64_t c = 0; c < q.classes; ++c) {
+      const int64_t first = args.class_begin[c], last = args.class_begin[c + 1];
+      if (first == last) continue;
+      const ClassSums& of_class = args.class_sums[c];
+      T* own = args.own + of_class.slot * q.columns + begin;
+      memset(sums.own_excess, 0, n * sizeof(T));
+      if (!of_class.all_near) {
+        memset(sums.own, 0, n * sizeof(double));
+        memset(sums.own_log, 0, n * sizeof(double));
+      }
+      for (int64_t j = first; j < last; ++j) {
+        const int64_t i = args.order[j];
+        const RowStats& row = args.rows[i];
+        load(args.input, i, begin, n, args.center, sums.x);
+        with_kind<T>(kind_of(row.kind),
+                     AddRow<centroid_to_sample, true, T>{sums, n, row, args.own_factor[i], args.separation_grad[i]});
+        if (is_near(kind_of(row.kind)) && !centroid_to_sample)
+          total_base += 0.5 * args.separation_grad[i] * row.inverse_norm;
+        if (++unflushed == kRowsPerFlush) {
+          flush_totals(sums, n);
+          unflushed = 0;
+        }
+      }
+      if (of_class.all_near) {  // left to centroid_grad: the excess is all that it needs
+        memcpy(own, sums.own_excess, n * sizeof(T));
+        continue;
+      }
+      load(args.logits, c, begin, n, static_cast<const T*>(nullptr), sums.x);
+      with_kind<T>(kind_of(q.of[c].kind),
+                   FinishClass<centroid_to_sample, T>{
+                       sums, n, T(q.of[c].shift), exp(-q.of[c].log_norm), of_class.excess_base, of_class.own_factor,
+                       of_class.separation_grad, own,
+                       centroid_to_sample ? args.own_separation + of_class.slot * q.columns + begin : nullptr});
+    }
+    flush_totals(sums, n);
+    for (int64_t k = 0; k < n; ++k) args.totals[begin + k] = sums.total[k] + total_base;
+  }
+}
+
+// The totals alone, rows in the order of the batch.
+template <bool centroid_to_sample, class T>
+void totals_range(const TotalsArgs<T>& args, int64_t column_begin, int64_t column_end) {
+  ColumnSums<T> sums;
+  for (int64_t begin = column_begin; begin < column_end; begin += kColumnBlock) {
+    const int64_t n = min(kColumnBlock, column_end - begin);
+    double total_base = 0;
+    for (int64_t k = 0; k < n; ++k) sums.total[k] = sums.total_excess[k] = 0;
+    for (int64_t i = 0; i < args.row_count; ++i) {
+      if (i % kRowsPerFlush == 0) flush_totals(sums, n);
+      if (args.target[i] == args.target.ignore_index) continue;
+      const RowStats& row = args.rows[i];
+      load(args.input, i, begin, n, args.center, sums.x);
+      with_kind<T>(kind_of(row.kind),
+                   AddRow<centroid_to_sample, false, T>{sums, n, row, 0, args.separation_grad[i]});
+      if (is_near(kind_of(row.kind)) && !centroid_to_sample)
+        total_base += 0.5 * args.separation_grad[i] * row.inverse_norm;
+    }
+    flush_totals(sums, n);
+    for (int64_t k = 0; k < n; ++k) args.totals[begin + k] = sums.total[k] + total_base;
+  }
+}
+
+template <class T>
+void totals(const TotalsArgs<T>& args, int64_t column_begin, int64_t column_end) {
+  if (args.centroid_to_sample)
+    totals_range<true>(args, column_begin, column_end);
+  else
+    totals_range<false>(args, column_begin, column_end);
+}
+
+template <class T>
+void centroid_sums(const CentroidGradArgs<T>& args, int64_t column_begin, int64_t column_end) {
+  ColumnSums<T> sums;
+  if (args.centroids.centroid_to_sample)
+    centroid_sums_range<true>(args, column_begin, column_end, sums);
+  else
+    centroid_sums_range<false>(args, column_begin, column_end, sums);
+}
+
+// What the classes' sums hold, decided before they are formed so that every owner of columns agrees.
+template <class T>
+void class_sums(const CentroidGradArgs<T>& args, ClassSums* result) {
+  int64_t used = 0;
+  for (int64_t c = 0; c < args.centroids.classes; ++c) {
+    const bool has_rows = args.class_begin[c] != args.class_begin[c + 1];
+    ClassSums of_class{.slot = args.own_is_grad ? c : used,
+                       .own_factor = 0,
+                       .separation_grad = 0,
+                       .excess_base = 0,
+                       .has_rows = has_rows,
+                       .all_near = !args.centroids.centroid_to_sample};
+    used += has_rows;
+    for (int64_t j = args.class_begin[c]; j < args.class_begin[c + 1]; ++j) {
+      const int64_t i = args.order[j];
+      const bool near = is_near(kind_of(args.rows[i].kind));
+      of_class.own_factor += args.own_factor[i];
+      of_class.separation_grad += args.separation_grad[i];
+      if (near && !args.centroids.centroid_to_sample)
+        of_class.excess_base += 0.5 * args.own_factor[i] * args.rows[i].inverse_norm;
+      of_class.all_near = of_class.all_near && near;
+    }
+    result[c] = of_class;
+  }
+}
+
+// sample_to_centroid: slope (-own - (1/C) sum_i beta_i (p_ik - q_ck)), own = sum over the rows of the class of
+// own_factor_i (p_ik - q_ck).
+enum class Own { kNothing, kExcess, kFinished };
+
+template <class T>
+struct GradFromSample {
+  const T* __restrict x;
+  int64_t n;
+  T shift;
+  double inverse_norm, inverse_classes, separation_grad_sum;
+  const ClassSums& of_class;
+  const T* own;  // of the class; not read where it has no rows; may be grad
+  double level;
+  const T* __restrict variation;
+  T* grad;
+
+  template <Kind kind, Own sums>
+  void loop() const {
+    // own + all = (excess_base + own_excess) - own_factor q + (1/C) (total - beta q), or with own finished without it.
+    const double own_factor = sums == Own::kExcess ? of_class.own_factor : 0;
+    const double base = level + (sums == Own::kExcess ? of_class.excess_base : 0);
+    const double q_factor = (own_factor + inverse_classes * separation_grad_sum) * inverse_norm;
+    // Near the centre q = (1 + t) / 2 S: what cancels is constant along the row, and the rest, small with a small error,
+    // need not be double.
+    const T near_base = T(base - 0.5 * q_factor), near_factor = T(0.5 * q_factor);
+    for_logits<kind>(x, n, [&]<Kind as>(int64_t begin, int64_t m) __attribute__((always_inline)) {
+      const T s = argument_scale<as, T>(1.0);
+      NCMI_SIMD()
+      for (int64_t k = begin; k < begin + m; ++k) {
+        const T rest = sums == Own::kNothing ? variation[k] : variation[k] + own[k];
+        if constexpr (is_near(as)) {
+          const T t = near<as>(x[k] * s).excess;
+          grad[k] = (T(0.5) * t - T(0.5)) * ((near_base + rest) - near_factor * t);
+        } else {
+          const Activation<T> a = activate<as>(x[k], s, shift);
+          grad[k] = -a.slope * T((base + double(rest)) - q_factor * double(a.value));
+        }
+      }
+    });
+  }
+
+  template <Kind kind>
+  void operator()() const {
+    if (!of_class.has_rows) return loop<kind, Own::kNothing>();
+    if (of_class.all_near) return loop<kind, Own::kExcess>();
+    loop<kind, Own::kFinished>();
+  }
+};
+
+// centroid_to_sample: slope (-own + (1/C) q (s - sum_k q s)), s_ck = sum over rows of other classes of
+// beta_i (log q_ck - log p_ik), up to what is constant along the row.
+template <class T>
+struct GradFromCentroid {
+  const T* __restrict x;
+  int64_t n;
+  T shift;
+  double inverse_norm, inverse_classes, separation_grad_sum;
+  const double* __restrict totals;
+  const T* own;  // of the class, and may be grad; null where it has no rows, as own_separation is
+  const T* __restrict own_separation;
+  T* grad;
+
+  template <Kind kind, bool has_rows>
+  void loop() const {
+    // Copies, which a loop that writes numbers of their type does not read again.
+    const T row_shift = shift;
+    const double q_factor = inverse_norm, by_log = separation_grad_sum;
+    const T share = T(inverse_classes * inverse_norm);
+    const auto s_at = [&](int64_t k, T log) __attribute__((always_inline)) {
+      const double s = by_log * double(log) - totals[k];
+      if constexpr (has_rows) return s + double(own_separation[k]);
+      return s;
+    };
+    Lanes<double> sum;
+    for_logits<kind>(x, n, [&]<Kind as>(int64_t begin, int64_t m) __attribute__((always_inline)) {
+      const T argument = argument_scale<as, T>(1.0);
+      NCMI_SIMD()
+      for (int64_t j = 0; j < m; ++j) {
+        const Activation<T> a = activate<as>(x[begin + j], argument, row_shift);
+        sum.lane[j] += double(a.value) * q_factor * s_at(begin + j, a.log);
+      }
+    });
+    const double mean = sum.total();
+    for_logits<kind>(x, n, [&]<Kind as>(int64_t begin, int64_t m) __attribute__((always_inline)) {
+      const T argument = argument_scale<as, T>(1.0);
+      NCMI_SIMD()
+      for (int64_t k = begin; k < begin + m; ++k) {
+        const Activation<T> a = activate<as>(x[k], argument, row_shift);
+        // What is to cancel has done so: the rest in T.
+        const T by_separation = share * a.value * T(s_at(k, a.log) - mean);
+        if constexpr (has_rows)
+          grad[k] = a.slope * (by_separation - own[k]);
+        else
+          grad[k] = a.slope * by_separation;
+      }
+    });
+  }
+
+  template <Kind kind>
+  void operator()() const {
+    own ? loop<kind, true>() : loop<kind, false>();
+  }
+};
+
+// The gradient of a class by its logits x.
+template <class T>
+void grad_of_class(const CentroidGradArgs<T>& args, int64_t c, const T* x, T* grad) {
+  const Centroids<T>& q = args.centroids;
+  const int64_t n = q.columns;
+  const ClassSums& of_class = args.class_sums[c];
+  const Kind kind = kind_of(q.of[c].kind);
+  const T shift = T(q.of[c].shift);
+  const double inverse_norm = exp(-q.of[c].log_norm), inverse_classes = 1.0 / q.all().classes;
+  const T* own = of_class.has_rows ? args.own + of_class.slot * n : nullptr;
+  if (q.centroid_to_sample)
+    with_kind<T>(kind, GradFromCentroid<T>{x, n, shift, inverse_norm, inverse_classes, args.separation_grad_sum,
+                                           args.totals, own, own ? args.own_separation + of_class.slot * n : nullptr,
+                                           grad});
+  else
+    with_kind<T>(kind, GradFromSample<T>{x, n, shift, inverse_norm, inverse_classes, args.separation_grad_sum, of_class,
+                                         own, args.level, args.variation, grad});
+}
+
+template <class T>
+void centroid_grad(const CentroidGradArgs<T>& args, int64_t class_begin, int64_t class_end, T* grad, T* x) {
+  const int64_t n = args.centroids.columns;
+  for (int64_t c = class_begin; c < class_end; ++c) {
+    load(args.logits, c, 0, n, static_cast<const T*>(nullptr), x);
+    grad_of_class(args, c, x, grad + c * n);
+  }
+}
+
+}  // namespace
+}  // namespace ncmi::cpu
