@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ncmi_kernels._triton import ops
+from ncmi_kernels._triton import launches, ops
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -51,14 +51,14 @@ def source_of(kernel: Any, args: tuple[Any, ...]) -> ASTSource:
 
 
 @contextlib.contextmanager
-def recorded(launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]]):
+def recorded(found: list[tuple[Any, tuple[Any, ...], dict[str, Any]]]):
     """Every launch goes to the list."""
-    launch = ops.launch
-    ops.launch = lambda kernel, grid, *args, warps=4, **options: launches.append(
-        (kernel, args, {"num_warps": warps, **ops.COMPILING, **options})
+    launch = launches.launch
+    launches.launch = lambda kernel, grid, *args, warps=4, **options: found.append(
+        (kernel, args, {"num_warps": warps, **launches.COMPILING, **options})
     )
     yield
-    ops.launch = launch
+    launches.launch = launch
 
 
 def launches_of(operator: str, dtype: str, columns: int, options: dict[str, Any]) -> list[Any]:
@@ -71,12 +71,12 @@ def launches_of(operator: str, dtype: str, columns: int, options: dict[str, Any]
         z, y = torch.empty(rows, columns, dtype=DTYPES[dtype]), torch.empty(rows, dtype=torch.int64)
         xi, center = torch.empty(classes, columns, dtype=wide), torch.empty(columns, dtype=wide)
         batches, upstream = torch.empty((), dtype=torch.int64), torch.empty((), dtype=wide)
-    launches: list[Any] = []
-    with recorded(launches):
+    found: list[Any] = []
+    with recorded(found):
         stats = ops.centroid_stats(xi, softmax, c2s)
         saved = torch.empty(rows, 9, dtype=torch.float64, device="meta")
         if operator != "centroid_stats":
-            launches.clear()
+            found.clear()
         if operator == "terms":
             ops.terms(z, y, center, *stats, temperature, l2, softmax, c2s, -100)
         elif operator == "loss":
@@ -94,7 +94,7 @@ def launches_of(operator: str, dtype: str, columns: int, options: dict[str, Any]
             ops.centroid_step_(z, y, center, xi, torch.empty_like(xi), *stats, saved, softmax, c2s, -100, *sgd)
         elif operator == "scale_":
             ops.scale_(z, upstream)
-    return launches
+    return found
 
 
 def sass_of(cubin: Path) -> list[str]:
