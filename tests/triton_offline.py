@@ -29,11 +29,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 POINTERS = {dtype: f"*{name}" for name, dtype in DTYPES.items()} | {torch.int64: "*i64", torch.int32: "*i32"}
 
 
-def source_of(kernel: Any, args: tuple[Any, ...]) -> ASTSource:
+def source_of(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
     """A launch's kernel, as Triton specialises it."""
+    assert arguments.keys() == set(kernel.arg_names), arguments.keys() ^ set(kernel.arg_names)
     signature, constants, attributes = {}, {}, {}
-    for i, (parameter, value) in enumerate(zip(kernel.params, args, strict=True)):
-        varies = parameter.do_not_specialize
+    for i, parameter in enumerate(kernel.params):
+        value, varies = arguments[parameter.name], parameter.do_not_specialize
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not varies):
             signature[parameter.name] = "constexpr"
             constants[(i,)] = value
@@ -51,11 +52,11 @@ def source_of(kernel: Any, args: tuple[Any, ...]) -> ASTSource:
 
 
 @contextlib.contextmanager
-def recorded(found: list[tuple[Any, tuple[Any, ...], dict[str, Any]]]):
+def recorded(found: list[tuple[Any, dict[str, Any], dict[str, Any]]]):
     """Every launch goes to the list."""
     launch = launches.launch
-    launches.launch = lambda kernel, grid, *args, warps=4, **options: found.append(
-        (kernel, args, {"num_warps": warps, **launches.COMPILING, **options})
+    launches.launch = lambda kernel, grid, *, warps=4, debug=False, **arguments: found.append(
+        (kernel, arguments, {"num_warps": warps, "debug": debug, **launches.COMPILING})
     )
     yield
     launches.launch = launch
@@ -172,7 +173,7 @@ def measure(source: ASTSource, target: int, options: dict[str, Any]) -> dict[str
 
 if __name__ == "__main__":
     for case in json.loads(sys.argv[1]):
-        for kernel, args, options in launches_of(*case):
+        for kernel, arguments, options in launches_of(*case):
             for target in map(int, sys.argv[2].split(",")):
-                result = measure(source_of(kernel, args), target, options)
+                result = measure(source_of(kernel, arguments), target, options)
                 print(json.dumps({"case": case, "target": target, **result}), flush=True)
