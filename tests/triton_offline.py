@@ -22,18 +22,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ncmi_kernels._triton import ops
+from ncmi_kernels._triton import launches, ops
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 POINTERS = {dtype: f"*{name}" for name, dtype in DTYPES.items()} | {torch.int64: "*i64", torch.int32: "*i32"}
 
 
-def source_of(kernel: Any, args: tuple[Any, ...]) -> ASTSource:
+def source_of(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
     """A launch's kernel, as Triton specialises it."""
+    assert arguments.keys() == set(kernel.arg_names), arguments.keys() ^ set(kernel.arg_names)
     signature, constants, attributes = {}, {}, {}
-    for i, (parameter, value) in enumerate(zip(kernel.params, args, strict=True)):
-        varies = parameter.do_not_specialize
+    for i, parameter in enumerate(kernel.params):
+        value, varies = arguments[parameter.name], parameter.do_not_specialize
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not varies):
             signature[parameter.name] = "constexpr"
             constants[(i,)] = value
@@ -51,14 +52,14 @@ def source_of(kernel: Any, args: tuple[Any, ...]) -> ASTSource:
 
 
 @contextlib.contextmanager
-def recorded(launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]]):
+def recorded(found: list[tuple[Any, dict[str, Any], dict[str, Any]]]):
     """Every launch goes to the list."""
-    launch = ops.launch
-    ops.launch = lambda kernel, grid, *args, warps=4, **options: launches.append(
-        (kernel, args, {"num_warps": warps, **ops.COMPILING, **options})
+    launch = launches.launch
+    launches.launch = lambda kernel, grid, *, warps=4, debug=False, **arguments: found.append(
+        (kernel, arguments, {"num_warps": warps, "debug": debug, **launches.COMPILING})
     )
     yield
-    ops.launch = launch
+    launches.launch = launch
 
 
 def launches_of(operator: str, dtype: str, columns: int, options: dict[str, Any]) -> list[Any]:
@@ -71,12 +72,12 @@ def launches_of(operator: str, dtype: str, columns: int, options: dict[str, Any]
         z, y = torch.empty(rows, columns, dtype=DTYPES[dtype]), torch.empty(rows, dtype=torch.int64)
         xi, center = torch.empty(classes, columns, dtype=wide), torch.empty(columns, dtype=wide)
         batches, upstream = torch.empty((), dtype=torch.int64), torch.empty((), dtype=wide)
-    launches: list[Any] = []
-    with recorded(launches):
+    found: list[Any] = []
+    with recorded(found):
         stats = ops.centroid_stats(xi, softmax, c2s)
         saved = torch.empty(rows, 9, dtype=torch.float64, device="meta")
         if operator != "centroid_stats":
-            launches.clear()
+            found.clear()
         if operator == "terms":
             ops.terms(z, y, center, *stats, temperature, l2, softmax, c2s, -100)
         elif operator == "loss":
@@ -94,7 +95,7 @@ def launches_of(operator: str, dtype: str, columns: int, options: dict[str, Any]
             ops.centroid_step_(z, y, center, xi, torch.empty_like(xi), *stats, saved, softmax, c2s, -100, *sgd)
         elif operator == "scale_":
             ops.scale_(z, upstream)
-    return launches
+    return found
 
 
 def sass_of(cubin: Path) -> list[str]:
@@ -172,7 +173,7 @@ def measure(source: ASTSource, target: int, options: dict[str, Any]) -> dict[str
 
 if __name__ == "__main__":
     for case in json.loads(sys.argv[1]):
-        for kernel, args, options in launches_of(*case):
+        for kernel, arguments, options in launches_of(*case):
             for target in map(int, sys.argv[2].split(",")):
-                result = measure(source_of(kernel, args), target, options)
+                result = measure(source_of(kernel, arguments), target, options)
                 print(json.dumps({"case": case, "target": target, **result}), flush=True)

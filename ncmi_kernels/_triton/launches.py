@@ -1,0 +1,521 @@
+"""What operators launch: of each kernel the tile, the grid, and its arguments.
+
+Shapes: B rows, M columns, C classes.
+"""
+
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ncmi_kernels import _schema
+from ncmi_kernels._triton.batch import (
+    LAST,
+    PARTIAL,
+    WHOLE,
+    column_sums_kernel,
+    finish_kernel,
+    fold_kernel,
+    move_center_kernel,
+    scale_kernel,
+)
+from ncmi_kernels._triton.centroids import (
+    centroid_columns_kernel,
+    centroid_constants_kernel,
+    centroid_grad_kernel,
+    centroid_rows_kernel,
+    class_sums_kernel,
+)
+from ncmi_kernels._triton.elements import (
+    NEAR,
+    NSF,
+    SHIFTED,
+    SOFTMAX,
+)
+from ncmi_kernels._triton.rows import (
+    input_grad_kernel,
+    terms_kernel,
+)
+from ncmi_kernels._triton.tiles import HALF, bits, power_of_two, row_tile, strides_of
+
+RESCUE_COLUMNS = 128  # at once, where a row is read again because its squares overflowed
+FINISH_BLOCK = 512  # rows a program of finish_kernel has
+LARGEST_WHOLE = 8192  # rows up to which each of its programs sums over the whole batch itself
+LARGEST_CHUNKS = 128  # of rows, for sums over the batch
+SMALLEST_CHUNK = 64  # rows
+LARGEST_WHOLE_CENTER = 65536  # chunks * columns up to which one program moves the centre
+
+# Of all kernels. Fusing multiplications with additions is no longer the default from Triton 3.10 on.
+COMPILING = {"sanitize_overflow": False, "enable_fp_fusion": True}
+
+_TL = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *, warps: int = 4, debug: bool = False, **arguments: Any) -> None:
+    """Every launch goes through here, the kernel's arguments by name."""
+    # In order for Triton, which takes 3 us longer to bind them by name.
+    kernel[grid](*map(arguments.__getitem__, kernel.arg_names), num_warps=warps, debug=debug, **COMPILING)
+    # Triton has compiled, and would from now on compare all constants that the kernel reads: 0.4 us each, every launch.
+    kernel.used_global_vals = {}
+
+
+def centroid_stats(
+    centroid_logits: Tensor,
+    softmax: bool,
+    centroid_to_sample: bool,
+    log_activation: Tensor,
+    activation: Tensor,
+    reference: Tensor,
+    norms: Tensor,
+) -> None:
+    """What centroid_stats gives of the logits [C, M], into these tensors."""
+    classes, columns = centroid_logits.shape
+    workspace = norms.new_empty((2, columns))
+    residual, weighted = workspace[0], workspace[1]
+    tile = row_tile(columns, centroid_logits.dtype, True)
+    strides = strides_of(centroid_logits)
+    launch(
+        centroid_rows_kernel,
+        (-(-classes // tile.rows),),
+        logits=centroid_logits,
+        log_activation=log_activation,
+        activation=activation,
+        norms=norms,
+        unit_stride=strides.units,
+        column_stride=strides.column,
+        classes=classes,
+        M=columns,
+        ALIGN=strides.align,
+        CONTIGUOUS=strides.contiguous,
+        KIND=SOFTMAX if softmax else SHIFTED,
+        WITH_ACTIVATION=centroid_to_sample,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        VEC=tile.vec,
+        warps=tile.warps,
+    )
+    launch(
+        centroid_columns_kernel,
+        (-(-columns // 16),),
+        log_activation=log_activation,
+        activation=activation,
+        norms=norms,
+        reference=reference,
+        residual=residual,
+        weighted=weighted,
+        classes=classes,
+        M=columns,
+        CENTROID_TO_SAMPLE=centroid_to_sample,
+        ROWS=128,
+        COLUMNS=16,
+    )
+    launch(
+        centroid_constants_kernel,
+        (1,),
+        reference=reference,
+        residual=residual,
+        weighted=weighted,
+        norms=norms,
+        classes=classes,
+        M=columns,
+        CENTROID_TO_SAMPLE=centroid_to_sample,
+        COLUMNS=512,
+    )
+
+
+def terms(
+    input: Tensor,
+    target: Tensor,
+    center: Tensor | None,
+    log_activation: Tensor,
+    activation: Tensor,
+    reference: Tensor,
+    norms: Tensor,
+    temperature: float,
+    l2_normalize: bool,
+    softmax: bool,
+    centroid_to_sample: bool,
+    ignore_index: int,
+    weight: Tensor | None = None,
+    weight_sums: Tensor | None = None,
+    eps: float = 0.0,
+    grad: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The rows' statistics [B, 9] and sums [4, B], float64, as terms_kernel leaves them."""
+    rows, columns = input.shape
+    classes = log_activation.shape[0]
+    stats = norms.new_empty((rows, _schema.ROW_STATS))
+    sums = norms.new_empty((4, rows))
+    if rows == 0:
+        return stats, sums
+    double = log_activation.dtype is torch.float64
+    # Of a vector of length one over the temperature: |f| <= 1 / temperature.
+    reach = 1.0 / temperature if l2_normalize else float("inf")
+    kind = SOFTMAX if softmax else NEAR if reach <= 1.0 and not double else NSF
+    dtype = log_activation.dtype if double else input.dtype
+    tile = row_tile(columns, dtype, grad is not None, centroid_to_sample, kind == NEAR)
+    strides = strides_of(input)
+    launch(
+        terms_kernel,
+        (-(-rows // tile.rows),),
+        input=input,
+        target=target,
+        center=center,
+        log_activation=log_activation,
+        activation=activation,
+        reference=reference,
+        norms=norms,
+        weight=weight if grad is not None else None,
+        weight_sums=weight_sums,
+        rows=stats,
+        sums=sums,
+        grad=grad,
+        unit_stride=strides.units,
+        column_stride=strides.column,
+        target_stride=target.stride(0),
+        inverse_temperature_bits=bits(1.0 / temperature),
+        eps=bits(eps),
+        ignore_index=ignore_index,
+        classes=classes,
+        B=rows,
+        columns=columns,
+        chunks=0 if weight_sums is None else weight_sums.shape[0],
+        M=columns,
+        ALIGN=strides.align,
+        CONTIGUOUS=strides.contiguous,
+        L2=l2_normalize,
+        KIND=kind,
+        # Every f under -2 takes a length of twice the square root of M; a little less, for rounding.
+        MAY_SHIFT=kind == NSF and reach > 1.99 * columns**0.5,
+        FAST=input.dtype in HALF,
+        RESCUE=min(RESCUE_COLUMNS, tile.columns) if l2_normalize and input.dtype is not torch.float16 else 0,
+        CENTROID_TO_SAMPLE=centroid_to_sample,
+        WITH_GRAD=grad is not None,
+        NORMALIZED=weight_sums is not None,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        STRETCHES=tile.stretches,
+        VEC=tile.vec,
+        CHUNKS=2 * LARGEST_CHUNKS,  # not RESCUE_COLUMNS: an index of both would be kept in between, and spill
+        KEEP=tile.keep,
+        warps=tile.warps,
+    )
+    return stats, sums
+
+
+def finish(
+    target: Tensor,
+    norms: Tensor,
+    weight: Tensor | None,
+    sums: Tensor,
+    stats: Tensor,
+    result: Tensor,
+    means: Tensor | None,
+    eps: float,
+    ignore_index: int,
+    classes: int,
+    centroid_to_sample: bool,
+    batch_ratio: bool,
+    reduction: int,
+    finished: bool,
+    center: Tensor | None = None,
+    batches: Tensor | None = None,
+    moved: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """The last launch of a call: the one that moves `center` and `batches`, to what `moved` holds."""
+    rows = target.shape[0]
+    tiles = max(1, -(-rows // FINISH_BLOCK))
+    whole = rows <= LARGEST_WHOLE or means is None
+    partials = None if whole else norms.new_empty((4, tiles))
+    moved_center, moved_batches = moved or (None, None)
+    for stage in (WHOLE,) if whole else (PARTIAL, LAST):
+        launch(
+            finish_kernel,
+            (tiles,),
+            target=target,
+            norms=norms,
+            weight=weight,
+            sums=sums,
+            partials=partials,
+            rows=stats,
+            loss=result,
+            means=means,
+            center=center,
+            batches=batches,
+            moved_center=moved_center,
+            moved_batches=moved_batches,
+            target_stride=target.stride(0),
+            eps=bits(eps),
+            ignore_index=ignore_index,
+            classes=classes,
+            B=rows,
+            tiles=tiles,
+            columns=0 if center is None else center.shape[0],
+            CENTROID_TO_SAMPLE=centroid_to_sample,
+            BATCH_RATIO=batch_ratio,
+            REDUCTION=reduction,
+            FINISHED=finished,
+            STAGE=stage,
+            BLOCK=FINISH_BLOCK,
+            debug=True,
+        )
+
+
+def column_sums(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    classes: int,
+    with_sums: bool,
+    with_weights: bool,
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """By chunk of rows, float64: column sums [chunks, M], how many rows count [chunks], the sum of their weights."""
+    rows, columns = input.shape
+    chunk_rows = max(SMALLEST_CHUNK, -(-rows // LARGEST_CHUNKS))
+    chunks = max(1, -(-rows // chunk_rows))
+    sums = input.new_empty((chunks, columns), dtype=torch.float64) if with_sums else None
+    counts = input.new_empty((chunks,), dtype=torch.float64)
+    weight_sums = input.new_empty((chunks,), dtype=torch.float64) if with_weights else None
+    width = power_of_two(columns, 256)
+    strides = strides_of(input)
+    launch(
+        column_sums_kernel,
+        (chunks, -(-columns // width) if with_sums else 1),
+        input=input,
+        target=target,
+        weight=weight,
+        sums=sums,
+        counts=counts,
+        weight_sums=weight_sums,
+        unit_stride=strides.units,
+        column_stride=strides.column,
+        target_stride=target.stride(0),
+        ignore_index=ignore_index,
+        classes=classes,
+        B=rows,
+        chunk_rows=chunk_rows,
+        M=columns,
+        ALIGN=strides.align,
+        CONTIGUOUS=strides.contiguous,
+        WITH_SUMS=with_sums,
+        WITH_WEIGHTS=with_weights,
+        ROWS=2048 // width if width > 32 else 64,
+        COLUMNS=width,
+        debug=True,
+    )
+    return sums, counts, weight_sums
+
+
+def move_center(
+    sums: Tensor, counts: Tensor, center: Tensor, batches: Tensor, momentum: float, in_place: bool
+) -> tuple[Tensor, Tensor]:
+    """The moved centre and how often it was moved, in tensors of their own; with `in_place` also in `center` [M] and,
+    the same tensor, `batches` [].
+    """  # noqa: D205
+    copy = torch.empty_like(center)
+    moved_batches = batches if in_place else torch.empty_like(batches)
+    chunks, columns = sums.shape
+    whole = chunks * columns <= LARGEST_WHOLE_CENTER
+    rows, width = (16, 256) if whole else (32, 64)
+    tiles = 1 if whole else -(-columns // width)
+    wrongs = None if whole else batches.new_empty((tiles,), dtype=torch.int32)
+    for stage in (WHOLE,) if whole else (PARTIAL, LAST):
+        launch(
+            move_center_kernel,
+            (tiles,),
+            sums=sums,
+            counts=counts,
+            center=center,
+            batches=batches,
+            copy=copy,
+            moved_center=center if in_place else None,
+            moved_batches=moved_batches,
+            wrongs=wrongs,
+            chunks=chunks,
+            count_chunks=counts.shape[0],
+            momentum=bits(momentum),
+            tiles=tiles,
+            M=columns,
+            STAGE=stage,
+            ROWS=rows,
+            COLUMNS=width,
+            CHUNKS=LARGEST_CHUNKS,
+            warps=8 if whole else 4,
+        )
+    return copy, moved_batches
+
+
+def scale(grad: Tensor, upstream: Tensor) -> None:
+    """`grad` [B, M] times `upstream` [], in place."""
+    size = grad.numel()
+    launch(scale_kernel, (-(-size // 1024),), grad=grad, upstream=upstream, size=size, BLOCK=1024)
+
+
+def input_grad(
+    input: Tensor,
+    target: Tensor,
+    center: Tensor | None,
+    log_activation: Tensor,
+    activation: Tensor,
+    reference: Tensor,
+    norms: Tensor,
+    rows: Tensor,
+    upstream: Tensor | None,
+    centroid_to_sample: bool,
+    ignore_index: int,
+    grad: Tensor,
+) -> None:
+    """d loss / d input to `grad` [B, M]."""
+    count, columns = input.shape
+    classes = log_activation.shape[0]
+    tile = row_tile(columns, input.dtype, True, centroid_to_sample)
+    strides = strides_of(input)
+    launch(
+        input_grad_kernel,
+        (-(-count // tile.rows),),
+        input=input,
+        target=target,
+        center=center,
+        log_activation=log_activation,
+        activation=activation,
+        reference=reference,
+        norms=norms,
+        rows=rows,
+        upstream=upstream,
+        grad=grad,
+        unit_stride=strides.units,
+        column_stride=strides.column,
+        target_stride=target.stride(0),
+        upstream_stride=upstream.stride(0) if upstream is not None and upstream.dim() == 1 else 0,
+        ignore_index=ignore_index,
+        classes=classes,
+        B=count,
+        M=columns,
+        ALIGN=strides.align,
+        CONTIGUOUS=strides.contiguous,
+        FAST=input.dtype in HALF,
+        CENTROID_TO_SAMPLE=centroid_to_sample,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        STRETCHES=tile.stretches,
+        KEEP=tile.keep,
+        warps=tile.warps,
+    )
+
+
+def class_sums(
+    input: Tensor,
+    center: Tensor | None,
+    norms: Tensor | None,
+    rows: Tensor,
+    upstream: Tensor | None,
+    order: Tensor,
+    begin: Tensor,
+    dtype: torch.dtype,
+    centroid_to_sample: bool,
+) -> tuple[Tensor, Tensor]:
+    """Sums by class of the rows in `order`, float64: of own_factor p and of beta p or beta log a [2, C, M].
+
+    And of own_factor and beta [2, C]. Without `norms` only the second of each.
+    """
+    classes, columns = begin.shape[0] - 1, input.shape[1]
+    sums = rows.new_empty((2, classes, columns))
+    factor_sums = rows.new_empty((2, classes))
+    strides = strides_of(input)
+    width = power_of_two(columns, 256)
+    launch(
+        class_sums_kernel,
+        (classes, -(-columns // width)),
+        input=input,
+        center=center,
+        norms=norms,
+        rows=rows,
+        upstream=upstream,
+        order=order,
+        class_begin=begin,
+        own_sums=sums[0],
+        all_sums=sums[1],
+        factor_sums=factor_sums,
+        unit_stride=strides.units,
+        column_stride=strides.column,
+        upstream_stride=upstream.stride(0) if upstream is not None and upstream.dim() == 1 else 0,
+        classes=classes,
+        M=columns,
+        ALIGN=strides.align,
+        CONTIGUOUS=strides.contiguous,
+        DTYPE=_TL[dtype],
+        FAST=input.dtype in HALF,
+        CENTROID_TO_SAMPLE=centroid_to_sample,
+        WITH_OWN=norms is not None,
+        ROWS=4,
+        COLUMNS=width,
+    )
+    return sums, factor_sums
+
+
+def fold(sums: Tensor, totals: Tensor) -> None:
+    """To `totals` [M, or more] the sums of `sums` [C, M] over C."""
+    chunks, columns = sums.shape
+    launch(fold_kernel, (-(-columns // 64),), sums=sums, folded=totals, chunks=chunks, M=columns, ROWS=32, COLUMNS=64)
+
+
+def centroid_grad(
+    input: Tensor,
+    target: Tensor,
+    center: Tensor | None,
+    centroid_logits: Tensor,
+    norms: Tensor,
+    rows: Tensor,
+    upstream: Tensor | None,
+    centroid_to_sample: bool,
+    ignore_index: int,
+    totals: Tensor | None,
+    grad: Tensor | None,
+    momentum_buffer: Tensor | None = None,
+    lr: float = 0.0,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+) -> None:
+    """The gradient of the centroids to `grad` [C, M]; without it they take a step of SGD by it."""
+    classes, columns = centroid_logits.shape
+    dtype = centroid_logits.dtype
+    # Rows by class in the order of the batch, ignored ones last. No count is read on the host.
+    of_class = torch.where(target == ignore_index, classes, target)
+    of_class, order = torch.sort(of_class, stable=True)
+    begin = torch.searchsorted(of_class, torch.arange(classes + 1, device=target.device))
+    of_centroids = strides_of(centroid_logits)
+    sums, factor_sums = class_sums(input, center, norms, rows, upstream, order, begin, dtype, centroid_to_sample)
+    folded = totals
+    if folded is None:
+        folded = norms.new_empty((columns,))
+        fold(sums[1], folded)
+    launch(
+        centroid_grad_kernel,
+        (classes,),
+        logits=centroid_logits,
+        norms=norms,
+        own_sums=sums[0],
+        all_sums=sums[1],
+        factor_sums=factor_sums,
+        totals=folded,
+        grad=grad,
+        momentum_buffer=momentum_buffer,
+        class_begin=begin,
+        unit_stride=of_centroids.units,
+        column_stride=of_centroids.column,
+        classes=classes,
+        lr=bits(lr),
+        momentum=bits(momentum),
+        weight_decay=bits(weight_decay),
+        M=columns,
+        ALIGN=of_centroids.align,
+        CONTIGUOUS=of_centroids.contiguous,
+        CENTROID_TO_SAMPLE=centroid_to_sample,
+        GIVEN=totals is not None,
+        NESTEROV=nesterov,
+        COLUMNS=power_of_two(columns, 2048),
+        CLASSES=1024,
+    )

@@ -1,0 +1,628 @@
+"""Kernels by row of the batch: the sums that its terms are made of, and d loss / d input."""
+
+import triton
+import triton.language as tl
+
+from ncmi_kernels._triton.elements import (
+    ALL_MEAN,
+    BY_CONCENTRATION,
+    BY_SEPARATION,
+    INVERSE_LENGTH,
+    INVERSE_NORM,
+    LOG_NORM,
+    NEAR,
+    NSF,
+    OWN_MEAN,
+    RECORD,
+    ROW_KIND,
+    SCALE,
+    SHIFT,
+    SHIFTED,
+    SHIFTED_FROM,
+    SMALLEST_LENGTH,
+    SOFTMAX,
+    STATS,
+    WEIGHT_SUM,
+    WEIGHTED_LOG_NORM,
+    activate,
+    activate_for_sums,
+    checked,
+    class_count,
+    double,
+    least_kind,
+    load_features,
+    load_rows,
+    load_vector,
+    near_zero,
+    neighbours,
+    opaque,
+    rounded,
+    share_of,
+    sums3,
+    sums4,
+)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stretches of rows
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load_centroids(
+    log_activation, activation, reference, y, at, k, M: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
+    """Columns at + k of what rows are compared with: log a_y, reference, of centroid_to_sample a_y and the mean q."""
+    # Added to pointers `at` is part of the instruction; added to k it would take a register.
+    inside = k < M - at
+    own_log = load_rows(log_activation + at, y * M, k, inside, EVEN)
+    compared = load_vector(reference + at, k, inside, y.shape[0], EVEN)
+    if CENTROID_TO_SAMPLE:
+        own_activation = load_rows(activation + at, y * M, k, inside, EVEN)
+        q_mean = load_vector(reference + M + at, k, inside, y.shape[0], EVEN)
+    else:
+        own_activation = own_log
+        q_mean = compared
+    return own_log, compared, own_activation, q_mean
+
+
+@triton.jit
+def _add_stretch(
+    norm, own, total, own_cross, x, scale, shift, own_log, own_activation, reference, q_mean, inside,
+    KIND: tl.constexpr, FAST: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr, EVEN: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """Adds a stretch of rows, element by element: of NEAR twice a, and of `norm` 2 a - 1, small with a small rounding.
+
+    Past the last column f = 0 and the centroids' numbers are 0; log 2 sigma(0) is 0 as well.
+    """
+    if KIND == NEAR:
+        excess, log = near_zero(x * (0.5 * scale)[:, None])
+        weight = 1.0 + excess
+        norm += excess
+    else:
+        if not EVEN:
+            x = tl.where(inside[None, :], x, shift[:, None])
+        weight, log = activate_for_sums(x, scale[:, None], shift[:, None], KIND, FAST)
+        if not EVEN:
+            weight = tl.where(inside[None, :], weight, 0.0)
+        norm += neighbours(weight, VEC)
+    d_own = log - own_log
+    d_all = log - reference
+    own += weight * d_own
+    if CENTROID_TO_SAMPLE:
+        total += q_mean * d_all
+        own_cross += own_activation * d_own
+    else:
+        total += weight * d_all
+    return norm, own, total, own_cross
+
+
+@triton.jit
+def _row_sums(
+    norm, own, total, own_cross, M: tl.constexpr, KIND: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr,
+    VEC: tl.constexpr,
+):  # fmt: skip
+    """Of whole rows, float64: sum a, sum a (log a - log a_y), sum a (log a - reference) or sum q_mean (log a -
+    reference), sum a_y (log a - log a_y).
+    """  # noqa: D205
+    half: tl.constexpr = 0.5 if KIND == NEAR else 1.0
+    if KIND != NEAR:
+        # Logarithms of NEAR are small and of either sign. Those of here may all be about one number.
+        norm_sum = tl.sum(norm, axis=1)
+        own = neighbours(own, VEC)
+        total = neighbours(total, VEC)
+        own_cross = neighbours(own_cross, VEC) if CENTROID_TO_SAMPLE else own
+        norm = own
+    if CENTROID_TO_SAMPLE:
+        excess, own_sum, total_sum, cross_sum = sums4(norm, own, total, own_cross)
+        cross_sum = cross_sum.to(tl.float64)
+        total_sum = total_sum.to(tl.float64)
+    else:
+        excess, own_sum, total_sum = sums3(norm, own, total)
+        total_sum = half * total_sum.to(tl.float64)
+        cross_sum = total_sum
+    if KIND == NEAR:
+        norm_sum = 0.5 * M + 0.5 * excess.to(tl.float64)
+    return norm_sum, half * own_sum.to(tl.float64), total_sum, cross_sum
+
+
+@triton.jit
+def terms_of(norm, own, total, own_cross, own_log_norm, norms, classes, CENTROID_TO_SAMPLE: tl.constexpr):
+    """A, G, 1 / S and the means under p: KL divergences as differences of logarithms, then of log-normalisers."""
+    inverse_classes = 1.0 / class_count(norms, classes)
+    log_norm = tl.log(norm)
+    inverse_norm = 1.0 / norm
+    own_mean = own * inverse_norm
+    all_mean = total * inverse_norm
+    own_gap = log_norm - own_log_norm
+    concentration = own_mean - own_gap
+    weighted_log_norm = tl.load(norms + classes * RECORD + WEIGHTED_LOG_NORM)
+    if CENTROID_TO_SAMPLE:
+        weight_sum = tl.load(norms + classes * RECORD + WEIGHT_SUM)
+        separation = (weight_sum * log_norm - weighted_log_norm) - total
+        separation += (own_cross * tl.exp(-own_log_norm) - own_gap) * inverse_classes
+    else:
+        separation = all_mean - (log_norm - weighted_log_norm) - concentration * inverse_classes
+    # Divergences are not negative; their rounding may be. NaN stays.
+    concentration = tl.where(concentration < 0.0, 0.0, concentration)
+    separation = tl.where(separation < 0.0, 0.0, separation)
+    return concentration, separation, inverse_norm, own_mean, all_mean
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The gradient of rows
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _grad_factors(
+    scale, shift, inverse_norm, own_mean, all_mean, alpha, beta, own_log_norm, all_classes, dtype: tl.constexpr,
+    KIND: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr,
+):  # fmt: skip
+    """What `_grad_stretch` multiplies by, formed in double: numbers [ROWS, 1] of `dtype`."""
+    inverse_norm = share_of(inverse_norm, shift, KIND)
+    inverse_classes = 1.0 / all_classes
+    if CENTROID_TO_SAMPLE:
+        factors = (
+            (alpha * scale * inverse_norm).to(dtype)[:, None],
+            own_mean.to(dtype)[:, None],
+            (beta * scale).to(dtype)[:, None],
+            (inverse_norm * (1.0 - inverse_classes)).to(dtype)[:, None],
+            (tl.exp(-own_log_norm) * inverse_classes).to(dtype)[:, None],
+        )
+    else:
+        # With alpha' = alpha - beta / C. Near a minimum alpha' + beta is small beside either.
+        by_gap = alpha - beta * inverse_classes
+        factor = scale * inverse_norm
+        factors = (
+            (factor * (by_gap + beta)).to(dtype)[:, None],
+            (factor * by_gap).to(dtype)[:, None],
+            (factor * (by_gap * own_mean + beta * all_mean)).to(dtype)[:, None],
+        )
+    return factors
+
+
+@triton.jit
+def _grad_stretch(
+    x, scale, shift, factors, own_log, own_activation, reference, q_mean, inside, KIND: tl.constexpr,
+    FAST: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """d loss / d z of a stretch, but for what the chain rule of the length takes away; 0 past the last column."""
+    scale = scale.to(x.dtype)[:, None]
+    shift = shift.to(x.dtype)[:, None]
+    if not EVEN:
+        x = tl.where(inside[None, :], x, shift)
+    value, log, slope, value_slope = activate(x, scale, shift, KIND, FAST)
+    if CENTROID_TO_SAMPLE:
+        # (1 - sigma) [alpha p (log p - log q_y - A) + beta (p - mean over v of q_v + (q_y - p) / C)]
+        by_concentration, own_mean, by_separation, share, own_share = factors
+        grad = by_concentration * (value_slope * (log - own_log - own_mean))
+        grad += by_separation * (slope * ((share * value - q_mean) + own_share * own_activation))
+    else:
+        # (1 - sigma) p [alpha' (all + gap - mean) + beta (all - mean)] with all = log a - reference and
+        # gap = reference - log a_y.
+        by_all, by_gap, constant = factors
+        grad = value_slope * (by_all * (log - reference) + (by_gap * (reference - own_log) - constant))
+    if not EVEN:
+        grad = tl.where(inside[None, :], grad, 0.0)
+    return grad
+
+
+@triton.jit
+def _grad_rows(
+    xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm, scale,
+    inverse_length, shift, inverse_norm, own_mean, all_mean, alpha, beta, unit_stride, column_stride, all_classes,
+    M: tl.constexpr, ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr,
+    CENTROID_TO_SAMPLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRETCHES: tl.constexpr,
+    KEEP: tl.constexpr,
+):  # fmt: skip
+    """Write d loss / d z of whole rows, from `xs` where they are held on chip; 0 for rows that do not count.
+
+    With KEEP the gradient is on chip as well until its last part is known; else it is formed twice.
+    """
+    SINGLE: tl.constexpr = STRETCHES > 0
+    EVEN: tl.constexpr = M % COLUMNS == 0
+    dtype: tl.constexpr = log_activation.dtype.element_ty
+    out: tl.constexpr = grad.dtype.element_ty
+    written = row < B
+    k = tl.arange(0, COLUMNS)
+    factors = _grad_factors(
+        scale, shift, inverse_norm, own_mean, all_mean, alpha, beta, own_log_norm, all_classes, dtype, KIND,
+        CENTROID_TO_SAMPLE,
+    )  # fmt: skip
+    if not KEEP:
+        scale = opaque(scale)
+        shift = opaque(shift)
+    # g - x (x . g) / ||x||^2: the product is not known until the row is done.
+    dot = tl.full([ROWS, COLUMNS], 0.0, dtype)
+    gs = ()
+    for j in tl.static_range(STRETCHES):
+        inside = k < M - j * COLUMNS
+        own_log, compared, own_activation, q_mean = _load_centroids(
+            log_activation, activation, reference, y, j * COLUMNS, k, M, CENTROID_TO_SAMPLE, (j + 1) * COLUMNS <= M
+        )
+        g = _grad_stretch(
+            xs[j], scale, shift, factors, own_log, own_activation, compared, q_mean, inside, KIND, FAST,
+            CENTROID_TO_SAMPLE, (j + 1) * COLUMNS <= M,
+        )  # fmt: skip
+        dot += xs[j] * g
+        if KEEP:
+            gs = gs + (g,)
+    if not SINGLE:
+        for start in range(0, M, COLUMNS):
+            inside = k < M - start
+            x = load_features(
+                input, center, row, live, start, k, inside, unit_stride, column_stride, dtype, ALIGN, CONTIGUOUS, EVEN
+            )
+            own_log, compared, own_activation, q_mean = _load_centroids(
+                log_activation, activation, reference, y, start, k, M, CENTROID_TO_SAMPLE, EVEN
+            )
+            g = _grad_stretch(
+                x, scale, shift, factors, own_log, own_activation, compared, q_mean, inside, KIND, FAST,
+                CENTROID_TO_SAMPLE, EVEN,
+            )  # fmt: skip
+            dot += x * g
+    # x . g may be infinite where no length counts, and the square of a length's inverse may underflow.
+    inverse_length = inverse_length.to(dtype)
+    share = tl.where(inverse_length == 0.0, 0.0, tl.sum(dot, axis=1) * inverse_length)[:, None]
+    inverse_length = inverse_length[:, None]
+    if not KEEP:
+        scale = opaque(scale)
+        shift = opaque(shift)
+    for j in tl.static_range(STRETCHES):
+        inside = k < M - j * COLUMNS
+        if KEEP:
+            g = gs[j]
+        else:
+            own_log, compared, own_activation, q_mean = _load_centroids(
+                log_activation, activation, reference, y, j * COLUMNS, k, M, CENTROID_TO_SAMPLE, (j + 1) * COLUMNS <= M
+            )
+            g = _grad_stretch(
+                xs[j], scale, shift, factors, own_log, own_activation, compared, q_mean, inside, KIND, FAST,
+                CENTROID_TO_SAMPLE, (j + 1) * COLUMNS <= M,
+            )  # fmt: skip
+        g = tl.where(live[:, None], g, 0.0) - (xs[j] * inverse_length) * share
+        mask = written[:, None] if (j + 1) * COLUMNS <= M else written[:, None] & inside[None, :]
+        tl.store((grad + row * M + j * COLUMNS)[:, None] + k[None, :], rounded(g, out), mask=mask)
+    if not SINGLE:
+        for start in range(0, M, COLUMNS):
+            inside = k < M - start
+            x = load_features(
+                input, center, row, live, start, k, inside, unit_stride, column_stride, dtype, ALIGN, CONTIGUOUS, EVEN
+            )
+            own_log, compared, own_activation, q_mean = _load_centroids(
+                log_activation, activation, reference, y, start, k, M, CENTROID_TO_SAMPLE, EVEN
+            )
+            g = _grad_stretch(
+                x, scale, shift, factors, own_log, own_activation, compared, q_mean, inside, KIND, FAST,
+                CENTROID_TO_SAMPLE, EVEN,
+            )  # fmt: skip
+            g = tl.where(live[:, None], g, 0.0) - (x * inverse_length) * share
+            mask = written[:, None] if EVEN else written[:, None] & inside[None, :]
+            tl.store((grad + row * M + start)[:, None] + k[None, :], rounded(g, out), mask=mask)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _sum_rows(
+    xs, input, center, log_activation, activation, reference, row, live, y, scale, shift, unit_stride, column_stride,
+    M: tl.constexpr, ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr,
+    CENTROID_TO_SAMPLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRETCHES: tl.constexpr,
+    VEC: tl.constexpr,
+):  # fmt: skip
+    """`_row_sums` of whole rows, from `xs` where they are held on chip."""
+    dtype: tl.constexpr = log_activation.dtype.element_ty
+    EVEN: tl.constexpr = M % COLUMNS == 0
+    k = tl.arange(0, COLUMNS)
+    own = tl.full([ROWS, COLUMNS], 0.0, dtype)
+    total = tl.full([ROWS, COLUMNS], 0.0, dtype)
+    own_cross = tl.full([ROWS, COLUMNS], 0.0, dtype)
+    norm = tl.full([ROWS, COLUMNS], 0.0, dtype) if KIND == NEAR else tl.full([ROWS, COLUMNS // VEC], 0.0, tl.float64)
+    for j in tl.static_range(STRETCHES):
+        inside = k < M - j * COLUMNS
+        own_log, compared, own_activation, q_mean = _load_centroids(
+            log_activation, activation, reference, y, j * COLUMNS, k, M, CENTROID_TO_SAMPLE, (j + 1) * COLUMNS <= M
+        )
+        norm, own, total, own_cross = _add_stretch(
+            norm, own, total, own_cross, xs[j], scale, shift, own_log, own_activation, compared, q_mean, inside, KIND,
+            FAST, CENTROID_TO_SAMPLE, (j + 1) * COLUMNS <= M, VEC,
+        )  # fmt: skip
+    if STRETCHES == 0:
+        for start in range(0, M, COLUMNS):
+            inside = k < M - start
+            x = load_features(
+                input, center, row, live, start, k, inside, unit_stride, column_stride, dtype, ALIGN, CONTIGUOUS, EVEN
+            )
+            own_log, compared, own_activation, q_mean = _load_centroids(
+                log_activation, activation, reference, y, start, k, M, CENTROID_TO_SAMPLE, EVEN
+            )
+            norm, own, total, own_cross = _add_stretch(
+                norm, own, total, own_cross, x, scale, shift, own_log, own_activation, compared, q_mean, inside, KIND,
+                FAST, CENTROID_TO_SAMPLE, EVEN, VEC,
+            )  # fmt: skip
+    return _row_sums(norm, own, total, own_cross, M, KIND, CENTROID_TO_SAMPLE, VEC)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "unit_stride",
+        "column_stride",
+        "target_stride",
+        "inverse_temperature_bits",
+        "eps",
+        "ignore_index",
+        "classes",
+        "B",
+        "columns",
+        "chunks",
+    ]
+)
+def terms_kernel(
+    input, target, center, log_activation, activation, reference, norms, weight, weight_sums, rows, sums, grad,
+    unit_stride, column_stride, target_stride, inverse_temperature_bits, eps, ignore_index, classes, B, columns, chunks,
+    M: tl.constexpr, ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr, L2: tl.constexpr, KIND: tl.constexpr,
+    MAY_SHIFT: tl.constexpr, FAST: tl.constexpr, RESCUE: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr,
+    WITH_GRAD: tl.constexpr, NORMALIZED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    STRETCHES: tl.constexpr, VEC: tl.constexpr, CHUNKS: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """One reading of ROWS rows: scale, length and shift to `rows` [B, 9], what `_row_sums` sums to `sums` [4, B].
+
+    WITH_GRAD: all of `rows`, the terms A and G to `sums`, and to `grad` [B, M] d / d input of the sum over rows of
+    w A / (G + eps), w the class weight, with NORMALIZED over the sum of all, which `weight_sums` [chunks] holds.
+
+    A row is STRETCHES times COLUMNS, all on chip, or with STRETCHES = 0 read in a loop, for every pass over it.
+    """
+    dtype: tl.constexpr = log_activation.dtype.element_ty
+    SINGLE: tl.constexpr = STRETCHES > 0
+    EVEN: tl.constexpr = M % COLUMNS == 0
+    LARGEST: tl.constexpr = MAY_SHIFT or KIND == SOFTMAX
+    # Of features whose lengths nobody knows, |f| <= 1 is found out row by row, where that takes no reading of its own.
+    LEAST: tl.constexpr = SHIFTED if MAY_SHIFT else KIND
+    MOST: tl.constexpr = NEAR if MAY_SHIFT and SINGLE and dtype == tl.float32 else KIND
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    y, live, _ = checked(target, row, target_stride, ignore_index, classes, B)
+
+    # 1. x = z - c, and what its scale and shift need of the whole row.
+    infinity: tl.constexpr = float("inf")
+    k = tl.arange(0, COLUMNS)
+    squares = tl.full([ROWS, COLUMNS], 0.0, dtype)
+    largest = tl.full([ROWS, COLUMNS], -infinity, dtype)
+    sizes = squares
+    xs = ()
+    for j in tl.static_range(STRETCHES):
+        inside = k < M - j * COLUMNS
+        x = load_features(
+            input,
+            center,
+            row,
+            live,
+            j * COLUMNS,
+            k,
+            inside,
+            unit_stride,
+            column_stride,
+            dtype,
+            ALIGN,
+            CONTIGUOUS,
+            (j + 1) * COLUMNS <= M,
+        )
+        if L2:
+            squares += x * x
+        if LARGEST:
+            largest = tl.maximum(largest, x if (j + 1) * COLUMNS <= M else tl.where(inside[None, :], x, -infinity))
+            sizes = tl.maximum(sizes, tl.abs(x))
+        xs = xs + (x,)
+    if not SINGLE and (L2 or LARGEST):
+        for start in range(0, M, COLUMNS):
+            inside = k < M - start
+            x = load_features(
+                input, center, row, live, start, k, inside, unit_stride, column_stride, dtype, ALIGN, CONTIGUOUS, EVEN
+            )
+            if L2:
+                squares += x * x
+            if LARGEST:
+                largest = tl.maximum(largest, x if EVEN else tl.where(inside[None, :], x, -infinity))
+                sizes = tl.maximum(sizes, tl.abs(x))
+
+    # 2. f = x scale, and what log a is relative to.
+    inverse_temperature = double(inverse_temperature_bits).to(dtype)
+    scale = tl.full([ROWS], 0.0, dtype) + inverse_temperature
+    inverse_length = tl.full([ROWS], 0.0, dtype)
+    if L2:
+        length2 = tl.sum(squares, axis=1)
+        prescale = tl.full([ROWS], 1.0, dtype)
+        if RESCUE:
+            # The squares of huge elements overflow where their length does not. Rare: then the rows are read again, in
+            # stretches that cost little code. A trip count that the compiler cannot know keeps it from unrolling them,
+            # a barrier from unrolling them by four; in a program of one warp that would double all the code after it.
+            overflowed = length2 == infinity
+            end = tl.sum(overflowed.to(tl.int32), axis=0) * columns
+            tiny: tl.constexpr = 2.0**-520 if dtype == tl.float64 else 2.0**-70
+            small_squares = tl.full([ROWS, RESCUE], 0.0, dtype)
+            for start in range(0, end, RESCUE):
+                column = tl.arange(0, RESCUE)
+                small = tiny * load_features(
+                    input,
+                    center,
+                    row,
+                    live,
+                    start,
+                    column,
+                    column < M - start,
+                    unit_stride,
+                    column_stride,
+                    dtype,
+                    ALIGN,
+                    CONTIGUOUS,
+                    False,
+                )
+                small_squares += small * small
+                if ROWS == 1:
+                    tl.debug_barrier()
+            prescale = tl.where(overflowed, tiny, prescale)
+            length2 = tl.where(overflowed, tl.sum(small_squares, axis=1), length2)
+        floored = length2 < SMALLEST_LENGTH * SMALLEST_LENGTH
+        inverse = tl.rsqrt(length2)
+        if dtype == tl.float64:
+            inverse = 1.0 / tl.sqrt(length2)
+        else:
+            inverse += 0.5 * inverse * (1.0 - (length2 * inverse) * inverse)
+        # No rescued row is floored.
+        inverse = tl.where(floored, 1.0 / SMALLEST_LENGTH, inverse * prescale)
+        scale = inverse_temperature * inverse
+        inverse_length = tl.where(floored, 0.0, inverse)
+    shift = tl.full([ROWS], 0.0, dtype)
+    if LARGEST:
+        # An infinite element would otherwise be hidden from the loss: as far below the others as a finite one can be.
+        reach = tl.max(sizes, axis=1)
+        scale = tl.where(reach == infinity, float("nan"), scale)
+        shift = tl.max(largest, axis=1)
+    kind = tl.full([], KIND, tl.int32)
+    if MAY_SHIFT:
+        shift = tl.where(shift * scale <= SHIFTED_FROM, shift, 0.0)
+        # As NSF finite elements whose f are not would be taken for infinite ones.
+        # A row with NaN is of the kind that others are: it must not change their bits.
+        row_kind = tl.where((shift != 0.0) | (reach * scale == infinity), SHIFTED, NSF)
+        if MOST == NEAR:
+            row_kind = tl.where(reach * scale <= 1.0, NEAR, row_kind)
+        kind = tl.min(tl.where(live, row_kind, MOST), axis=0)
+
+    # 3. The sums against the own centroid and against all of them.
+    zero = tl.full([ROWS], 0.0, tl.float64)
+    norm = zero
+    own = zero
+    total = zero
+    own_cross = zero
+    for AS in tl.static_range(LEAST, MOST + 1):
+        if kind == AS:
+            norm, own, total, own_cross = _sum_rows(
+                xs, input, center, log_activation, activation, reference, row, live, y, scale, shift, unit_stride,
+                column_stride, M, ALIGN, CONTIGUOUS, AS, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, VEC,
+            )  # fmt: skip
+
+    written = row < B
+    of_row = rows + row * STATS
+    tl.store(of_row + SCALE, tl.where(live, scale.to(tl.float64), 0.0), mask=written)
+    tl.store(of_row + INVERSE_LENGTH, tl.where(live, inverse_length.to(tl.float64), 0.0), mask=written)
+    tl.store(of_row + ROW_KIND, zero + kind, mask=written)
+    tl.store(of_row + SHIFT, tl.where(live, shift.to(tl.float64), 0.0), mask=written)
+    if not WITH_GRAD:
+        tl.store(sums + row, norm, mask=written)
+        tl.store(sums + B + row, own, mask=written)
+        tl.store(sums + 2 * B.to(tl.int64) + row, total, mask=written)
+        if CENTROID_TO_SAMPLE:
+            tl.store(sums + 3 * B.to(tl.int64) + row, own_cross, mask=written)
+    else:
+        # 4. The loss of the row, and its gradient while x is here.
+        own_log_norm = tl.load(norms + y * RECORD + LOG_NORM)
+        all_classes = class_count(norms, classes)
+        concentration, separation, inverse_norm, own_mean, all_mean = terms_of(
+            norm, own, total, own_cross, own_log_norm, norms, classes, CENTROID_TO_SAMPLE
+        )
+        factor = tl.load(weight + y).to(tl.float64) if weight is not None else zero + 1.0
+        if NORMALIZED:
+            chunk = tl.arange(0, CHUNKS)
+            factor = factor / tl.sum(tl.load(weight_sums + chunk, mask=chunk < chunks, other=0.0), axis=0)
+        inverse = 1.0 / (separation + double(eps))
+        alpha = tl.where(live, factor * inverse, 0.0)
+        beta = tl.where(live, -(factor * ((concentration * inverse) * inverse)), 0.0)
+        tl.store(sums + row, concentration, mask=written)
+        tl.store(sums + B + row, separation, mask=written)
+        tl.store(of_row + INVERSE_NORM, tl.where(live, inverse_norm, 0.0), mask=written)
+        tl.store(of_row + OWN_MEAN, tl.where(live, own_mean, 0.0), mask=written)
+        tl.store(of_row + ALL_MEAN, tl.where(live, all_mean, 0.0), mask=written)
+        tl.store(of_row + BY_CONCENTRATION, alpha, mask=written)
+        tl.store(of_row + BY_SEPARATION, beta, mask=written)
+        # The same formulas as a backward pass takes, for the same bits: that has no branch for NSF.
+        if KIND == NSF:
+            kind = tl.where(kind == NEAR, NEAR, SHIFTED)
+        for AS in tl.static_range(SHIFTED if KIND == NSF else KIND, MOST + 1):
+            if AS != NSF and kind == AS:
+                _grad_rows(
+                    xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm,
+                    scale.to(tl.float64), inverse_length.to(tl.float64), shift.to(tl.float64), inverse_norm,
+                    own_mean, all_mean, alpha, beta, unit_stride, column_stride, all_classes, M, ALIGN, CONTIGUOUS,
+                    AS, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
+                )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=[
+        "unit_stride",
+        "column_stride",
+        "target_stride",
+        "upstream_stride",
+        "ignore_index",
+        "classes",
+        "B",
+    ]
+)
+def input_grad_kernel(
+    input, target, center, log_activation, activation, reference, norms, rows, upstream, grad, unit_stride,
+    column_stride, target_stride, upstream_stride, ignore_index, classes, B, M: tl.constexpr, ALIGN: tl.constexpr,
+    CONTIGUOUS: tl.constexpr, FAST: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, STRETCHES: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """d loss / d input, `grad` [B, M] in the dtype of input: rows read once, written once."""
+    dtype: tl.constexpr = log_activation.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    y, live, _ = checked(target, row, target_stride, ignore_index, classes, B)
+    of_row = rows + row * STATS
+    scale = tl.load(of_row + SCALE, mask=live, other=0.0)
+    inverse_length = tl.load(of_row + INVERSE_LENGTH, mask=live, other=0.0)
+    shift = tl.load(of_row + SHIFT, mask=live, other=0.0)
+    inverse_norm = tl.load(of_row + INVERSE_NORM, mask=live, other=0.0)
+    own_mean = tl.load(of_row + OWN_MEAN, mask=live, other=0.0)
+    all_mean = tl.load(of_row + ALL_MEAN, mask=live, other=0.0)
+    alpha = tl.load(of_row + BY_CONCENTRATION, mask=live, other=0.0)
+    beta = tl.load(of_row + BY_SEPARATION, mask=live, other=0.0)
+    if upstream is not None:
+        factor = tl.load(upstream + row * upstream_stride, mask=live, other=0.0).to(tl.float64)
+        alpha *= factor
+        beta *= factor
+    own_log_norm = tl.load(norms + y * RECORD + LOG_NORM)
+    all_classes = class_count(norms, classes)
+    kind = least_kind(tl.load(of_row + ROW_KIND, mask=live, other=SOFTMAX))
+    k = tl.arange(0, COLUMNS)
+    xs = ()
+    for j in tl.static_range(STRETCHES):
+        inside = k < M - j * COLUMNS
+        x = load_features(
+            input,
+            center,
+            row,
+            live,
+            j * COLUMNS,
+            k,
+            inside,
+            unit_stride,
+            column_stride,
+            dtype,
+            ALIGN,
+            CONTIGUOUS,
+            (j + 1) * COLUMNS <= M,
+        )
+        xs = xs + (x,)
+    # All of a row in one branch: a branch for each stretch would pass what it made through registers that spill.
+    if kind == NEAR:
+        _grad_rows(
+            xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm, scale,
+            inverse_length, shift, inverse_norm, own_mean, all_mean, alpha, beta, unit_stride, column_stride,
+            all_classes, M, ALIGN, CONTIGUOUS, NEAR, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
+        )  # fmt: skip
+    elif kind == SOFTMAX:
+        _grad_rows(
+            xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm, scale,
+            inverse_length, shift, inverse_norm, own_mean, all_mean, alpha, beta, unit_stride, column_stride,
+            all_classes, M, ALIGN, CONTIGUOUS, SOFTMAX, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
+        )  # fmt: skip
+    else:
+        _grad_rows(
+            xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm, scale,
+            inverse_length, shift, inverse_norm, own_mean, all_mean, alpha, beta, unit_stride, column_stride,
+            all_classes, M, ALIGN, CONTIGUOUS, SHIFTED, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
+        )  # fmt: skip
