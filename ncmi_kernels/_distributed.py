@@ -63,7 +63,7 @@ def _terms(
     input: Tensor, centroid_logits: Tensor, problem: Problem
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor | None, Sequence[Tensor] | None]:
     """Concentration, separation and weight of each row and whether it counts; of kernels their `rows` and `stats`."""
-    target, center, weight, options, backend, stats, _ = problem
+    target, center, weight, options, backend, stats, *_ = problem
     if backend == "reference":
         check_range(target, len(centroid_logits), options.ignore_index)
         terms = reference.weighted_terms(input, target, centroid_logits, center, weight, options)
@@ -89,7 +89,7 @@ def loss(input: Tensor, centroid_logits: Tensor, problem: Problem, *, seen: list
 
 def centroid_gradient(input: Tensor, centroid_logits: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
     """This process's part of the gradient by `centroid_logits` of the loss of all processes, and means of terms [2]."""
-    target, center, _, options, backend, _, group = problem
+    target, center, _, options, backend, _, group, _ = problem
     terms, rows, stats = _terms(input, centroid_logits, problem)
     _, by_terms, means = reduced(*terms, options, group)
     if rows is None:

@@ -247,7 +247,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, centroid_logits: Tensor, problem: Problem, seen: list[Any] | None) -> Tensor:
-        target, center, weight, options, backend, stats, group = problem
+        target, center, weight, options, backend, stats, group, _ = problem
         with reference.no_autocast(input.device):
             stats = stats or centroid_stats(centroid_logits, options, backend)
             rows = compute_rows(input, target, center, stats, options, backend)
@@ -366,7 +366,7 @@ def centroid_gradient(
 
     With a group, this process's part of the gradient of the loss of all processes' rows.
     """
-    target, center, weight, options, backend, stats, group = problem
+    target, center, weight, options, backend, stats, group, _ = problem
     with torch.no_grad(), reference.no_autocast(input.device):
         stats = stats or centroid_stats(centroid_logits, options, backend)
         rows = rows or compute_rows(input, target, center, stats, options, backend)

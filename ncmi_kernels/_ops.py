@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from ncmi_kernels import _backends, reference
 from ncmi_kernels._modes import forward_mode, jit_tracing, mapped_backward, plain_backward, transforming
 from ncmi_kernels._options import Options
-from ncmi_kernels._problem import Problem
+from ncmi_kernels._problem import CenterUpdate, Problem
 from ncmi_kernels._schema import Operators, define, defined
 
 # "cpu" and "cuda": the dispatcher tells them apart by the tensors. Looked up once, as that costs as much as some calls.
@@ -48,10 +48,6 @@ def centroid_stats(centroid_logits: Tensor, options: Options, backend: str) -> C
     return CentroidStats(*stats)
 
 
-# How a forward pass in training moves the running centre first: num_batches_tracked [] int64, momentum.
-CenterUpdate = tuple[Tensor, float]
-
-
 def update_center_(
     center: Tensor,
     update: CenterUpdate,
@@ -81,7 +77,7 @@ def _grads(
     scaled in place.
     """
     grad_input = grad_centroids = None
-    target, center, _, options, backend, stats, _ = problem
+    target, center, _, options, backend, stats, *_ = problem
     run = operators(backend)
     last = options.centroid_to_sample, options.ignore_index
     if wanted[0]:
@@ -147,20 +143,11 @@ def saved(ctx: Any) -> tuple[Sequence[Any], bool]:
     return (center, *tensors[1:]), True
 
 
-class _Pass(NamedTuple):
-    """What a forward pass does besides computing the loss."""
-
-    update: CenterUpdate | None  # moves the centre, which is a running one then
-    one_pass: bool  # makes the gradient of the input as well
-    seen: list[Tensor] | None  # takes what :func:`loss` appends
-
-
 def _run_loss(
-    input: Tensor, centroid_logits: Tensor, problem: Problem, by: _Pass
+    input: Tensor, centroid_logits: Tensor, problem: Problem, seen: list[Tensor] | None, one_pass: bool
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """The loss, and what its backward pass needs."""
-    target, center, weight, options, backend, stats, _ = problem
-    update, one_pass, seen = by
+    """The loss, and what its backward pass needs; with `one_pass` also the gradient of the input."""
+    target, center, weight, options, backend, stats, _, update = problem
     if stats is None:
         stats = centroid_stats(centroid_logits, options, backend)
     moving = (center, None, None, 0.0) if update is None else (None, center, *update)
@@ -183,20 +170,31 @@ def _run_loss(
 
 
 class _Loss(torch.autograd.Function):
-    """The loss, of the arguments of :func:`loss`; what is not differentiated comes in two, as each costs time."""
+    """The loss, of the arguments of :func:`loss`."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, centroid_logits: Tensor, problem: Problem, by: _Pass) -> Tensor:
-        result, kept = _run_loss(input, centroid_logits, problem, by)
+    def forward(
+        ctx: Any, input: Tensor, centroid_logits: Tensor, problem: Problem, seen: list[Tensor] | None
+    ) -> Tensor:
+        options = problem.options
+        # By sample the gradient of a row is known once the row is: made in this pass, it needs no second one. Half
+        # precisions wait for the upstream gradient, which may be what keeps them from underflow.
+        one_pass = (
+            options.scalar_by_sample
+            and ctx.needs_input_grad[0]
+            and input.dtype is centroid_logits.dtype
+            and not torch.compiler.is_compiling()
+        )
+        result, kept = _run_loss(input, centroid_logits, problem, seen, one_pass)
         save(ctx, *kept)
-        ctx.options, ctx.backend = problem.options, problem.backend
+        ctx.options, ctx.backend = options, problem.backend
         ctx.spent = False  # whether a backward pass has taken over the gradient that the forward pass made
         return result
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (center, centroid_logits, input, target, weight, made, rows, *stats), repeated = saved(ctx)
-        problem = Problem(target, center, weight, ctx.options, ctx.backend, stats, None)
+        problem = Problem(target, center, weight, ctx.options, ctx.backend, stats)
         wanted = ctx.needs_input_grad
         if not plain_backward(upstream):
             by_reference = mapped_backward(upstream)
@@ -221,7 +219,7 @@ class _Loss(torch.autograd.Function):
 
 def _rows_of_loss(input: Tensor, problem: Problem, with_grad: bool = False) -> tuple[Tensor, Tensor | None]:
     """The rows' statistics with the derivatives of the loss, and for an upstream gradient of 1 that of the input."""
-    target, center, weight, options, backend, stats, _ = problem
+    target, center, weight, options, backend, stats, *_ = problem
     _, rows, _, grad, _ = operators(backend).loss(
         input, target, center, None, None, 0.0, *stats, weight, *options.for_loss, with_grad
     )
@@ -259,7 +257,7 @@ class _Terms(torch.autograd.Function):
             else:
                 rows = rows.clone()
             rows[:, -2], rows[:, -1] = upstream
-            problem = Problem(target, center, None, options, backend, stats, None)
+            problem = Problem(target, center, None, options, backend, stats)
             grads = _grads(wanted, input, centroid_logits, problem, rows, None)
         elif forward_mode() or mapped_backward(*upstream):
             grads = _pull_by_reference(input, target, centroid_logits, center, options, upstream)
@@ -371,7 +369,7 @@ class _TermsGrad(torch.autograd.Function):
         stats = centroid_stats(centroid_logits, options, backend)
         _, rows = operators(backend).terms(input, target, center, *stats, *options.for_terms)
         rows[:, -2], rows[:, -1] = upstream_concentration, upstream_separation
-        problem = Problem(target, center, None, options, backend, stats, None)
+        problem = Problem(target, center, None, options, backend, stats)
         return _grads(wanted, input, centroid_logits, problem, rows, None)
 
     @staticmethod
@@ -412,37 +410,20 @@ def _transformable_loss(input: Tensor, centroid_logits: Tensor, problem: Problem
     return reference.reduce(*reference.weigh(concentration, separation, kept, classes, weight), options)
 
 
-def loss(
-    input: Tensor,
-    centroid_logits: Tensor,
-    problem: Problem,
-    update: CenterUpdate | None,
-    *,
-    seen: list[Tensor] | None = None,
-) -> Tensor:
-    """The loss of [B, M] features. Statistics that the problem lacks are computed; `update` moves its centre.
+def loss(input: Tensor, centroid_logits: Tensor, problem: Problem, *, seen: list[Tensor] | None = None) -> Tensor:
+    """The loss of [B, M] features. Statistics that the problem lacks are computed.
 
     To `seen` are appended what :func:`reference.loss` appends and, but in compiled code, the rows' statistics for
     :func:`centroid_step_`. Nothing within a transform of torch.func, which it would outlive.
     """
     compiling = torch.compiler.is_compiling()
     if transforming() or jit_tracing():
-        assert update is None
+        assert problem.center_update is None
         return _transformable_loss(input, centroid_logits, problem)
     graph = torch.is_grad_enabled() and (input.requires_grad or centroid_logits.requires_grad)
-    # By sample the gradient of a row is known once the row is: made in this pass, it needs no second one. Half
-    # precisions wait for the upstream gradient, which may be what keeps them from underflow.
-    one_pass = (
-        graph
-        and problem.options.scalar_by_sample
-        and input.requires_grad
-        and input.dtype is centroid_logits.dtype
-        and not compiling
-    )
-    by = _Pass(update, one_pass, seen)
     if not (graph or compiling):
-        return _run_loss(input, centroid_logits, problem, by)[0]
-    result = _Loss.apply(input, centroid_logits, problem, by)
+        return _run_loss(input, centroid_logits, problem, seen, one_pass=False)[0]
+    result = _Loss.apply(input, centroid_logits, problem, seen)
     if seen is not None and compiling:
         seen.append(seen.pop().detach())  # what leaves a traced Function requires a gradient
     return result
@@ -453,7 +434,7 @@ def centroid_gradient(input: Tensor, centroid_logits: Tensor, problem: Problem) 
 
     The means are NaN where no row counts.
     """
-    target, center, weight, options, backend, stats, _ = problem
+    target, center, weight, options, backend, stats, *_ = problem
     run = operators(backend)
     stats = stats or centroid_stats(centroid_logits, options, backend)
     _, rows, _, _, means = run.loss(input, target, center, None, None, 0.0, *stats, weight, *options.for_loss, False)
@@ -496,7 +477,7 @@ def centroid_step_(
     `rows` are what :func:`loss` gave of the same batch at the same centroids and centre, or None; `momentum_buffer`
     goes with a momentum. A batch with terms that are not finite moves nothing.
     """
-    target, center, _, options, backend, stats, _ = problem
+    target, center, _, options, backend, stats, *_ = problem
     run = operators(backend)
     if rows is None:
         rows, _ = _rows_of_loss(input, problem)

@@ -9,6 +9,8 @@ from ncmi_kernels._group import Group
 from ncmi_kernels._modes import concrete
 from ncmi_kernels._options import Options
 
+CenterUpdate = tuple[Tensor, float]  # num_batches_tracked [] int64, which is moved too, and the momentum
+
 
 class Problem(NamedTuple):
     """All that the loss of features [N, M] and centroid logits [C, M] depends on besides these two."""
@@ -19,7 +21,8 @@ class Problem(NamedTuple):
     options: Options
     backend: str
     stats: Any  # what the backend knows of the centroids, if it does already
-    group: Group | None  # whose batches share the loss
+    group: Group | None = None  # whose batches share the loss
+    center_update: CenterUpdate | None = None  # moves `center`, a running one, before it is used
 
 
 def problem_of(
@@ -32,11 +35,12 @@ def problem_of(
     backend: str,
     stats: Any = None,
     group: Group | None = None,
+    center_update: CenterUpdate | None = None,
 ) -> tuple[Tensor, Tensor, Problem]:
     """Checked arguments as the loss takes them: features [N, M], centroid logits [C, M], and the rest."""
     rows, classes = flatten(input, target)
     rows, centroid_logits, center, weight = to_arithmetic_dtype(rows, centroid_logits, center, weight)
-    return rows, centroid_logits, Problem(classes, center, weight, options, backend, stats, group)
+    return rows, centroid_logits, Problem(classes, center, weight, options, backend, stats, group, center_update)
 
 
 def flatten(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

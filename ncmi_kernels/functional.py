@@ -248,12 +248,11 @@ def loss(
     input: Tensor,
     centroid_logits: Tensor,
     problem: Problem,
-    update: _ops.CenterUpdate | None = None,
     *,
     seen: list[Any] | None = None,
 ) -> Tensor:
-    """The loss of a problem, a scalar or [N]; `update` and `seen` as :func:`_ops.loss` has them."""
-    target, center, weight, options, backend, _, group = problem
+    """The loss of a problem, a scalar or [N]; `seen` as :func:`_ops.loss` has it."""
+    target, center, weight, options, backend, _, group, _ = problem
     if options.separation_focus and backend != "reference":
         return _focus.loss(input, centroid_logits, problem, seen=seen)
     if group is not None:
@@ -261,7 +260,7 @@ def loss(
     if backend == "reference":
         check_range(target, len(centroid_logits), options.ignore_index)
         return reference.loss(input, target, centroid_logits, center, weight, options, means=seen)
-    return _ops.loss(input, centroid_logits, problem, update, seen=seen)
+    return _ops.loss(input, centroid_logits, problem, seen=seen)
 
 
 def centroid_gradient(

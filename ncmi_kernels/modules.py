@@ -12,7 +12,7 @@ from ncmi_kernels import _backends, _focus, _ops, _problem, functional, referenc
 from ncmi_kernels._group import Group
 from ncmi_kernels._modes import concrete, forward_mode, jit_tracing, transforming
 from ncmi_kernels._options import OPTION_NAMES, Options, check_choice, check_fraction
-from ncmi_kernels._problem import problem_of
+from ncmi_kernels._problem import CenterUpdate, problem_of
 from ncmi_kernels._watch import Watch
 
 INITIAL_LOGIT = 10.0
@@ -211,9 +211,9 @@ class NCMILoss(nn.Module):
         else:
             stats = self._fixed_stats(input, logits, backend)
         group = self._group if self.training and self.options.reduction != "none" else None
-        problem = problem_of(input, target, logits, center, weight, self.options, backend, stats, group)
+        problem = problem_of(input, target, logits, center, weight, self.options, backend, stats, group, update)
         seen: list[Any] = []
-        result = functional.loss(*problem, update, seen=seen)
+        result = functional.loss(*problem, seen=seen)
         self._commit_center(moved)
         self._keep(seen, input, target, backend)
         return result.reshape(target.shape) if self.options.reduction == "none" else result
@@ -512,7 +512,7 @@ class NCMILoss(nn.Module):
 
     def _center_for(
         self, center: Tensor | None, input: Tensor, target: Tensor, logits: Tensor, backend: str
-    ) -> tuple[Tensor | None, _ops.CenterUpdate | None, _Moved | None]:
+    ) -> tuple[Tensor | None, CenterUpdate | None, _Moved | None]:
         """The centre to use in place of `center`, the running one; and what moves that.
 
         Either the operator `loss` does it, told how by the second value, or the third is to be committed once the loss
