@@ -124,7 +124,7 @@ class CentroidSGD(torch.optim.Optimizer):
         Raises:
             ValueError: it is the state of another optimiser, or of other centroids.
         """
-        # Version 0.1.0 had in `state`, as other optimisers have, what stands in the param group now.
+        # States saved earlier have in `state`, as other optimisers do, what stands in the param group now.
         states = state_dict.get("state", {})
         groups = [dict(group) for group in state_dict.get("param_groups", ())]
         for group in groups:

@@ -465,7 +465,7 @@ def test_the_state_of_another_optimiser_is_refused():
         optimizer.load_state_dict(CentroidSGD(NCMILoss(C + 1, M), 30.0, 0.9).state_dict())
 
 
-def test_a_state_of_version_0_1():
+def test_a_state_saved_before_all_was_in_the_param_group():
     first, second = (CentroidSGD(pair()[1], 30.0, 0.9) for _ in range(2))
     for features, target in batches(2):
         first.step(features, target)
