@@ -181,9 +181,9 @@ class _Loss(torch.autograd.Function):
         # precisions wait for the upstream gradient, which may be what keeps them from underflow.
         one_pass = (
             options.scalar_by_sample
+            and not torch.compiler.is_compiling()
             and ctx.needs_input_grad[0]
             and input.dtype is centroid_logits.dtype
-            and not torch.compiler.is_compiling()
         )
         result, kept = _run_loss(input, centroid_logits, problem, seen, one_pass)
         save(ctx, *kept)
