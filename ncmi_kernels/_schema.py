@@ -131,8 +131,8 @@ _libraries: list[Library] = []  # a registration lasts as long as its library
 def define(namespace: str) -> None:
     """Declare the operators in a namespace of torch.ops.
 
-    Calls pass the dispatcher's autograd layer, whose fallback costs as much as the smaller kernels do. No graph is lost:
-    those are made by autograd Functions, and outside of these the operators are called where nothing needs one.
+    Calls pass the dispatcher's autograd layer, whose fallback costs as much as the smaller kernels do. No graph is
+    lost: those are made by autograd Functions, and outside of these the operators are called where nothing needs one.
     """
     library = Library(namespace, "DEF")
     _libraries.append(library)
