@@ -16,9 +16,7 @@ from ncmi_kernels._problem import (
     check_floating,
     check_parameters,
     check_range,
-    flatten,
     problem_of,
-    to_arithmetic_dtype,
 )
 
 _NOTHING_IGNORED = torch.iinfo(torch.int64).min
@@ -174,15 +172,14 @@ def ncmi_terms(
     )
     check_parameters(centroid_logits, center, None)
     check_batch(input, target, centroid_logits)
-    rows, classes = flatten(input, target)
-    rows, centroid_logits, center, _ = to_arithmetic_dtype(rows, centroid_logits, center, None)
-    check_range(classes, len(centroid_logits), None)
-    backend = _backends.resolve(backend, input)
-    if backend == "reference":
-        concentration, separated = reference.terms(rows, classes, centroid_logits, center, options)
+    resolved = _backends.resolve(backend, input)
+    rows, logits, problem = problem_of(input, target, centroid_logits, center, None, options, resolved)
+    check_range(problem.target, len(logits), None)
+    if resolved == "reference":
+        concentration, separated = reference.terms(rows, problem.target, logits, problem.center, options)
     else:
         path = _focus if options.separation_focus else _ops
-        concentration, separated = path.terms(rows, classes, centroid_logits, center, options, backend)
+        concentration, separated = path.terms(rows, problem.target, logits, problem.center, options, resolved)
     return concentration.reshape(target.shape), separated.reshape(target.shape)
 
 
@@ -244,13 +241,7 @@ def nsf(input: Tensor, dim: int = -1) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def loss(
-    input: Tensor,
-    centroid_logits: Tensor,
-    problem: Problem,
-    *,
-    seen: list[Any] | None = None,
-) -> Tensor:
+def loss(input: Tensor, centroid_logits: Tensor, problem: Problem, *, seen: list[Any] | None = None) -> Tensor:
     """The loss of a problem, a scalar or [N]; `seen` as :func:`_ops.loss` has it."""
     target, center, weight, options, backend, _, group, _ = problem
     if options.separation_focus and backend != "reference":
