@@ -13,7 +13,8 @@ from torch.library import Library
 
 from ncmi_kernels._options import REDUCTIONS
 
-ROW_STATS, CLASS_STATS = 9, 8  # columns of the operators' `rows` and `norms`: csrc/layout.h
+# Columns of the operators' `rows`, `coefficients` and `norms`: csrc/layout.h
+ROW_STATS, COEFFICIENTS, CLASS_STATS = 7, 4, 8
 
 _BATCH = "Tensor input, Tensor target, Tensor? center"
 _TABLE = "Tensor log_activation, Tensor activation, Tensor reference, Tensor norms"
@@ -26,41 +27,60 @@ SCHEMAS = {
     # of the classes, of which the targets are then row numbers: reference and the last record of norms speak for all C.
     "centroid_stats": f"(Tensor centroid_logits, bool softmax, bool centroid_to_sample) -> ({_TABLE})",
     #
-    # By row: terms [2, B] = (concentration, separation) in the arithmetic type; rows [B, 9] float64, what the backward
-    # passes need to form p again and, in the last two columns, zeros for d loss / d terms.
+    # By row, float64: terms [2, B] = (concentration, separation); rows [B, 7], what the operators below need to form p
+    # again, and means under p that the coefficients are made of.
     "terms": f"({_BATCH}, {_TABLE}, {_FEATURES}, int ignore_index) -> (Tensor terms, Tensor rows)",
     #
-    # The same, reduced: the loss in the arithmetic type, a scalar or for reduction 0 (none; 1 mean, 2 sum) [B]; rows
-    # with d loss / d terms; means [2] float64, those over the rows of concentration and separation, weighted as the
-    # loss is (NaN where no row counts). Given a running centre in the place of center, the rows are centred by
-    # moved_center, what update_center_ would make of it ([0] without one), and it is moved once nothing can fail any
-    # more. `with_grad`, for the ratio by sample and a scalar loss: d loss / d input [B, M] from the same pass, for an
-    # input in the arithmetic type; else grad is [0].
+    # The terms of a batch to its loss, all float64: the loss, a scalar or for reduction 0 (none; 1 mean, 2 sum) [B];
+    # coefficients [B, 4] = (own, other, share, constant), what a row's gradient is made of, zeros in ignored rows; means
+    # [2], those of both terms over the rows, weighted as the loss is (NaN where no row counts); sums [4] over the rows,
+    # of w, w A, w G and for the ratio by sample w A / (G + eps). `totals`, if given, are taken in the place of the sums.
+    # With alpha and beta the derivatives of the loss by A and G of a row, C of the last record of norms, a = 1 / C and
+    # b = 1, but with `focus`, whose separation is no mean over the classes, a = 0 and b = 1 - 1 / C:
+    #   sample_to_centroid: own = alpha - a beta, other = b beta, share = 0, constant = own own_mean + other all_mean
+    #   centroid_to_sample: own = alpha, other = b beta, share = a beta, constant = own own_mean
+    "reduce": (
+        "(Tensor terms, Tensor rows, Tensor target, Tensor norms, Tensor? weight, Tensor? totals,"
+        " bool centroid_to_sample, bool focus, bool batch_ratio, int reduction, float eps, int ignore_index)"
+        " -> (Tensor loss, Tensor coefficients, Tensor means, Tensor sums)"
+    ),
+    #
+    # Both in one call, the loss in the arithmetic type. Given a running centre in the place of center, the rows are
+    # centred by moved_center, what update_center_ would make of it ([0] without one), and it is moved once nothing can
+    # fail any more. `with_grad`, for the ratio by sample and a scalar loss: d loss / d input [B, M] from the same pass,
+    # for an input in the arithmetic type; else grad is [0].
     "loss": (
         f"({_BATCH}, Tensor(a!)? running_center, Tensor(b!)? num_batches_tracked, float momentum, {_TABLE},"
         f" Tensor? weight, {_FEATURES}, bool batch_ratio, int reduction, float eps, int ignore_index, bool with_grad)"
-        " -> (Tensor loss, Tensor rows, Tensor moved_center, Tensor grad, Tensor means)"
+        " -> (Tensor loss, Tensor rows, Tensor coefficients, Tensor moved_center, Tensor grad, Tensor means)"
     ),
     #
     # grad [B, M] times upstream [], in place; nothing is touched where that is 1. 0, as in ignored rows, stays 0.
     "scale_": "(Tensor(a!) grad, Tensor upstream) -> ()",
     #
-    # Backward by row: d loss / d input [B, M] in the dtype of input. `upstream` (a scalar or [B]) multiplies
-    # d loss / d terms.
+    # Backward by row: d loss / d input [B, M] in the dtype of input. `upstream` (a scalar or [B]) multiplies the
+    # coefficients. `row_reference` [B, M], in the arithmetic type, is in the place of reference[0], of
+    # centroid_to_sample in that of reference[1]: a row each. Before the chain rule of the length, d loss / d f is
+    #   sample_to_centroid: (1 - sigma) p [own (log a - log a_y) + other (log a - reference) - constant]
+    #   centroid_to_sample: (1 - sigma) {p [own (log a - log a_y) - constant] + other (p - reference) + share (q_y - p)}
     "input_grad": (
-        f"({_BATCH}, {_TABLE}, Tensor rows, Tensor? upstream, bool centroid_to_sample, int ignore_index) -> Tensor"
+        f"({_BATCH}, {_TABLE}, Tensor rows, Tensor coefficients, Tensor? upstream, bool centroid_to_sample,"
+        " int ignore_index, Tensor? row_reference=None) -> Tensor"
     ),
     #
     # The centroid sums: d loss / d centroid_logits [C, M]. `totals`, as class_totals gives them, stand in for the sums
     # over all rows: those over the rows of a class are of the rows that are passed, which may be none.
     "centroid_grad": (
-        f"({_BATCH}, Tensor centroid_logits, {_TABLE}, Tensor rows, Tensor? upstream, bool centroid_to_sample,"
-        " int ignore_index, Tensor? totals=None) -> Tensor"
+        f"({_BATCH}, Tensor centroid_logits, {_TABLE}, Tensor rows, Tensor coefficients, Tensor? upstream,"
+        " bool centroid_to_sample, int ignore_index, Tensor? totals=None) -> Tensor"
     ),
     #
-    # What every class's gradient has of all rows, [M + 1] float64, beta_i = d loss / d G_i: sum_i beta_i p_i, for
-    # centroid_to_sample sum_i beta_i log a_i, and last sum_i beta_i.
-    "class_totals": (f"({_BATCH}, Tensor rows, Tensor? upstream, bool centroid_to_sample, int ignore_index) -> Tensor"),
+    # What every class's gradient has of all rows, [M + 1] float64: sum_i other_i p_i, for centroid_to_sample
+    # sum_i other_i log a_i, and last sum_i other_i.
+    "class_totals": (
+        f"({_BATCH}, Tensor rows, Tensor coefficients, Tensor? upstream, bool centroid_to_sample, int ignore_index)"
+        " -> Tensor"
+    ),
     #
     # A step of torch.optim.SGD on centroid_logits, by the gradient that centroid_grad would give and that is formed a
     # row at a time; momentum_buffer goes with a momentum. The statistics, those that centroid_stats gave of the
@@ -68,7 +88,7 @@ SCHEMAS = {
     # finite, moves nothing.
     "centroid_step_": (
         f"({_BATCH}, Tensor(a!) centroid_logits, Tensor(b!)? momentum_buffer, Tensor(c!) log_activation,"
-        " Tensor(d!) activation, Tensor(e!) reference, Tensor(f!) norms, Tensor rows, bool softmax,"
+        " Tensor(d!) activation, Tensor(e!) reference, Tensor(f!) norms, Tensor rows, Tensor coefficients, bool softmax,"
         " bool centroid_to_sample, int ignore_index, float lr, float momentum, float weight_decay, bool nesterov)"
         " -> ()"
     ),
@@ -87,11 +107,22 @@ def _rows_of(a: SimpleNamespace) -> Tensor:
     return stats
 
 
+def _coefficients(a: SimpleNamespace) -> Tensor:
+    coefficients: Tensor = a.norms.new_empty((a.target.shape[0], COEFFICIENTS))
+    return coefficients
+
+
+def _fake_reduce(a: SimpleNamespace) -> tuple[Tensor, ...]:
+    loss = a.norms.new_empty(a.target.shape if REDUCTIONS[a.reduction] == "none" else ())
+    return loss, _coefficients(a), a.norms.new_empty((2,)), a.norms.new_empty((4,))
+
+
 def _fake_loss(a: SimpleNamespace) -> tuple[Tensor, ...]:
     log_activation, norms = a.log_activation, a.norms
     return (
         log_activation.new_empty(a.input.shape[:1] if REDUCTIONS[a.reduction] == "none" else ()),
         _rows_of(a),
+        _coefficients(a),
         log_activation.new_empty((0 if a.running_center is None else a.input.shape[1],)),
         log_activation.new_empty(a.input.shape if a.with_grad else (0,)),
         norms.new_empty((2,)),
@@ -112,7 +143,8 @@ def _fake_centroid_stats(a: SimpleNamespace) -> tuple[Tensor, ...]:
 # Of the arguments, by their names: outputs for torch.compile and torch.export. What only writes in place has none.
 _FAKES: dict[str, Callable[[SimpleNamespace], Any]] = {
     "centroid_stats": _fake_centroid_stats,
-    "terms": lambda a: (a.log_activation.new_empty((2, a.input.shape[0])), _rows_of(a)),
+    "terms": lambda a: (a.norms.new_empty((2, a.input.shape[0])), _rows_of(a)),
+    "reduce": _fake_reduce,
     "loss": _fake_loss,
     "input_grad": lambda a: a.input.new_empty(a.input.shape),
     "centroid_grad": lambda a: a.centroid_logits.new_empty(a.centroid_logits.shape),
