@@ -33,17 +33,25 @@ struct Features {
 
 // What the forward pass leaves of a row for the backward passes.
 struct RowStats {
-  double scale;             // f = (z - center) * scale
-  double inverse_length;    // 1 / ||z - center||, or 0 where its chain rule does not apply
-  double kind;              // how the row was activated (the backend's Kind)
-  double shift;             // the largest z - center, where log a is relative to that; else 0
-  double inverse_norm;      // 1 / sum_k a_k
-  double own_mean;          // mean under p of log a - log a(xi_y)
-  double all_mean;          // mean under p of log a - reference
-  double by_concentration;  // d loss / d A, but for the upstream gradient
-  double by_separation;     // d loss / d G, likewise
+  double scale;           // f = (z - center) * scale
+  double inverse_length;  // 1 / ||z - center||, or 0 where its chain rule does not apply
+  double kind;            // how the row was activated (the backend's Kind)
+  double shift;           // the largest z - center, where log a is relative to that; else 0
+  double inverse_norm;    // 1 / sum_k a_k
+  double own_mean;        // mean under p of log a - log a(xi_y)
+  double all_mean;        // mean under p of log a - reference
 };
 constexpr int64_t kRowStats = sizeof(RowStats) / sizeof(double);
+
+// What the gradient of a row is made of (sample_gradient and centroid_gradient, ncmi_math.h), but for the upstream
+// gradient, which multiplies all four.
+struct Coefficients {
+  double own;       // of what the row has with its own class
+  double other;     // of what it has with all classes, or with its own reference
+  double share;     // of the own class in `other`; centroid_to_sample only
+  double constant;  // the mean under p of what `own` and `other` multiply, for centroid_to_sample of `own` alone
+};
+constexpr int64_t kCoefficients = sizeof(Coefficients) / sizeof(double);
 
 // What there is to know of a centroid but for its columns: a cache line.
 struct ClassStats {

@@ -289,41 +289,23 @@ NCMI_INLINE Ratio ratio(double concentration, double separation, double eps) {
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// Gradients with respect to f_j, before the upstream gradient and the chain rule of scaling.
+// Gradients with respect to f_j, before the upstream gradient and the chain rule of scaling, by the Coefficients of a row
+// (layout.h) times the same factor.
 // ---------------------------------------------------------------------------------------------------------
 
-// Sample to centroid, alpha = d loss / d A, beta = d loss / d G. With gap_j = reference_j - log a_j(xi_y), reference the
-// mean over classes of log a(xi), and all_j = log a_j - reference_j,
-//   d loss / d f_j = (1 - sigma_j) p_j [alpha' (all_j + gap_j - mean) + beta (all_j - mean)], alpha' = alpha - beta / C.
-// Near a minimum alpha' + beta is small beside either. It is formed once, in double; the gap has no rounding of log a.
-struct SampleGradient {
-  double by_all;    // alpha' + beta
-  double by_gap;    // alpha'
-  double constant;  // their means under p: the log-normalisers are constant along the row and cancel
-};
-
-NCMI_INLINE SampleGradient sample_gradient(double alpha, double beta, double inverse_classes, double own_mean,
-                                           double all_mean) {
-  const double own = alpha - beta * inverse_classes;
-  return {own + beta, own, own * own_mean + beta * all_mean};
+// Sample to centroid: (1 - sigma_j) p_j [own (log a_j - log a_j(xi_y)) + other (log a_j - reference_j) - constant].
+// Written with all_j = log a_j - reference_j and gap_j = reference_j - log a_j(xi_y) it takes own + other, which near a
+// minimum is small beside either: it is formed once, in double. The gap has no rounding of log a.
+template <class T>
+NCMI_INLINE T sample_gradient(T slope_p, T all, T gap, T own_and_other, T own, T constant) {
+  return slope_p * (own_and_other * all + (own * gap - constant));
 }
 
+// Centroid to sample: (1 - sigma_j) {p_j [own (log a_j - log a_j(xi_y)) - constant] + other (p_j - q_j) +
+// share (q_yj - p_j)}, where q is the mean of the centroids, or a mixture of them.
 template <class T>
-NCMI_INLINE T sample_gradient_at(T slope_p, T all, T gap, T by_all, T by_gap, T constant) {
-  return slope_p * (by_all * all + (by_gap * gap - constant));
-}
-
-// Centroid to sample. d A / d f_j = (1 - sigma_j) p_j (log p_j - log q_yj - A), `own` being log a_j - log a_j(xi_y) and
-// `own_mean` its mean under p.
-template <class T>
-NCMI_INLINE T concentration_gradient(T slope_p, T own, T own_mean) {
-  return slope_p * (own - own_mean);
-}
-
-// d G / d f_j, with q_mean the mean of q over classes.
-template <class T>
-NCMI_INLINE T separation_gradient_centroid(T slope, T p, T q_mean, T q_own, T inverse_classes) {
-  return slope * ((p - q_mean) + inverse_classes * (q_own - p));
+NCMI_INLINE T centroid_gradient(T slope, T p, T gap, T q, T q_own, T own, T constant, T other, T share) {
+  return slope * (p * (own * gap - constant) + (other * (p - q) + share * (q_own - p)));
 }
 
 }  // namespace ncmi

@@ -32,9 +32,9 @@ SCHEMAS = {
     "terms": f"({_BATCH}, {_TABLE}, {_FEATURES}, int ignore_index) -> (Tensor terms, Tensor rows)",
     #
     # The terms of a batch to its loss, all float64: the loss, a scalar or for reduction 0 (none; 1 mean, 2 sum) [B];
-    # coefficients [B, 4] = (own, other, share, constant), what a row's gradient is made of, zeros in ignored rows; means
-    # [2], those of both terms over the rows, weighted as the loss is (NaN where no row counts); sums [4] over the rows,
-    # of w, w A, w G and for the ratio by sample w A / (G + eps). `totals`, if given, are taken in the place of the sums.
+    # coefficients [B, 4] = (own, other, share, constant), what a row's gradient is made of, zeros in ignored rows;
+    # means [2], those of both terms over the rows, weighted as the loss is (NaN where no row counts); sums [4] over the
+    # rows, of w, w A, w G and for the ratio by sample w A / (G + eps). `totals`, if given, take the place of the sums.
     # With alpha and beta the derivatives of the loss by A and G of a row, C of the last record of norms, a = 1 / C and
     # b = 1, but with `focus`, whose separation is no mean over the classes, a = 0 and b = 1 - 1 / C:
     #   sample_to_centroid: own = alpha - a beta, other = b beta, share = 0, constant = own own_mean + other all_mean
@@ -88,8 +88,8 @@ SCHEMAS = {
     # finite, moves nothing.
     "centroid_step_": (
         f"({_BATCH}, Tensor(a!) centroid_logits, Tensor(b!)? momentum_buffer, Tensor(c!) log_activation,"
-        " Tensor(d!) activation, Tensor(e!) reference, Tensor(f!) norms, Tensor rows, Tensor coefficients, bool softmax,"
-        " bool centroid_to_sample, int ignore_index, float lr, float momentum, float weight_decay, bool nesterov)"
+        " Tensor(d!) activation, Tensor(e!) reference, Tensor(f!) norms, Tensor rows, Tensor coefficients,"
+        " bool softmax, bool centroid_to_sample, int ignore_index, float lr, float momentum, float weight_decay, bool nesterov)"
         " -> ()"
     ),
     #
