@@ -348,9 +348,9 @@ NCMI_DEVICE void grad_of_row(Row<In, T, kept>& row, const Own<T>& of, const RowS
                              const Coefficients& coefficients, void* out) {
   using R = Row<In, T, kept>;
   const int64_t offset = row.i * row.columns;
+  const double own_inverse_norm = centroid_to_sample ? ::exp(-of.log_norm) : 1.0;
   with_kind<T>(kind_of(stats.kind), [&]<Kind kind>() NCMI_INLINED {
-    const RowGradient<centroid_to_sample, kind, T> gradient(stats, coefficients,
-                                                            centroid_to_sample ? ::exp(-of.log_norm) : 1.0);
+    const RowGradient<centroid_to_sample, kind, T> gradient(stats, coefficients, own_inverse_norm);
     T grad[R::streamed ? 1 : kept];
     ThreadSum<R, T> dot;
     if (!R::streamed || stats.inverse_length != 0) {
