@@ -15,6 +15,8 @@ from test_kernels import (
     ACTIVATIONS,
     SGD,
     check_present_classes,
+    check_reduce,
+    check_row_references,
     check_step,
     check_step_refuses_strides,
     check_totals,
@@ -290,6 +292,46 @@ def test_means_of_the_terms(runs, separation):
                 functional.loss(*problem_of(input, target, xi, center, weight, options, "cpu"), seen=(seen := []))
                 assert seen[0].dtype == torch.float64
                 assert bool(seen[0].isnan().all()) if rows == 0 else relative(seen[0], expected) < 2e-6
+
+
+@pytest.mark.parametrize("separation", SEPARATIONS)
+def test_reduce(emulated, runs, separation):
+    reductions = ("batch", "mean"), ("sample", "mean"), ("sample", "sum"), ("sample", "none")
+    for focus, (ratio, reduction) in itertools.product((0.0, 10.0), reductions):
+        check_reduce(emulated, separation, focus, ratio, reduction)
+
+
+@pytest.mark.parametrize("rows", [0, 13, 8200])  # 8200: more than one block sums
+@pytest.mark.parametrize("separation", SEPARATIONS)
+def test_the_loss_is_the_terms_reduced(emulated, runs, launches, separation, rows):
+    """From the rows' sums as from the terms, and from totals: the same bits."""
+    z, target, xi, _, weight = make(rows, 5, 4, weight=True, ignore=True)
+    c2s = separation == "centroid_to_sample"
+    table = emulated.centroid_stats(xi, False, c2s)
+    terms, stats = emulated.terms(z, target, None, *table, 1.0, False, False, c2s, -100)
+    terms[:, target == -100] = float("nan")
+    for options in ((True, 1), (False, 1), (False, 2), (False, 0)):
+        settings = *options, 1e-8, -100
+        expected = emulated.loss(
+            z, target, None, None, None, 0.0, *table, weight, 1.0, False, False, c2s, *settings, False
+        )
+        totals = None
+        for several in (rows > 8192, False):
+            before = launches()
+            loss, coefficients, means, totals = emulated.reduce(
+                terms, stats, target, table[3], weight, totals, c2s, False, *settings
+            )
+            assert launches() - before == 1 + several
+            actual = loss.float(), stats, coefficients, *expected[3:5], means
+            for a, e in zip(actual, expected, strict=True):
+                assert torch.equal(a.nan_to_num(7), e.nan_to_num(7))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("separation", SEPARATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_reference_for_each_row(emulated, runs, dtype, separation, activation):
+    check_row_references(emulated, dtype, separation, activation)
 
 
 @pytest.mark.parametrize("separation", SEPARATIONS)
