@@ -59,7 +59,8 @@ struct SumStorage {
 // log a_ck), for the classes that have rows; and for all classes of the chunk together sum_i other_i p_ik, or
 // sum_i other_i log a_ik.
 template <class In, class T, bool centroid_to_sample>
-__global__ void __launch_bounds__(kWarps* kWarp, 1) class_grad_sums_kernel(const CentroidGradArgs<T> args, int64_t tiles) {
+__global__ void __launch_bounds__(kWarps* kWarp, 1)
+    class_grad_sums_kernel(const CentroidGradArgs<T> args, int64_t tiles) {
   constexpr int width = kWidth<In>;
   constexpr bool fast = sizeof(In) == 2;
   SumStorage<width>& storage = shared_storage<SumStorage<width>>();
@@ -240,7 +241,8 @@ __global__ void __launch_bounds__(kThreads, 1) fold_totals_kernel(const TotalsAr
 //   centroid_to_sample: slope (-own + (1/C) q (s - sum_k q s)), s_ck = sum over rows of other classes of
 //   other_i (log q_ck - log p_ik), up to what is constant along the row.
 template <class T, bool centroid_to_sample, bool with_step>
-__global__ void __launch_bounds__(kThreads, 1) class_grad_kernel(const CentroidGradArgs<T> args, const StepArgs<T> step) {
+__global__ void __launch_bounds__(kThreads, 1)
+    class_grad_kernel(const CentroidGradArgs<T> args, const StepArgs<T> step) {
   const Centroids<T>& q = args.centroids;
   const int64_t c = blockIdx.x;
   Group group = group_of_thread(shared_storage<GroupStorage>());

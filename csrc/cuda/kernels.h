@@ -47,8 +47,8 @@ struct InputGradArgs {
   Targets target;   // [B]
   const T* center;  // [M] or null
   Centroids<T> centroids;
-  const T* reference;        // centroids.reference, or of centroid_to_sample its second row; or a row each
-  int64_t reference_stride;  // 0 where all rows share one
+  const T* reference;        // [M] what all rows are compared with, or [B, M] for each its own
+  int64_t reference_stride;  // from row to row: 0, or M
   const RowStats* stats;             // [B]
   const Coefficients* coefficients;  // [B]
   Upstream upstream;
@@ -72,9 +72,9 @@ struct ReduceArgs {
   int64_t rows;
   Targets target;
   Centroids<T> centroids;  // but for their columns
-  const double* terms;     // [2, B], or null: formed from
-  const RowSums* sums;     // [B]
-  RowStats* stats;         // [B], written only with `sums`
+  const double* terms;     // [2, B], or null: formed from the sums
+  const RowSums* sums;     // [B], or null: terms are given
+  RowStats* stats;         // [B], completed where terms are formed
   Weights<T> weights;      // total null: formed here where `mean`
   const double* totals;    // [kReduceSums] in the place of the sums over the rows, or null
   bool focus;

@@ -303,7 +303,8 @@ Tensor update_center_(const Tensor& center, const Tensor& num_batches_tracked, c
   const Targets y = targets(target, input, ignore_index);
   return with_arithmetic_type(center.scalar_type(), "center", [&]<class T>() {
     Workspace workspace(device, column_sums_workspace(input.size(0), input.size(1)));
-    return column_sums<T>(device, workspace, input, y, num_classes, center, num_batches_tracked, momentum, nullptr, nullptr);
+    return column_sums<T>(device, workspace, input, y, num_classes, center, num_batches_tracked, momentum, nullptr,
+                          nullptr);
   });
 }
 
@@ -449,7 +450,8 @@ void by_class(const Device& device, const Tensor& input, const Tensor& target, c
   const bool by_first_row = step && rows < q.classes;
   const int64_t sums = ((by_first_row ? rows : q.classes) * q.columns * sizeof(T) + 7) / sizeof(double);
   const int64_t own = step ? sums : 0, own_separation = q.centroid_to_sample ? sums : 0;
-  Workspace workspace(device, (q.classes + 1) + chunks * q.columns + (q.columns + 1) + q.classes + own + own_separation);
+  Workspace workspace(device,
+                      (q.classes + 1) + chunks * q.columns + (q.columns + 1) + q.classes + own + own_separation);
   const CentroidGradArgs<T> args{.input = z,
                                  .rows = rows,
                                  .target = y,

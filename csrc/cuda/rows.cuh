@@ -131,8 +131,8 @@ NCMI_DEVICE Size<T> size_of(R& row) {
   return {row.group.sum(squares.value), bit_cast<T>(row.group.maximum(largest))};
 }
 
-// ||x||_2 from the plain sum of squares, which is redone of smaller numbers only where it overflowed; where it underflows
-// the caller's kSmallestLength hides it.
+// ||x||_2 from the plain sum of squares, which is redone of smaller numbers only where it overflowed; where it
+// underflows the caller's kSmallestLength hides it.
 template <class T, class R>
 NCMI_DEVICE double norm_of(R& row, const Size<T>& size) {
   if (size.squares < double(kLargest<T>)) return double(sqrt(T(size.squares)));
@@ -239,8 +239,8 @@ NCMI_DEVICE RowSums sum_row(R& row, const Own<T>& of, double scale, T shift) {
     all.value += sum_all;
     own_cross.value += sum_cross;
   });
-  // So have the others over threads, but near: where every logarithm is about -1.5, say, they are large, and what is made
-  // of them is not.
+  // So have the others over threads, but near: where every logarithm is about -1.5, say, they are large, and what is
+  // made of them is not.
   const auto over_warp = [](auto sum) NCMI_INLINED {
     if constexpr (norm_in_double)
       return warp_sum(double(sum));
@@ -313,6 +313,7 @@ NCMI_DEVICE Summed<T> sum_row_stable(R& row, const Own<T>& of, const Features& f
   return result;
 }
 
+// What the sums of a row add to its statistics.
 NCMI_DEVICE void complete(RowStats& stats, const RowTerms& terms) {
   stats.inverse_norm = terms.inverse_norm;
   stats.own_mean = terms.own_mean;
