@@ -289,8 +289,8 @@ NCMI_INLINE Ratio ratio(double concentration, double separation, double eps) {
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// Gradients with respect to f_j, before the upstream gradient and the chain rule of scaling, by the Coefficients of a row
-// (layout.h) times the same factor.
+// Gradients with respect to f_j, before the upstream gradient and the chain rule of scaling, by the Coefficients of a
+// row (layout.h) times the same factor.
 // ---------------------------------------------------------------------------------------------------------
 
 // Sample to centroid: (1 - sigma_j) p_j [own (log a_j - log a_j(xi_y)) + other (log a_j - reference_j) - constant].

@@ -1,6 +1,7 @@
 """The kernels of every backend, and the reference, against the literal definition in float64."""
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -780,8 +781,9 @@ def check_row_references(run, dtype, separation, activation):
         divergence = reference.kl_divergence(log_q, log_p) if c2s else reference.kl_divergence(log_p, log_q)
         total = (torch.where(kept, own * reference.kl_divergence(log_p, log_own) + other * divergence, 0)).sum()
         (expected,) = torch.autograd.grad(2 * total, wide)
-        # Means under p are of log a, which has the normaliser of p in it, with what the row is compared with.
-        log_a = log_p.detach() - stats[:, 4, None].log()
+        # Means under p are of log a, or log 2 a for NSF, which has the normaliser of p in it, with what the row is
+        # compared with.
+        log_a = log_p.detach() - stats[:, 4, None].log() + (math.log(2) if activation == "nsf" else 0)
         constant = own * stats[:, 5]
         if not c2s:
             constant = constant + other * (log_p.exp() * (log_a - log_q)).sum(dim=1).detach()
