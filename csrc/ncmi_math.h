@@ -4,7 +4,7 @@
 // CPU kernels inline these functions into loops that the compiler vectorises for several instruction sets; a
 // device compiler can inline the same ones into its kernels.
 //
-// Notation (arXiv 2601.02543, README "What is computed"): f is a centred, scaled feature, sigma the logistic
+// Notation (arXiv 2601.02543, docs/maths.md): f is a centred, scaled feature, sigma the logistic
 // function, p = sigma(f) / S with S = sum_k sigma(f_k) the normalised sigmoid (NSF), q_y the own-class centroid.
 #pragma once
 

@@ -387,7 +387,7 @@ def test_fixed_centroids_are_looked_at_once(monkeypatch):
     z, target, _ = problem(torch.float32)
     criterion = NCMILoss(CLASSES, COLUMNS, separation_focus=10.0, learn_centroids=False)
     first = criterion(z, target)
-    monkeypatch.setattr(_focus, "centroid_stats", None)
+    monkeypatch.setattr(_focus, "table_of", None)
     assert criterion(z, target) == first
     monkeypatch.undo()
     with torch.no_grad():
