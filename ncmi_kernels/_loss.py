@@ -87,19 +87,19 @@ class _Loss(torch.autograd.Function):
         if repeated:
             found = way.forward(input, centroid_logits, problem, grad is not None)
             rows, grad = found.rows, found.grad
+        # Of the average that DistributedDataParallel takes over the processes, the sum is left. Shards take none.
+        alone = group is None or options.reduction == "none"
+        shared = upstream if alone else upstream * group.size
         grad_input = grad_centroids = None
-        if wanted[0]:
-            # Of the average that DistributedDataParallel takes over the processes, the sum is left.
-            alone = group is None or options.reduction == "none"
-            shared = upstream if alone else upstream * group.size
-            if grad is None:
-                grad_input = way.input_grad(input, problem, rows, shared)
-            else:
-                grad_input = way.input_grad(input, problem, rows, None) if ctx.spent else grad
-                ctx.spent = True
-                _ops.operators(ctx.backend).scale_(grad_input, upstream)
+        if wanted[0] and grad is None:
+            grad_input = way.input_grad(input, problem, rows, shared)
+        elif wanted[0]:
+            grad_input = way.input_grad(input, problem, rows, None) if ctx.spent else grad
+            ctx.spent = True
+            _ops.operators(ctx.backend).scale_(grad_input, upstream)
         if wanted[1]:
-            grad_centroids = way.centroid_grad(input, centroid_logits, problem, rows, upstream)
+            of_centroids = shared if shards is None else upstream
+            grad_centroids = way.centroid_grad(input, centroid_logits, problem, rows, of_centroids)
         return grad_input, grad_centroids, None, None
 
 

@@ -266,7 +266,7 @@ def _sums_of_all(sums: Tensor, group: Group) -> Tensor:
     if sums.requires_grad:
         sums.register_hook(_refuse_double_backward)
     own = group.size * sums
-    return own + (group.all_reduce(sums.detach().clone()) - own.detach())
+    return group.all_reduce(sums.detach().clone()) + (own - own.detach())  # the same bits on each process
 
 
 def _refuse_double_backward(grad: Tensor) -> None:

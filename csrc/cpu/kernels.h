@@ -2,7 +2,7 @@
 //
 // The loops in the headers beside this one are compiled once for each instruction set (kernels_impl.h) and reached
 // through a table, so that one binary runs everywhere. But for host.h, no header of csrc/cpu includes a C++ library
-// template: an inline function instantiated under AVX-512 flags could be the copy that the linker keeps for every caller.
+// template: an inline function instantiated under AVX-512 flags could be the copy that the linker keeps for all.
 #pragma once
 
 #include <stdint.h>
