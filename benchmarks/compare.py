@@ -43,8 +43,7 @@ from typing import Any, NamedTuple
 import torch
 from arguments import positive, seconds
 from bench_loss import no_grad_step, train_step
-from cases import KERNELS, SHAPES, TINY, Shape, batch, ncmi
-from gpu_results import FULL, NO_GRAD
+from cases import FULL, KERNELS, NO_GRAD, SHAPES, TINY, Shape, batch, ncmi
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -102,7 +101,7 @@ def make_step(case: Case) -> Callable[[], float]:
         return _centroid_step(case, z, y)
     criterion = next(each for each in KERNELS if each.name == case.name).build(case.shape)
     take = train_step if case.mode == FULL else no_grad_step
-    return lambda: take(criterion, z, y)[case.mode].microseconds
+    return lambda: take(criterion, z, y)[case.mode]
 
 
 def _centroid_step(case: Case, z: torch.Tensor, y: torch.Tensor) -> Callable[[], float]:

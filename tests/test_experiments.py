@@ -31,7 +31,7 @@ import images
 import networks
 import plans
 import report
-import runner
+import runs
 import training
 from training import Run, Setting
 
@@ -562,7 +562,7 @@ def test_command_line(tmp_path, capsys):
     assert "0 networks trained" in capsys.readouterr().err
     main([*arguments, "--seeds", "2", "--work-dir", str(tmp_path / "work")])
     assert file.read_bytes().startswith(before)
-    assert [row["seed"] for row in runner.read_rows(file)] == ["0"] * 4 + ["1"] * 4
+    assert [row["seed"] for row in runs.read_rows(file)] == ["0"] * 4 + ["1"] * 4
     assert not list((tmp_path / "work").iterdir())
     for bad, message in (
         (["--data-dir", str(tmp_path), "--data", "cifar-100"], "train: not there"),
@@ -595,12 +595,12 @@ def test_two_processes_at_once(tmp_path, monkeypatch):
         for run in runs:
             rows = [training.Row(*run.key[:5], run.seed, run.epochs, *[0.5] * 7)]
             if run.setting.loss == "ce":
-                runner.append(file, rows)  # as if by the other one
+                runs.append(file, rows)  # as if by the other one
             yield run, rows
 
     monkeypatch.setitem(command["main"].__globals__, "results", results)
     command["main"](["compare", "--data", "digits", "--seeds", "2", "--output", str(file)])
-    assert len(runner.read_rows(file)) == 8
+    assert len(runs.read_rows(file)) == 8
 
 
 def test_report():
