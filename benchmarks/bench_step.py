@@ -1,6 +1,6 @@
 """Where the time of a training step goes, with NCMI and with cross-entropy, and what a centroid step costs.
 
-    python benchmarks/bench_step.py [--csv FILE] [--png FILE] [--threads 1 2] [--seconds 90] [--device cuda]
+    python benchmarks/bench_step.py [--csv FILE] [--png FILE] [--threads 1 2] [--seconds 90]
 
 Float32; what a table compares takes turns (runner.py).
 
@@ -11,10 +11,9 @@ features (and, "jointly", by the centroids), the network's backward pass, the ne
 the centroids' step: of CentroidSGD where they alternate with the network, of torch.optim.SGD where they train jointly.
 There it is a call of its own, to be timed, and does what the README's group in the network's optimiser would do.
 `share` is that of the loss, forward and backward, and the centroid step in the whole step: the median of the quotients
-of each step. On a GPU the phases lie between CUDA events in the stream, so a phase that the device waits in for the
-host has that time too.
+of each step.
 
-Centroid steps (CPU; bench_gpu.py has those of a GPU). From features without a graph, by CentroidSGD, with and without a
+Centroid steps. From features without a graph, by CentroidSGD, with and without a
 forward pass of the same features before it (not timed: it belongs to the network's step); and by what it replaces, the
 criterion, backward and torch.optim.SGD with momentum, with the kernels and in plain PyTorch. Before each one another
 part of the memory is written, as a network's step does, so that none finds its tensors in cache. `ratio` is the median
@@ -25,7 +24,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -41,11 +39,11 @@ from cases import (
     kernels,
 )
 from demo import CENTROID_LR, convolutional
-from devices import CPU, Device, describe_machine
+from devices import describe_machine
 from matplotlib.figure import Figure
 from records import MACHINE, TIMES, pivot, show
 from records import Row as Row
-from runner import Entry, arguments_of, device_of, failures, measure_all, run_rounds
+from runner import Entry, arguments_of, failures, measure_all, run_rounds
 from torch import nn
 
 from ncmi_kernels import CentroidSGD, NCMILoss
@@ -91,26 +89,25 @@ def with_share(laps: dict[str, float]) -> dict[str, float]:
 class Training:
     """A network in training, with the loss on its own in the middle of a step."""
 
-    def __init__(self, task: Task, method: str, device: torch.device = CPU) -> None:
+    def __init__(self, task: Task, method: str) -> None:
         outputs = task.C if method == "cross-entropy" else task.M
         torch.manual_seed(0)
-        self.device = device
-        self.network = convolutional(outputs).to(device)
+        self.network = convolutional(outputs)
         self.criterion: nn.Module = nn.CrossEntropyLoss()
         self.centroid_optimizer: Any = None
         if method != "cross-entropy":
-            self.criterion = NCMILoss(task.C, task.M, learn_centroids=method == "NCMI, jointly", device=device)
+            self.criterion = NCMILoss(task.C, task.M, learn_centroids=method == "NCMI, jointly")
             if method == "NCMI, jointly":
                 self.centroid_optimizer = torch.optim.SGD(self.criterion.parameters(), CENTROID_LR, momentum=0.9)
             elif method == "NCMI, alternating":
                 self.centroid_optimizer = CentroidSGD(self.criterion, CENTROID_LR, 0.9)
         self.optimizer = torch.optim.SGD(self.network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-        self.images = torch.randn(task.B, *task.image, device=device)
-        self.target = torch.randint(task.C, (task.B,), device=device)
+        self.images = torch.randn(task.B, *task.image)
+        self.target = torch.randint(task.C, (task.B,))
 
     def step(self) -> dict[str, float]:
         """Microseconds of each phase."""
-        clock = Clock(self.device)
+        clock = Clock()
         self.optimizer.zero_grad()
         self.criterion.zero_grad()
         outputs = self.network(self.images)
@@ -130,36 +127,20 @@ class Training:
             else:
                 self.centroid_optimizer.step()
             clock.lap(CENTROIDS)
-        return with_share(clock.laps())
+        return with_share(clock.laps)
 
 
 class Clock:
-    """Time from one lap to the next, on the device."""
+    """Wall time from one lap to the next."""
 
-    def __init__(self, device: torch.device = CPU) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._names: list[str] = []
-        self._marks = [self._now()]
-
-    def _now(self) -> Any:
-        if not self._on_gpu:
-            return time.perf_counter_ns()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}  # microseconds
+        self._mark = time.perf_counter_ns()
 
     def lap(self, name: str) -> None:
         """Note what has passed since the last lap."""
-        self._marks.append(self._now())
-        self._names.append(name)
-
-    def laps(self) -> dict[str, float]:
-        """Microseconds by lap."""
-        if self._on_gpu:
-            torch.cuda.synchronize()
-        pairs = zip(self._marks, self._marks[1:], strict=False)
-        passed = [1e3 * start.elapsed_time(end) if self._on_gpu else (end - start) / 1e3 for start, end in pairs]
-        return dict(zip(self._names, passed, strict=True))
+        now = time.perf_counter_ns()
+        self.laps[name], self._mark = (now - self._mark) / 1e3, now
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -178,15 +159,15 @@ def centroid_step(name: str, shape: Shape) -> Entry:
         clock = Clock()
         stepper(z, y)
         clock.lap("step")
-        return clock.laps()
+        return clock.laps
 
     return Entry(name, take)
 
 
-def entries_of(case: Task | Shape, device: torch.device = CPU) -> list[Entry]:
+def entries_of(case: Task | Shape) -> list[Entry]:
     """What takes turns: the methods of a training step, or the ways to take a step of the centroids."""
     if isinstance(case, Task):
-        return [Entry(method, Training(case, method, device).step) for method in METHODS]
+        return [Entry(method, Training(case, method).step) for method in METHODS]
     return [centroid_step(name, case) for name in WAYS]
 
 
@@ -205,11 +186,11 @@ def rows_of(entries: Sequence[Entry], case: Task | Shape) -> list[Row]:
     return rows
 
 
-def measure(case: tuple[Task | Shape, int], seconds: float, device: Device) -> list[Row]:
+def measure(case: tuple[Task | Shape, int], seconds: float) -> list[Row]:
     """The rows of a task, or of the centroids' steps at a shape, with so many threads."""
     what, threads = case
     torch.set_num_threads(threads)
-    entries = entries_of(what, device.torch_device)
+    entries = entries_of(what)
     run_rounds(entries, seconds, least=LEAST_ROUNDS, warm_up=WARM_UP_ROUNDS)
     rows = rows_of(entries, what)
     for row in rows:
@@ -278,23 +259,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.set_defaults(seconds=90)
     parser.add_argument("--png", type=output, metavar="FILE", help="draw the phases of the training steps here")
     parser.add_argument("--threads", type=positive, nargs="+", default=[1, 2], help="(default: 1 2)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(default: %(default)s)")
-    parser.add_argument(
-        "--shapes", type=Shape.parse, nargs="*", metavar="BxCxM", help="of centroid steps (default: on a CPU, four)"
-    )
+    parser.add_argument("--shapes", type=Shape.parse, nargs="*", default=CENTROID_SHAPES, help="of centroid steps")
     by_name = {task.name: task for task in TASKS}
     parser.add_argument("--tasks", nargs="*", choices=by_name, default=list(by_name), help="(default: all)")
     options = parser.parse_args(arguments)
-    device = device_of(parser, options)
-    if options.device == "cuda" and options.shapes:
-        parser.error("--shapes: got shapes with --device cuda, expected none (bench_gpu.py measures these steps)")
-    shapes = () if options.device == "cuda" else CENTROID_SHAPES if options.shapes is None else options.shapes
-    cases = (*(by_name[name] for name in options.tasks), *shapes)
+    cases = (*(by_name[name] for name in options.tasks), *options.shapes)
     if not cases:
         parser.error("--tasks, --shapes: got none of either, expected at least one")
     every = [(case, threads) for threads in options.threads for case in cases]
-    common = describe_machine(device.torch_device)
-    rows = measure_all(every, partial(measure, device=device), options, COLUMNS, common)
+    rows = measure_all(every, measure, options, COLUMNS, describe_machine())
     if options.png and options.tasks:
         draw(rows).savefig(options.png, dpi=120)
     names, lines = pivot(rows, lambda row: (row.task, row.shape, row.threads, row.method), "phase", cell)

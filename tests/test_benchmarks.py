@@ -38,6 +38,7 @@ from cases import (
     NCMI_CENTROIDS,
     NCMI_FOCUS,
     NCMI_SAMPLE,
+    NO_GRAD,
     SHAPES,
     TINY,
     Shape,
@@ -206,7 +207,7 @@ def test_the_ratios_of_bench_loss(worker, monkeypatch):
     def rounds(entries, *_, **__):
         for entry in entries:
             for number in range(5 if entry.take else 0):
-                laps = {FORWARD: 1.0, FULL: 2.0, "no-grad forward": 0.5}
+                laps = {FORWARD: 1.0, FULL: 2.0, NO_GRAD: 0.5}
                 entry.rounds[number] = {mode: factor * times[entry.name] for mode, factor in laps.items()}
 
     monkeypatch.setattr(bench_loss, "run_rounds", rounds)
@@ -270,12 +271,8 @@ def test_slow_ones_sit_out_rounds(monkeypatch):
     taken, _ = rounds_of(monkeypatch, {"quick": QUICK, "slow": SLOW}, 20.0, each=5)
     assert taken["slow"][:5] == [0, 1, 2, 3, 4]
     assert taken["slow"][5] > 100
-
-
-def test_few_slow_ones_use_all_of_the_time(monkeypatch):
-    """Of which each would sit out for good."""
-    steps = {name: (0.1, {"share": 0.05}) for name in "ab"}
-    taken, spent = rounds_of(monkeypatch, steps, 10.0, each=5)
+    # Where each would sit out for good, all of them go on.
+    taken, spent = rounds_of(monkeypatch, {name: (0.1, {"share": 0.05}) for name in "ab"}, 10.0, each=5)
     assert spent == pytest.approx(10, abs=0.3)
     assert len(taken["a"]) == len(taken["b"])
 
@@ -358,7 +355,9 @@ def test_memory_is_linear(implementation, shape, worker):
 # For pytest-benchmark: in one thread, so that the runs of different machines compare.
 # ------------------------------------------------------------------------------------------------------------
 
-EVERY_CASE = pytest.mark.parametrize(
+
+@pytest.mark.parametrize("mode", [FULL, NO_GRAD])
+@pytest.mark.parametrize(
     ("shape", "implementation"),
     [
         pytest.param(shape, implementation, id=f"{shape}-{slug(implementation)}")
@@ -366,19 +365,21 @@ EVERY_CASE = pytest.mark.parametrize(
         for implementation in IMPLEMENTATIONS
     ],
 )
-
-
-def run_benchmark(benchmark, group, shape, implementation, step):
+def test_speed(benchmark, shape, implementation, mode):
     torch.set_num_threads(1)
     torch.compiler.reset()
-    benchmark.group = f"{shape} {group}"
+    benchmark.group = f"{shape} {mode}"
     benchmark.extra_info.update(implementation=implementation.name, **devices.describe_machine())
     criterion, (z, y) = build(implementation, shape), cases.batch(shape)
 
     def call():
         z.grad = None
         criterion.zero_grad()
-        return step(criterion, z, y)
+        with torch.set_grad_enabled(mode == FULL):
+            loss = criterion(z, y)
+        if mode == FULL:
+            loss.backward()
+        return loss
 
     if implementation.heavy:
         loss = benchmark.pedantic(call, rounds=2)
@@ -386,22 +387,4 @@ def run_benchmark(benchmark, group, shape, implementation, step):
         call()  # compiles
         loss = benchmark(call)
     assert bool(loss.isfinite()), "a fast wrong answer"
-    return z
-
-
-@EVERY_CASE
-def test_forward_backward(benchmark, shape, implementation):
-    def step(criterion, z, y):
-        loss = criterion(z, y)
-        loss.backward()
-        return loss
-
-    z = run_benchmark(benchmark, FULL, shape, implementation, step)
-    assert bool(z.grad.isfinite().all())
-    assert bool(z.grad.any())
-
-
-@EVERY_CASE
-def test_no_grad_forward(benchmark, shape, implementation):
-    with torch.no_grad():
-        run_benchmark(benchmark, "no-grad forward", shape, implementation, lambda criterion, z, y: criterion(z, y))
+    assert mode == NO_GRAD or (bool(z.grad.isfinite().all()) and bool(z.grad.any()))

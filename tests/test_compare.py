@@ -9,8 +9,8 @@ import pytest
 
 from ncmi_kernels import available_backends
 
-if importlib.util.find_spec("rich") is None:
-    pytest.skip("the benchmarks need rich", allow_module_level=True)
+if importlib.util.find_spec("scipy") is None:
+    pytest.skip("the comparison needs scipy", allow_module_level=True)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 

@@ -1,15 +1,14 @@
 """The labelled images of the experiments.
 
 Fashion-MNIST and the digits as in the demo; `fashion-pairs`, a task of 100 classes made of Fashion-MNIST; and CIFAR-100
-from its official files. The suffix ":validation" of a name keeps part of the training set to choose settings by.
+from its official binary files. The suffix ":validation" of a name keeps part of the training set to choose settings by.
 """
 
-import pickletools
+import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,14 +65,8 @@ def held_out(images: Images) -> Images:
     """A sixth of the training images, in an order that is always the same, in the place of the test images."""
     order = torch.randperm(len(images.train_x), generator=torch.Generator().manual_seed(0))
     rest, kept = order.split((len(order) - len(order) // 6, len(order) // 6))
-    return Images(
-        images.train_x[rest],
-        images.train_y[rest],
-        images.train_x[kept],
-        images.train_y[kept],
-        images.classes,
-        images.prepare,
-    )
+    x, y = images.train_x, images.train_y
+    return dataclasses.replace(images, train_x=x[rest], train_y=y[rest], test_x=x[kept], test_y=y[kept])
 
 
 def fashion_pairs(fashion: data.Dataset) -> Images:
@@ -90,83 +83,8 @@ def fashion_pairs(fashion: data.Dataset) -> Images:
     return Images(*pair(fashion.train_x, fashion.train_y, 0), *pair(fashion.test_x, fashion.test_y, 1), 100)
 
 
-_BYTES = "_codecs encode"  # Python 3 writes bytes by protocol 2 as a call of it
-_NAMES = (
-    "numpy.core.multiarray _reconstruct",
-    "numpy._core.multiarray _reconstruct",
-    "numpy ndarray",
-    "numpy dtype",
-    _BYTES,
-)
-
-
-def _read_pickle(raw: bytes) -> Any:
-    """The strings, numbers, lists, dicts and arrays in what Python 2 or 3 wrote by protocol 2; strings as latin-1.
-
-    The files come from the network, and unpickling does what they say. Here nothing is looked up, called or given a
-    state: a global is its name, an object is [name, arguments, state]. Tuples are lists: hashing nested ones recurses.
-
-    Raises:
-        Exception: of any kind, for anything else.
-    """
-    stack: list[Any] = []
-    outer: list[list[Any]] = []
-    memo: dict[Any, Any] = {}
-    for opcode, argument, _ in pickletools.genops(raw):
-        match opcode.name:
-            case "PROTO" | "STOP":
-                pass
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINSTRING" | "SHORT_BINSTRING" | "BINUNICODE":
-                stack.append(argument)
-            case "NONE" | "NEWFALSE" | "NEWTRUE":
-                stack.append({"NONE": None, "NEWFALSE": False, "NEWTRUE": True}[opcode.name])
-            case "EMPTY_LIST":
-                stack.append([])
-            case "EMPTY_DICT":
-                stack.append({})
-            case "MARK":
-                outer.append(stack)
-                stack = []
-            case "TUPLE" | "APPENDS" | "SETITEMS":
-                items, stack = stack, outer.pop()
-                if opcode.name == "TUPLE":
-                    stack.append(items)
-                elif opcode.name == "APPENDS":
-                    stack[-1].extend(items)
-                else:
-                    stack[-1].update(zip(items[::2], items[1::2], strict=True))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                size = int(opcode.name[-1])
-                stack[-size:] = [stack[-size:]]
-            case "APPEND" | "BUILD":
-                item = stack.pop()
-                stack[-1].append(item)
-            case "SETITEM":
-                key, value = stack[-2:]
-                del stack[-2:]
-                stack[-1].update({key: value})
-            case "BINPUT" | "LONG_BINPUT":
-                memo[argument] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[argument])
-            case "GLOBAL":
-                if argument not in _NAMES:
-                    raise ValueError(f"it names {argument:.99}, expected nothing but arrays of NumPy")
-                stack.append(argument)
-            case "REDUCE":
-                match stack[-2:]:
-                    case [name, [str(text), "latin1"]] if name == _BYTES:
-                        stack[-2:] = [text]
-                    case call:
-                        stack[-2:] = [call]
-            case name:
-                raise ValueError(f"got {name}, expected what arrays of NumPy, lists and dicts are made of")
-    (content,) = stack
-    return content
-
-
 def cifar_100(directory: Path | None) -> Images:
-    """CIFAR-100 from the files `train` and `test` of its official python version, unpacked.
+    """CIFAR-100 from the files `train.bin` and `test.bin` of its official binary version, unpacked.
 
     For training: padded by 4 and cropped to 32 at random, flipped at random, turned by up to 15 degrees.
 
@@ -175,34 +93,26 @@ def cifar_100(directory: Path | None) -> Images:
         ValueError: a file is malformed.
     """
     if directory is None:
-        raise FileNotFoundError("--data-dir: got none, expected the directory of CIFAR-100 (python version), unpacked")
-    if (directory / "cifar-100-python").is_dir():
-        directory = directory / "cifar-100-python"
-    return Images(*_cifar_part(directory / "train"), *_cifar_part(directory / "test"), 100, _prepare_cifar)
+        raise FileNotFoundError("--data-dir: got none, expected the directory of CIFAR-100 (binary version), unpacked")
+    if (directory / "cifar-100-binary").is_dir():
+        directory = directory / "cifar-100-binary"
+    return Images(*_cifar_part(directory / "train.bin"), *_cifar_part(directory / "test.bin"), 100, _prepare_cifar)
 
 
 def _cifar_part(path: Path) -> tuple[Tensor, Tensor]:
+    """Images and fine labels: a record is a coarse and a fine label and the planes of red, green and blue."""
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: not there. Unpack cifar-100-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html"
+            f"{path}: not there. Unpack cifar-100-binary.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html"
         )
-    try:
-        content = _read_pickle(path.read_bytes())
-    except Exception as error:
-        raise ValueError(f"{path}: not a file of CIFAR-100's python version ({error!r})") from error
-    match content:
-        case {
-            "data": [_, _, [_, [int(rows), 3072], [_, ["u1" | "|u1", *_], *_], by_columns, str(pixels)]],
-            "fine_labels": list(labels),
-        } if len(pixels) == 3072 * rows > 0:
-            pass
-        case _:
-            raise ValueError(f"{path}: got something else, expected data, [N, 3072] of u1, and fine_labels, a list")
-    if len(labels) != rows or not all(type(label) is int and 0 <= label < 100 for label in labels):
-        raise ValueError(f"{path}: got other fine_labels, expected {rows} integers in [0, 100)")
-    x = torch.frombuffer(bytearray(pixels, "latin-1"), dtype=torch.uint8)
-    x = x.view(3072, -1).T if by_columns else x.view(-1, 3072)
-    return x.reshape(-1, 3, 32, 32), torch.tensor(labels)
+    content = bytearray(path.read_bytes())
+    if not content or len(content) % 3074:
+        raise ValueError(f"{path}: got {len(content)} bytes, expected records of 3074")
+    records = torch.frombuffer(content, dtype=torch.uint8).view(-1, 3074)
+    labels = records[:, 1].long()
+    if labels.max() >= 100:
+        raise ValueError(f"{path}: got label {labels.max()}, expected labels in [0, 100)")
+    return records[:, 2:].reshape(-1, 3, 32, 32), labels
 
 
 def _prepare_cifar(x: Tensor, augment: bool) -> Tensor:
