@@ -144,17 +144,17 @@ class Bench:
         end, (shape, dtype) = time.perf_counter() + seconds, case
         torch.compiler.reset()
         z, y = batch(shape, dtype=dtype, device=self.device.torch_device)
-        ways: dict[str, Callable[[Step], dict[str, Any]]] = {WALL: self.wall}
+        ways: dict[str, tuple[str, Callable[[Step], dict[str, Any]]]] = {WALL: (FULL, self.wall)}
         if self.device.torch_device.type == "cuda":
-            ways |= {**{LAUNCHES + mode: launches for mode in (FORWARD, BACKWARD)}, GRAPH: self.replay}
+            ways |= {LAUNCHES + mode: (mode, launches) for mode in (FORWARD, BACKWARD)} | {GRAPH: (FULL, self.replay)}
         rows = []
         for each in self.implementations:
-            for mode, way in ways.items() if each is not LITERAL else ():
-                row = Row(**shape._asdict(), dtype=name_of(dtype), implementation=each.name, mode=mode)
+            for name, (mode, way) in ways.items() if each is not LITERAL else ():
+                row = Row(**shape._asdict(), dtype=name_of(dtype), implementation=each.name, mode=name)
                 row.note = each.obstacle(shape, z.device) or "no time was left" * (time.perf_counter() > end)
                 try:
                     if not row.note:
-                        vars(row).update(way(self.step(each, shape, mode.removeprefix(LAUNCHES), z, y)))
+                        vars(row).update(way(self.step(each, shape, mode, z, y)))
                 except Exception as error:
                     row.note = reason_of(error)
                 rows.append(row)

@@ -103,14 +103,17 @@ def measure(case: tuple[Shape, int], seconds: float, worker: Executor) -> list[R
         training, without = (entry_of(each, group=each.group or each.name) for _ in range(2))
         found[each.name] = {FORWARD: training, FULL: training, NO_GRAD: without}
         training.note = without.note = each.obstacle(shape, CPU) or ""
-        if training.note:
-            continue
-        training.peaks = worker.submit(cpu_peaks, each.name, FULL, shape, threads).result()
-        criterion = each.build(shape)
-        for entry, step in ((training, train_step), (without, no_grad_step)):
-            if not each.heavy:
-                step(criterion, *batch(shape))
-            entry.take = partial(step, criterion, z, y)
+        try:
+            if not training.note:
+                training.peaks = worker.submit(cpu_peaks, each.name, FULL, shape, threads).result()
+                criterion = each.build(shape)
+                for entry, step in ((training, train_step), (without, no_grad_step)):
+                    if not each.heavy:
+                        step(criterion, *batch(shape))
+                    entry.take = partial(step, criterion, z, y)
+        except Exception as error:
+            training.fail(error)
+            without.fail(error)
     entries = [found[each.name][mode] for each in IMPLEMENTATIONS for mode in (FULL, NO_GRAD)]
     run_rounds(entries, left(start, seconds), least=LEAST_ROUNDS, most=MOST_ROUNDS, warm_up=WARM_UP_ROUNDS)
     rows = [
@@ -132,8 +135,10 @@ def measure(case: tuple[Shape, int], seconds: float, worker: Executor) -> list[R
 
 def cell(row: Row) -> str:
     """Microseconds, and the ratio to cross_entropy."""
-    return (
-        row.note.split(":")[0] if row.median_us is None else f"{row.median_us:.0f} ({row.ratio_to_cross_entropy:.2f})"
+    if row.median_us is None:
+        return row.note.split(":")[0]
+    return f"{row.median_us:.0f}" + (
+        "" if row.ratio_to_cross_entropy is None else f" ({row.ratio_to_cross_entropy:.2f})"
     )
 
 

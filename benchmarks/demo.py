@@ -28,30 +28,31 @@ from runner import Entry, run_rounds
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ncmi_kernels import NCMILoss, ncmi_terms
+from ncmi_kernels import NCMILoss
+from ncmi_kernels.metrics import NCMIMetric
 
 FEATURES = 32
 CENTROID_LR = 0.1
 CLASS_MEAN_IMAGES = 10_000  # of the training set, after every epoch: all 60 000 would give the same means
 
 
-def convolutional(outputs: int) -> nn.Module:
-    """Three convolutions, the mean over the image, a linear layer to the features or logits."""
+def convolutional(outputs: int, channels: int = 1, width: int = 32, cells: int = 1) -> nn.Module:
+    """Three convolutions, the mean over each of cells x cells parts, a linear layer to the features or logits."""
     return nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1, bias=False),
+        nn.Conv2d(channels, width, 3, padding=1, bias=False),
         nn.MaxPool2d(2),  # before the normalisation, which costs a quarter of the time then
-        nn.BatchNorm2d(32),
+        nn.BatchNorm2d(width),
         nn.ReLU(),
-        nn.Conv2d(32, 64, 3, padding=1, bias=False),
-        nn.BatchNorm2d(64),
+        nn.Conv2d(width, 2 * width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(2 * width),
         nn.ReLU(),
         nn.AdaptiveMaxPool2d(4),
-        nn.Conv2d(64, 64, 3, padding=1, bias=False),
-        nn.BatchNorm2d(64),
+        nn.Conv2d(2 * width, 2 * width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(2 * width),
         nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
+        nn.AdaptiveAvgPool2d(cells),
         nn.Flatten(),
-        nn.Linear(64, outputs),
+        nn.Linear(2 * width * cells**2, outputs),
     )
 
 
@@ -118,9 +119,12 @@ def train(
     seed: int,
     epochs: int,
     batch_size: int,
-    on_step: Callable[[], object] = lambda: None,
+    on_step: Callable[[nn.Module, nn.Module], object] = lambda network, criterion: None,
 ) -> Result:
-    """Train one network: SGD with momentum, one epoch of warm-up, then a cosine down to zero."""
+    """Train one network: SGD with momentum, one epoch of warm-up, then a cosine down to zero.
+
+    `on_step` is called after each step, with the network and the criterion.
+    """
     torch.manual_seed(seed)
     network, criterion = recipe.network(recipe.outputs), recipe.criterion()
     groups = [{"params": list(network.parameters()), "lr": recipe.lr, "weight_decay": 5e-4}]
@@ -146,7 +150,7 @@ def train(
             optimizer.step()
             schedule.step()
             total += loss.item() * len(batch)
-            on_step()
+            on_step(network, criterion)
         losses.append(total / len(dataset.train_x))
         network.eval()
         outputs = torch.cat([batch for batch, _ in in_batches(network, dataset.test_x, dataset.test_y)])
@@ -168,7 +172,7 @@ def in_batches(network: nn.Module, images: Tensor, labels: Tensor) -> Iterator[t
         yield outputs, target
 
 
-def concentration_and_separation(outputs: Tensor, labels: Tensor) -> tuple[float, float]:
+def concentration_and_separation(outputs: Tensor, labels: Tensor, classes: int = CLASSES) -> tuple[float, float]:
     """CMI and Gamma of a labelled data set, in nats, by one definition for every network.
 
     A loss may look at logits or features, at their length or not, so its own value cannot be compared with
@@ -176,15 +180,11 @@ def concentration_and_separation(outputs: Tensor, labels: Tensor) -> tuple[float
     distributions of these (NSF) around the mean distribution of each class in the same data set. CMI is then
     the conditional mutual information of input and output given the class.
     """
-    outputs = outputs.double()
-    center = outputs.mean(dim=0)
-    meter = NCMILoss(CLASSES, outputs.shape[1], dtype=torch.float64)
-    meter.center.copy_(center)
-    means = meter.fit_class_means([(outputs, labels)])
-    # NSF gives a distribution back from the logit of any multiple of it that stays below one.
-    logits = torch.logit(means / (2 * means.max()))
-    concentration, separation = ncmi_terms(outputs, labels, logits, center=center, l2_normalize=True)
-    return concentration.mean().item(), separation.mean().item()
+    metric = NCMIMetric(classes, outputs.shape[1], l2_normalize=True, center=outputs.double().mean(dim=0))
+    for batch, target in zip(outputs.split(1000), labels.split(1000), strict=True):
+        metric.update(batch, target)
+    values = metric.compute()
+    return values["cmi"].item(), values["gamma"].item()
 
 
 def time_losses(task: Task, rounds: int = 300) -> dict[str, float]:
@@ -314,9 +314,15 @@ def main() -> None:
         for seed in range(seeds):
             for name, recipe in task.recipes.items():
                 bar.set_description(f"{name}, seed {seed}")
-                size = task.batch_size
                 results[name].append(
-                    train(recipe, dataset, seed=seed, epochs=epochs, batch_size=size, on_step=bar.update)
+                    train(
+                        recipe,
+                        dataset,
+                        seed=seed,
+                        epochs=epochs,
+                        batch_size=task.batch_size,
+                        on_step=lambda *_: bar.update(),
+                    )
                 )
     show_table(results, time_losses(task), task)
     draw(results, f"{arguments.data}, {seeds} seed{'s' if seeds > 1 else ''}", arguments.output)

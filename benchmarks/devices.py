@@ -21,7 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -39,28 +39,32 @@ MAPPED_FROM = 16 * 1024
 MAX_CHUNKS = 20_000
 
 
-class Device(Protocol):
-    """Where the steps run, and how they are measured there."""
+class Device:
+    """Where the steps run, and how they are measured there: the CPU, by wall time."""
 
-    torch_device: torch.device
-    cache_bytes: int
+    torch_device, cache_bytes = CPU, 0
 
     def time(self, run: Callable[[], object], lead_us: float) -> float:
         """Microseconds that the device needs for `run`, which the host queues in less than `lead_us`."""
+        start = time.perf_counter_ns()
+        run()
+        return (time.perf_counter_ns() - start) / 1e3
 
     def peak(self, run: Callable[[], object]) -> int | None:
-        """Bytes that `run` allocates at once, at most; None if unknown."""
+        """Bytes that `run` allocates at once, at most; None here, where `peak_of` finds it in a process of its own."""
+        run()
+        return None
 
     def synchronize(self) -> None:
         """Wait for all that was queued."""
 
 
-class Cuda:
+class Cuda(Device):
     """The current CUDA device."""
 
     def __init__(self) -> None:
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
-        self.cache_bytes: int = torch.cuda.get_device_properties(self.torch_device).L2_cache_size
+        self.cache_bytes = torch.cuda.get_device_properties(self.torch_device).L2_cache_size
         self._flush = torch.empty(max(FLUSH_BYTES, 2 * self.cache_bytes), dtype=torch.int8, device=self.torch_device)
         self._start, self._stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
@@ -91,26 +95,6 @@ class Cuda:
     def synchronize(self) -> None:
         """Wait for all that was queued."""
         torch.cuda.synchronize(self.torch_device)
-
-
-class Cpu:
-    """The CPU, by wall time."""
-
-    torch_device, cache_bytes = CPU, 0
-
-    def time(self, run: Callable[[], object], lead_us: float) -> float:
-        """The host is the device."""
-        start = time.perf_counter_ns()
-        run()
-        return (time.perf_counter_ns() - start) / 1e3
-
-    def peak(self, run: Callable[[], object]) -> int | None:
-        """Unknown here; `peak_of` finds it in a process of its own."""
-        run()
-        return None
-
-    def synchronize(self) -> None:
-        """Nothing is queued."""
 
 
 def free_bytes(device: torch.device) -> int:

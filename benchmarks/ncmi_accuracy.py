@@ -9,7 +9,6 @@ checkpoints by falling NCMI that is the ranking by accuracy gives -1.
 """
 
 import copy
-import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Iterable
@@ -70,26 +69,17 @@ def checkpoints(
     on_step: Callable[[], object] = lambda: None,
 ) -> dict[int, tuple[nn.Module, nn.Module]]:
     """Train as the demo does; the network, ready to be evaluated, and its criterion after each of the steps `keep`."""
-    made: list[nn.Module] = []
     kept: dict[int, tuple[nn.Module, nn.Module]] = {}
     step = 0
 
-    def note(module: nn.Module) -> nn.Module:
-        made.append(module)
-        return module
-
-    def after_step() -> None:
+    def after_step(network: nn.Module, criterion: nn.Module) -> None:
         nonlocal step
         step += 1
         on_step()
         if step in keep:
-            network, criterion = copy.deepcopy(made)
-            kept[step] = network.eval(), criterion
+            kept[step] = copy.deepcopy(network).eval(), copy.deepcopy(criterion)
 
-    noted = dataclasses.replace(
-        recipe, network=lambda outputs: note(recipe.network(outputs)), criterion=lambda: note(recipe.criterion())
-    )
-    demo.train(noted, dataset, seed=seed, epochs=epochs, batch_size=batch_size, on_step=after_step)
+    demo.train(recipe, dataset, seed=seed, epochs=epochs, batch_size=batch_size, on_step=after_step)
     return kept
 
 

@@ -19,7 +19,7 @@ import cases
 import torch
 from arguments import output, seconds
 from cases import BACKWARD, CENTROID_STEP, FORWARD, NO_GRAD, CentroidStep, Implementation, Shape, batch
-from devices import Cpu, Cuda, Device, peak_of
+from devices import Cuda, Device, peak_of
 from records import Row, spread, write_rows
 from torch import Tensor, nn
 
@@ -262,7 +262,7 @@ def device_of(parser: ArgumentParser, options: Namespace) -> Device:
     """What --device names; an error where it is not there."""
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device: got cuda, and torch {torch.__version__} finds no CUDA device")
-    return Cuda() if options.device == "cuda" else Cpu()
+    return Cuda() if options.device == "cuda" else Device()
 
 
 def measure_all(
@@ -276,7 +276,7 @@ def measure_all(
 
     Args:
         every: the cases.
-        measure: a case within so many seconds: its rows, which fail what they cannot measure.
+        measure: measures a case in so many seconds; it gives rows, with a note for what could not be measured.
         options: with `seconds` and `csv`, to which lines are added if it has `append`.
         columns: of the CSV file.
         common: columns that all rows share.

