@@ -35,6 +35,7 @@ from cases import (
     OUR_NAMES,
     Implementation,
     Shape,
+    backend_of,
     batch,
 )
 from devices import Device, describe_machine, free_bytes, memory_worker
@@ -53,8 +54,6 @@ from runner import (
     run_rounds,
     timed,
 )
-
-from ncmi_kernels import _backends
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -236,8 +235,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     if not points:
         parser.error("--C, --M, --B: got no sizes, expected at least one")
-    backend = _backends.resolve(None, torch.empty(0, device=device.torch_device))
-    common = {**describe_machine(device.torch_device), "threads": options.threads, "backend": backend}
+    common = {
+        **describe_machine(device.torch_device),
+        "threads": options.threads,
+        "backend": backend_of(device.torch_device),
+    }
     with memory_worker() if options.device == "cpu" else nullcontext() as worker:
         scaling = Scaling(device, worker, options.step_seconds)
         rows = measure_all(points, scaling.measure, options, COLUMNS, {**common, "dtype": "float32"})

@@ -201,6 +201,11 @@ def _collapsed(z: Tensor, y: Tensor, log_q: Tensor, mean_log_q: Tensor, centre: 
 _compiled = torch.compile(_collapsed, dynamic=False, fullgraph=True)
 
 
+def backend_of(device: torch.device) -> str:
+    """The backend that the loss chooses there."""
+    return ncmi_kernels._backends.resolve(None, torch.empty(0, device=device))
+
+
 class CentroidStatistics(nn.Module):
     """What the loss needs of fixed centroids, computed once for each change of them."""
 
@@ -211,8 +216,7 @@ class CentroidStatistics(nn.Module):
     def forward(self, z: Tensor, y: Tensor) -> Any:
         """The statistics; of the batch only the place counts."""
         logits, options = self.criterion.centroid_logits, self.criterion.options
-        backend = ncmi_kernels._backends.resolve(None, z)
-        return ncmi_kernels._ops.centroid_stats(logits, options, backend)
+        return ncmi_kernels._ops.centroid_stats(logits, options, backend_of(z.device))
 
 
 class CentroidStep(nn.Module):
