@@ -8,7 +8,6 @@ Errors are ||a - b|| / ||b||, b in float64 by the collapsed form on the same flo
 """
 
 import argparse
-import csv
 import itertools
 from pathlib import Path
 from typing import NamedTuple
@@ -16,13 +15,15 @@ from typing import NamedTuple
 import torch
 from arguments import output, positive
 from devices import describe_machine
+from records import MACHINE, write_lines
 from torch import Tensor
 from tqdm import tqdm
 
 from ncmi_kernels import available_backends, ncmi_loss
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "accuracy.csv"
-ROWS, CLASSES, COLUMNS = 128, 100, 512
+ROWS, CLASSES, FEATURES = 128, 100, 512
+SIZES = {"B": ROWS, "C": CLASSES, "M": FEATURES}
 QUANTITIES = ("loss", "input gradient", "centroid gradient")
 
 
@@ -34,6 +35,7 @@ class Case(NamedTuple):
     ratio: str
 
 
+COLUMNS = (*MACHINE, *SIZES, *Case._fields, "path", "seeds", "quantity", "relative_error")
 CASES = [
     Case(*values)
     for values in itertools.product((0.2, 1.0), ("sample_to_centroid", "centroid_to_sample"), ("batch", "sample"))
@@ -50,9 +52,9 @@ def evaluate(z: Tensor, target: Tensor, xi: Tensor, center: Tensor, case: Case, 
 def errors(case: Case, seed: int, device: str, backend: str) -> list[float]:
     """Relative errors of the three quantities."""
     generator = torch.Generator().manual_seed(seed)
-    z = torch.randn(ROWS, COLUMNS, generator=generator).to(device)
+    z = torch.randn(ROWS, FEATURES, generator=generator).to(device)
     target = torch.randint(CLASSES, (ROWS,), generator=generator).to(device)
-    xi = 10 * torch.eye(CLASSES, COLUMNS, device=device)
+    xi = 10 * torch.eye(CLASSES, FEATURES, device=device)
     center = z.mean(dim=0)
     found = evaluate(z, target, xi, center, case, backend)
     exact = evaluate(z.double(), target, xi.double(), center.double(), case, "reference")
@@ -68,17 +70,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=output, default=RESULTS, help="the CSV file (default: %(default)s)")
     options = parser.parse_args(arguments)
     device = "cpu" if options.backend == "cpu" else "cuda"
-    machine = describe_machine(torch.device(device))
-    with options.output.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*machine, "B", "C", "M", *Case._fields, "path", "seeds", "quantity", "relative_error"])
-        for case in tqdm(CASES):
-            for path, backend in ((options.backend, options.backend), ("autograd", "reference")):
-                each = [errors(case, seed, device, backend) for seed in range(options.seeds)]
-                for quantity, values in zip(QUANTITIES, zip(*each, strict=True), strict=True):
-                    sizes = (ROWS, CLASSES, COLUMNS)
-                    error = f"{max(values):.3g}"
-                    writer.writerow([*machine.values(), *sizes, *case, path, options.seeds, quantity, error])
+    common = {**describe_machine(torch.device(device)), **SIZES, "seeds": options.seeds}
+    lines = []
+    for case in tqdm(CASES):
+        for path, backend in ((options.backend, options.backend), ("autograd", "reference")):
+            each = [errors(case, seed, device, backend) for seed in range(options.seeds)]
+            for quantity, values in zip(QUANTITIES, zip(*each, strict=True), strict=True):
+                found = {"path": path, "quantity": quantity, "relative_error": f"{max(values):.3g}"}
+                lines.append({**common, **case._asdict(), **found})
+    write_lines(options.output, lines, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -1,91 +1,74 @@
-"""Time and memory over the number of classes C, of features M and of samples B: how the cost of each loss grows.
+"""How time and memory of the NCMI loss grow with the classes, the features and the samples.
 
-    python benchmarks/bench_scaling.py [--csv FILE] [--png FILE] [--device cuda] [--budget 300]
+    python benchmarks/bench_scaling.py [--csv FILE] [--png FILE] [--device cuda] [--seconds 300] [--C 10 100 1000 ...]
 
-From one base shape each size is varied on its own (cases.SCALING_BASE, SCALING_AXES). Measured, in float32, are
-- "ncmi batch, learnt": the kernels with fixed centroids (dense ones, as learning leaves them, at every shape);
-- "ncmi batch + centroids": the same with the gradient of the centroids in every step;
-- "ncmi statistics": what the first of them needs of the centroids, once for each change of them;
-- "literal": the loss as the paper writes it, with fixed centroids and a [B, C, M] tensor;
-- "cross_entropy with head": a linear layer from M features to C logits and cross_entropy, with the gradient of the
-  layer's weight: what a classifier has where NCMI has its centroids.
-But for the statistics it is forward and backward, down to the features.
+From one base shape, one size varied at a time. Beside NCMI with fixed centroids, with learnt ones, and what it computes
+once for each change of fixed ones: the literal form, and cross-entropy with its linear head, which a classifier has
+where NCMI has its centroids. But for the statistics it is forward and backward, down to the features.
 
-Time: the implementations run interleaved as in bench_gpu.py (wall time on a CPU; on a GPU cold, by events), until their
-part of --budget is over and for 20 rounds at least; from the sixth on one that has used more than a third of the time
-sits out rounds. What the literal form uses is put on top of the part, so that the others do not go short.
-Memory, `peak_extra_bytes`: what a step allocates at once, at most, on top of what was there (devices.py). It is a
-later step, not the first: parameters and the statistics of fixed centroids are there before it.
+From the sixth round on one that has used more than a third of the time sits out rounds; each has 20 at least.
+`peak_extra_bytes` is of a later step, not the first: parameters and the statistics of fixed centroids are there before.
 
 An implementation goes along an axis until a step would take more than --step-seconds, or more than half of the memory
 that is free, growing from the shape before it in proportion to what is varied: that is the most that any of them grows
 by. A row with a `note` instead of numbers says where and why it stopped; the figure has an open end there.
 """
 
-import argparse
 import gc
-import importlib.util
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
-from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from arguments import at_least, output, positive, seconds
-from bench_gpu import MAX_LEAD_US, Step, Timed, time_steps
 from cases import (
     CROSS_ENTROPY_WITH_HEAD,
-    DTYPE,
+    FULL,
     LITERAL,
     NCMI_CENTROIDS,
     NCMI_LEARNT,
     NCMI_STATISTICS,
-    SCALING_AXES,
-    SCALING_BASE,
-    TINY,
+    NO_GRAD,
+    OUR_NAMES,
     Implementation,
     Shape,
+    backend_of,
     batch,
 )
-from devices import CPU, Cpu, Cuda, Device, describe_machine, free_bytes, memory_worker, peak_of
-from gpu_results import FULL, NO_GRAD
-from records import Measured, markdown, spread, write_rows
-
-from ncmi_kernels import _backends, available_backends
+from devices import Device, describe_machine, free_bytes, memory_worker
+from records import MACHINE, TIMES, pivot, show
+from records import Row as Row
+from runner import (
+    Entry,
+    Step,
+    arguments_of,
+    cpu_peaks,
+    device_of,
+    entry_of,
+    failures,
+    left,
+    measure_all,
+    run_rounds,
+    timed,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 IMPLEMENTATIONS = (NCMI_LEARNT, NCMI_CENTROIDS, NCMI_STATISTICS, LITERAL, CROSS_ENTROPY_WITH_HEAD)
-STATISTICS = "statistics"
-CAPS = ("time: ", "memory: ")
-LEAST_ROUNDS = 20
-MAX_SHARE = 1 / 3
-
-
-@dataclass
-class Row(Measured):
-    """A row of the CSV file: one implementation at one shape of one axis."""
-
-    threads: int
-    backend: str
-    axis: str
-    B: int
-    C: int
-    M: int
-    dtype: str
-    implementation: str
-    mode: str
-    repetitions: int = 0
-    median_us: float | None = None
-    p20_us: float | None = None
-    p80_us: float | None = None
-    peak_extra_bytes: int | None = None
-    note: str = ""
+SHAPE = ("axis", "B", "C", "M", "dtype", "implementation", "mode")
+COLUMNS = (*MACHINE, "threads", "backend", *SHAPE, *TIMES, "peak_extra_bytes", "note")
+LEAST_ROUNDS, MOST_ROUNDS, ROUNDS_OF_ALL, SHARE = 20, 100, 5, 1 / 3
+BASE = Shape(128, 1000, 512)
+AXES = {
+    "C": (10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000),
+    "M": (32, 128, 512, 2_048, 8_192, 32_768),
+    "B": (8, 32, 128, 512, 2_048, 8_192, 32_768),
+}
 
 
 class Point(NamedTuple):
@@ -100,36 +83,13 @@ class Point(NamedTuple):
         return int(getattr(self.shape, self.axis))
 
 
-def points_of(base: Shape, axes: dict[str, Sequence[int]]) -> list[Point]:
-    """All of them, each axis upwards."""
-    return [Point(axis, base._replace(**{axis: size})) for axis, sizes in axes.items() for size in sorted(sizes)]
+def mode_of(implementation: Implementation) -> str:
+    """What is timed of it."""
+    return NO_GRAD if implementation is NCMI_STATISTICS else FULL
 
 
-# ------------------------------------------------------------------------------------------------------------
-# One implementation at one shape
-# ------------------------------------------------------------------------------------------------------------
-
-
-def make_step(implementation: Implementation, shape: Shape, device: torch.device) -> Step:
-    """A step of a fresh criterion."""
-    mode = NO_GRAD if implementation is NCMI_STATISTICS else FULL
-    return Step(implementation.build(shape).to(device), *batch(shape, device=device), mode)
-
-
-def step_peak(name: str, shape: Shape, threads: int) -> int | None:
-    """What a step takes at most, after a first one. To be run by `memory_worker`."""
-    torch.set_num_threads(threads)
-    implementation = next(each for each in IMPLEMENTATIONS if each.name == name)
-    make_step(implementation, TINY, CPU).run()  # loads code and starts threads
-    step = make_step(implementation, shape, CPU)
-    if not implementation.heavy:  # which keeps nothing for a later step
-        step.run()
-        step.release()
-    return peak_of(step.run)
-
-
-def obstacle(implementation: Implementation, point: Point, before: Row | None, step_seconds: float, free: int) -> str:
-    """Why it goes no further than the row before, or ""."""
+def obstacle(point: Point, before: Row | None, step_seconds: float, free: int) -> str:
+    """Why an implementation goes no further than the row before, or ""."""
     if before is None or before.median_us is None:
         return ""
     growth = point.size / getattr(before, point.axis)
@@ -141,63 +101,49 @@ def obstacle(implementation: Implementation, point: Point, before: Row | None, s
     return ""
 
 
-def prepare(implementation: Implementation, shape: Shape, device: Device, worker: Executor | None) -> Timed:
-    """Measure the memory of a step and warm it up; a note where that fails."""
-    timed = Timed(implementation, FULL, note=implementation.obstacle(shape, device.torch_device) or "")
-    if timed.note:
-        return timed
+def prepare(implementation: Implementation, note: str, point: Point, device: Device, worker: Executor | None) -> Entry:
+    """An entry with its memory, warmed up; or with a note."""
+    on, shape, mode = device.torch_device, point.shape, mode_of(implementation)
+    entry = entry_of(implementation, share=SHARE, group="", note=note or implementation.obstacle(shape, on) or "")
+    if entry.note:
+        return entry
     try:
+        timed(entry, Step(implementation.build(shape).to(on), *batch(shape, device=on), mode), device)
         if worker is not None:
-            threads = torch.get_num_threads()
-            timed.peak = worker.submit(step_peak, implementation.name, shape, threads).result()
-        step = make_step(implementation, shape, device.torch_device)
-        step.run()
-        device.synchronize()
-        start = time.perf_counter()
-        if worker is None:
-            timed.peak = device.peak(step.run)
-        elif not implementation.heavy:
-            step.run()
-        timed.lead_us = min(1.5e6 * (time.perf_counter() - start) + 20, MAX_LEAD_US)
-        step.release()
-        timed.step = step
+            entry.peaks = worker.submit(cpu_peaks, entry.name, mode, shape, torch.get_num_threads()).result()
     except Exception as error:
-        timed.fail(error)
-    return timed
+        entry.fail(error)
+    return entry
 
 
-def measure(
-    point: Point,
-    implementations: Sequence[Implementation],
-    notes: dict[str, str],
-    device: Device,
-    budget: float,
-    worker: Executor | None,
-) -> list[dict[str, Any]]:
-    """The columns of a shape's rows that differ; `notes` are of those that are left out."""
-    start = time.perf_counter()
-    timed = [
-        Timed(each, FULL, note=notes[each.name]) if notes[each.name] else prepare(each, point.shape, device, worker)
-        for each in implementations
-    ]
-    running = [each for each in timed if each.step is not None]
-    deadline = max(start + budget, time.perf_counter() + budget / 3)  # memory and warm-up take a part of it
-    time_steps(running, device, deadline, least=LEAST_ROUNDS, max_share=MAX_SHARE)
-    rows = [
-        {
-            "axis": point.axis,
-            **point.shape._asdict(),
-            "implementation": each.candidate.name,
-            "mode": STATISTICS if each.candidate is NCMI_STATISTICS else FULL,
-            "peak_extra_bytes": each.peak,
-            "note": each.note,
-            **(spread(each.samples) if each.samples else {}),
-        }
-        for each in timed
-    ]
-    del timed, running
-    gc.collect()
-    return rows
+class Scaling:
+    """Measures points, each axis upwards; remembers where each implementation has stopped."""
+
+    def __init__(self, device: Device, worker: Executor | None, step_seconds: float) -> None:
+        self.device, self.worker, self.step_seconds = device, worker, step_seconds
+        self.last: dict[tuple[str, str], Row] = {}  # by axis and implementation
+
+    def measure(self, point: Point, seconds: float) -> list[Row]:
+        """Those that have not stopped; a row with a note where one does."""
+        start, free, entries = time.perf_counter(), free_bytes(self.device.torch_device), []
+        for each in IMPLEMENTATIONS:
+            before = self.last.get((point.axis, each.name))
+            if before is None or not before.note:
+                note = obstacle(point, before, self.step_seconds, free)
+                entries.append((each, prepare(each, note, point, self.device, self.worker)))
+        running = [entry for _, entry in entries]
+        run_rounds(running, left(start, seconds), least=LEAST_ROUNDS, most=MOST_ROUNDS, each=ROUNDS_OF_ALL)
+        rows = []
+        for each, entry in entries:
+            first, later = entry.peaks
+            row = entry.row(mode_of(each), axis=point.axis, **point.shape._asdict())
+            row.peak_extra_bytes = first if later is None else later  # a heavy one keeps nothing for a later step
+            rows.append(row)
+            self.last[point.axis, each.name] = row
+            row.mode = "statistics" if each is NCMI_STATISTICS else FULL
+            entry.take = None
+        gc.collect()
+        return rows
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -262,96 +208,46 @@ def _panel(panel: "Axes", rows: Sequence[Row], axis: str, column: str, unit: flo
             panel.plot(*points[-1], marker, color=color, markersize=11, markerfacecolor="none", markeredgewidth=1.5)
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Milliseconds, and in brackets MiB: a line for each shape, a column for each implementation."""
-    names = list(dict.fromkeys(row.implementation for row in rows))
-    found = {(row.axis, row.B, row.C, row.M, row.implementation): row for row in rows}
-    shapes = dict.fromkeys(key[:4] for key in found)
-    cells = [[_cell(found.get((*shape, name))) for name in names] for shape in shapes]
-    lines = [[shape[0], ", ".join(map(str, shape[1:])), *line] for shape, line in zip(shapes, cells, strict=True)]
-    return markdown(["over", "B, C, M", *names], lines)
-
-
-def _cell(row: Row | None) -> str:
-    if row is None:
-        return ""
+def cell(row: Row) -> str:
+    """Milliseconds, and in brackets MiB."""
     if row.median_us is None:
         return row.note.split(":")[0]
     memory = "" if row.peak_extra_bytes is None else f" ({row.peak_extra_bytes / 2**20:.2f})"
     return f"{row.median_us / 1e3:.3f}{memory}"
 
 
-def progress(points: Sequence[Point]) -> Iterable[Point]:
-    """With a bar, where tqdm is installed."""
-    if importlib.util.find_spec("tqdm") is None:
-        return points
-    from tqdm import tqdm
-
-    bar: Iterable[Point] = tqdm(points, unit="shape")
-    return bar
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 1 where one of this package's kernels could not be measured."""
-    parser = argparse.ArgumentParser(description="Measure how the cost of the NCMI loss grows.")
-    parser.add_argument("--csv", type=output, metavar="FILE", help="write the results here")
-    parser.add_argument("--png", type=output, metavar="FILE", help="draw them here")
-    parser.add_argument("--budget", type=seconds, default=300, metavar="SECONDS", help="in all (default: %(default)s)")
+    parser = arguments_of(__doc__)
+    parser.add_argument("--png", type=output, metavar="FILE", help="draw the results here")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(default: %(default)s)")
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="(default: torch's)")
     parser.add_argument("--step-seconds", type=seconds, default=5, help="the longest step (default: %(default)s)")
-    parser.add_argument(
-        "--base", type=Shape.parse, default=SCALING_BASE, metavar="BxCxM", help="(default: %(default)s)"
-    )
-    for axis, sizes in SCALING_AXES.items():
-        parser.add_argument(
-            f"--{axis}",
-            type=positive if axis == "B" else at_least(2),
-            nargs="*",
-            default=sizes,
-            help=f"(default: {sizes[0]} to {sizes[-1]})",
-        )
+    parser.add_argument("--base", type=Shape.parse, default=BASE, metavar="BxCxM", help="(default: %(default)s)")
+    for axis, sizes in AXES.items():
+        least = at_least(1 if axis == "B" else 2)
+        parser.add_argument(f"--{axis}", type=least, nargs="*", default=sizes, help="(default: %(default)s)")
     options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--device: got cuda, and torch {torch.__version__} finds no CUDA device")
-    points = points_of(options.base, {axis: getattr(options, axis) for axis in SCALING_AXES})
+    device = device_of(parser, options)
+    torch.set_num_threads(options.threads)
+    points = [
+        Point(axis, options.base._replace(**{axis: size})) for axis in AXES for size in sorted(getattr(options, axis))
+    ]
     if not points:
         parser.error("--C, --M, --B: got no sizes, expected at least one")
-    torch.set_num_threads(options.threads)
-    device: Device = Cuda() if options.device == "cuda" else Cpu()
-    backend = _backends.resolve(None, torch.empty(0, device=device.torch_device))
-    if backend == "reference":
-        parser.error(f"nothing to measure: {available_backends()}")
-    common = {**describe_machine(device.torch_device), "threads": options.threads, "backend": backend}
-    common["dtype"] = str(DTYPE).removeprefix("torch.")
-
-    end = time.perf_counter() + options.budget
-    rows: list[Row] = []
-    with ExitStack() as stack:
-        worker = stack.enter_context(memory_worker()) if device.torch_device.type == "cpu" else None
-        for index, point in enumerate(progress(points)):
-            before = {row.implementation: row for row in rows if row.axis == point.axis}
-            running = [each for each in IMPLEMENTATIONS if each.name not in before or not before[each.name].note]
-            free = free_bytes(device.torch_device)
-            notes = {
-                each.name: obstacle(each, point, before.get(each.name), options.step_seconds, free) for each in running
-            }
-            budget = max(0.0, end - time.perf_counter()) / (len(points) - index)
-            new = [Row(**common, **row) for row in measure(point, running, notes, device, budget, worker)]
-            rows += new
-            if options.csv:
-                write_rows(options.csv, rows)
-    print(table(rows))
+    common = {
+        **describe_machine(device.torch_device),
+        "threads": options.threads,
+        "backend": backend_of(device.torch_device),
+    }
+    with memory_worker() if options.device == "cpu" else nullcontext() as worker:
+        scaling = Scaling(device, worker, options.step_seconds)
+        rows = measure_all(points, scaling.measure, options, COLUMNS, {**common, "dtype": "float32"})
+    names, lines = pivot(rows, lambda row: (row.axis, row.shape), "implementation", cell)
+    show(["over", "B, C, M", *names], lines)
     if options.png:
         draw(rows).savefig(options.png, dpi=120)
-    kernels = [each.name for each in IMPLEMENTATIONS if each.kernels]
-    failures = [
-        f"{row.implementation} at {Shape(row.B, row.C, row.M)}: {row.note}"
-        for row in rows
-        if row.note and row.implementation in kernels and not row.note.startswith(CAPS)
-    ]
-    print(*failures, sep="\n", end="\n" * bool(failures))
-    return 1 if failures else 0
+    return failures(rows, OUR_NAMES, excused=("time: ", "memory: "))
 
 
 if __name__ == "__main__":

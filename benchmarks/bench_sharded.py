@@ -17,23 +17,21 @@ has the logits of all rows for its classes; the maximum, the sum of exponentials
 by row; the gradient by the features is reduced to the process that they came from.
 """
 
-import argparse
 import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from arguments import at_least, output, positive
+from arguments import at_least, positive
 from devices import describe_machine
-from records import Measured, write_rows
-from rich.console import Console
-from rich.table import Table
+from records import MACHINE, Row, pivot, show
+from runner import arguments_of, measure_all
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.multiprocessing.spawn import spawn
@@ -46,18 +44,7 @@ STEPS = 3
 METHODS = ("NCMI, fixed centroids", "NCMI, learnt centroids", "cross-entropy")
 
 
-@dataclass
-class Row(Measured):
-    """A row of the CSV file."""
-
-    processes: int
-    B: int
-    C: int
-    M: int
-    method: str
-    payload_bytes: int
-    loopback_bytes: int | None
-    milliseconds: float
+COLUMNS = (*MACHINE, "processes", "B", "C", "M", "method", "payload_bytes", "loopback_bytes", "milliseconds")
 
 
 class CountingGroup(Group):
@@ -147,82 +134,61 @@ def make_step(method: str, B: int, C: int, M: int) -> Callable[[], object]:
     return step
 
 
-def work(rank: int, size: int, store: str, B: int, M: int, classes: Sequence[int], results: Any) -> None:
+def work(rank: int, size: int, store: str, B: int, C: int, M: int, results: Any) -> None:
     """What each process does; the first one reports."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    for C in classes:
-        for method in METHODS:
-            step = make_step(method, B, C, M)
+    for method in METHODS:
+        step = make_step(method, B, C, M)
+        step()
+        dist.barrier()
+        CountingGroup.sent, before, start = 0.0, loopback_bytes(), time.perf_counter()
+        for _ in range(STEPS):
             step()
-            dist.barrier()
-            CountingGroup.sent, before, start = 0.0, loopback_bytes(), time.perf_counter()
-            for _ in range(STEPS):
-                step()
-            dist.barrier()
-            seconds, after = time.perf_counter() - start, loopback_bytes()
-            sent = torch.tensor([CountingGroup.sent])
-            dist.all_reduce(sent)
-            loopback = None if after is None or before is None else round((after - before) / size / STEPS)
-            if rank == 0:
-                results.put((C, method, round(sent.item() / size / STEPS), loopback, round(1e3 * seconds / STEPS, 2)))
+        dist.barrier()
+        seconds, after = time.perf_counter() - start, loopback_bytes()
+        sent = torch.tensor([CountingGroup.sent])
+        dist.all_reduce(sent)
+        loopback = None if after is None or before is None else round((after - before) / size / STEPS)
+        if rank == 0:
+            found = {"payload_bytes": round(sent.item() / size / STEPS), "loopback_bytes": loopback}
+            results.put({"method": method, **found, "milliseconds": 1e3 * seconds / STEPS})
     # The interpreter does not end: DTensor keeps gloo's threads past destroy_process_group, and one that lets go of a
     # tensor then waits for an interpreter that is gone, which aborts the process (pytorch/pytorch#179291).
     dist.barrier()
     os._exit(0)
 
 
-def measure(B: int, M: int, classes: Sequence[int], processes: int) -> list[Row]:
-    """A row for each number of classes and method."""
-    machine = describe_machine()
+def measure(C: int, seconds: float, processes: int, B: int, M: int) -> list[Row]:
+    """A row for each method with so many classes; a few steps, whatever the time."""
     results = get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as directory:
-        store = str(Path(directory) / "store")
-        spawn(work, (processes, store, B, M, classes, results), nprocs=processes)
-        rows = []
-        while not results.empty():
-            C, *found = results.get()
-            rows.append(Row(**machine, processes=processes, B=B, C=C, M=M, **dict(zip(RESULTS, found, strict=True))))
-    return rows
+        spawn(work, (processes, str(Path(directory) / "store"), B, C, M, results), nprocs=processes)
+    return [Row(processes=processes, B=B, C=C, M=M, **results.get()) for _ in METHODS]
 
 
-RESULTS = ("method", "payload_bytes", "loopback_bytes", "milliseconds")
-
-
-def show(rows: Sequence[Row]) -> None:
-    """Print the table."""
-    first = rows[0]
-    title = (
-        f"KiB that one of {first.processes} processes sends in a step, B = {first.B} rows each, M = {first.M}, float32"
-    )
-    table = Table(title=title)
-    table.add_column("C", justify="right")
-    for method in METHODS:
-        table.add_column(f"{method}\npayload", justify="right")
-        table.add_column("\nloopback", justify="right")
-    for C in dict.fromkeys(row.C for row in rows):
-        cells = []
-        for method in METHODS:
-            (row,) = (row for row in rows if (row.C, row.method) == (C, method))
-            loopback = "" if row.loopback_bytes is None else f"{row.loopback_bytes / 1024:.0f}"
-            cells += [f"{row.payload_bytes / 1024:.0f}", loopback]
-        table.add_row(f"{C:,}", *cells)
-    Console(width=120).print(table)
+def cell(row: Row) -> str:
+    """KiB of payload, and in brackets what the kernel counted."""
+    loopback = "" if row.loopback_bytes is None else f" ({row.loopback_bytes / 1024:.0f})"
+    return f"{(row.payload_bytes or 0) / 1024:.0f}{loopback}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Count the bytes that sharded losses send.")
-    parser.add_argument("--csv", type=output, metavar="FILE", help="also write the results here")
+    parser = arguments_of(__doc__)
     parser.add_argument("--processes", type=positive, default=4, help="(default: %(default)s)")
     parser.add_argument("--classes", type=at_least(2), nargs="+", default=CLASSES, help="(default: 1e3 to 1e6)")
     parser.add_argument("--batch", type=positive, default=64, help="rows of each process (default: %(default)s)")
     parser.add_argument("--features", type=at_least(2), default=128, help="M (default: %(default)s)")
     options = parser.parse_args(arguments)
-    rows = measure(options.batch, options.features, options.classes, options.processes)
-    if options.csv:
-        write_rows(options.csv, rows)
-    show(rows)
+    sizes = partial(measure, processes=options.processes, B=options.batch, M=options.features)
+    names, lines = pivot(
+        measure_all(options.classes, sizes, options, COLUMNS, describe_machine()),
+        lambda row: (row.processes, row.shape),
+        "method",
+        cell,
+    )
+    show(["processes", "B, C, M; KiB a step", *names], lines)
 
 
 if __name__ == "__main__":

@@ -6,31 +6,26 @@ defaults of :class:`NCMILoss` in training mode, so each of them also moves the r
 compare.py runs this with older revisions of the package, too: what these may lack is looked up where it is used.
 """
 
-import gc
 import importlib.util
 import os
-import random
 import shutil
-import time
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple
 
 import devices
 import torch
 import torch.nn.functional as F
 from devices import CPU
-from gpu_results import Traffic
 from torch import Tensor, nn
 
 import ncmi_kernels
 from ncmi_kernels import NCMILoss, available_backends, reference
 
 DTYPE = torch.float32
-
-# Tensors of B C M elements that live at once in a step of the literal form: measured 4.0 to 4.2.
-LITERAL_TENSORS = 4.5
+FORWARD, NO_GRAD, BACKWARD, FULL = "forward", "no-grad forward", "backward", "forward+backward"
+CENTROID_STEP = "centroid step"
 CENTROID_LR, CENTROID_MOMENTUM = 0.1, 0.9
 
 
@@ -48,13 +43,13 @@ class Shape(NamedTuple):
     def parse(cls, text: str) -> "Shape":
         """The inverse of str, for argparse: "256x1000x1000"."""
         sizes = [int(size) if size.isdecimal() else 0 for size in text.split("x")]
-        if len(sizes) != 3 or min(sizes) < 1 or sizes[1] < 2 or sizes[2] < 2:
+        if len(sizes) != 3 or min(sizes) < 1 or min(sizes[1:]) < 2:
             raise ArgumentTypeError(f"got {text!r}, expected BxCxM with B >= 1, C >= 2 and M >= 2")
         return cls(*sizes)
 
     def literal_bytes(self) -> int:
-        """About what a forward and backward step of the literal form allocates."""
-        return int(LITERAL_TENSORS * self.B * self.C * self.M * DTYPE.itemsize)
+        """About what a step of the literal form allocates: 4.0 to 4.2 tensors of B C M elements were measured."""
+        return int(4.5 * self.B * self.C * self.M * DTYPE.itemsize)
 
 
 TINY = Shape(6, 4, 10)  # all of its time is the cost of a call; and to try a program
@@ -70,13 +65,6 @@ GPU_SHAPES = (
     Shape(2048, 10, 131072),
 )
 MEMORY_SHAPE = Shape(256, 1000, 2048)
-# Over one size each, the others as in the base.
-SCALING_BASE = Shape(128, 1000, 512)
-SCALING_AXES = {
-    "C": (10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000),
-    "M": (32, 128, 512, 2_048, 8_192, 32_768),
-    "B": (8, 32, 128, 512, 2_048, 8_192, 32_768),
-}
 
 
 def batch(shape: Shape, seed: int = 0, dtype: torch.dtype = DTYPE, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
@@ -95,6 +83,11 @@ def ncmi(shape: Shape, *, learn_centroids: bool = False, learnt: bool = False, *
     return criterion
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Criteria
+# ------------------------------------------------------------------------------------------------------------
+
+
 class CrossEntropyWithHead(nn.Module):
     """cross_entropy of a linear layer from M features to C logits, whose weight takes a gradient: B C M operations.
 
@@ -110,12 +103,17 @@ class CrossEntropyWithHead(nn.Module):
         return F.cross_entropy(self.head(z), y)
 
 
-class CompiledCrossEntropy(nn.Module):
-    """cross_entropy by torch.compile."""
+class Loss(nn.Module):
+    """A function of logits z [B, M] and targets y [B] as a criterion; the mean, where it gives losses by row."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
-        """The loss of logits z [B, M] and targets y [B]."""
-        return _compiled_cross_entropy(z, y)
+        """The loss."""
+        loss = self.function(z, y)
+        return loss.mean() if loss.dim() else loss
 
 
 def _cross_entropy(z: Tensor, y: Tensor) -> Tensor:
@@ -125,17 +123,6 @@ def _cross_entropy(z: Tensor, y: Tensor) -> Tensor:
 _compiled_cross_entropy = torch.compile(_cross_entropy, dynamic=False, fullgraph=True)
 
 
-class QuackCrossEntropy(nn.Module):
-    """quack's cross-entropy; the mean is taken here where a version gives the losses by row."""
-
-    def forward(self, z: Tensor, y: Tensor) -> Tensor:
-        """The loss of logits z [B, M] and targets y [B]."""
-        from quack.cross_entropy import cross_entropy
-
-        result: Tensor = cross_entropy(z, y)
-        return result.mean() if result.dim() else result
-
-
 def _liger(shape: Shape) -> nn.Module:
     from liger_kernel.transformers import LigerCrossEntropyLoss
 
@@ -143,80 +130,68 @@ def _liger(shape: Shape) -> nn.Module:
     return criterion
 
 
-class Collapsed(nn.Module):
-    """The loss for fixed centroids as a careful user would write it in PyTorch, compiled or not.
+def _quack(shape: Shape) -> nn.Module:
+    from quack.cross_entropy import cross_entropy
 
-    What depends on the centroids alone is computed once, as NCMILoss does; at C > B that is most of the work.
-    """
-
-    log_q: Tensor
-    mean_log_q: Tensor
-    center: Tensor
-    seen: Tensor
-
-    def __init__(self, shape: Shape, *, compiled: bool) -> None:
-        super().__init__()
-        self.loss = _compiled if compiled else _collapsed
-        criterion = ncmi(shape)
-        options = criterion.options
-        log_q = reference.log_activation(criterion.centroid_logits.detach(), options.activation)
-        self.register_buffer("log_q", log_q)
-        self.register_buffer("mean_log_q", log_q.mean(dim=0))
-        self.register_buffer("center", criterion.center)
-        self.register_buffer("seen", torch.zeros((), dtype=torch.bool))
-        self.constants: tuple[Any, ...] = (
-            options.temperature,
-            options.l2_normalize,
-            options.activation,
-            options.eps,
-            criterion.center_momentum,
-        )
-
-    def forward(self, z: Tensor, y: Tensor) -> Tensor:
-        """The loss of features z [B, M] and targets y [B]."""
-        return self.loss(z, y, self.log_q, self.mean_log_q, self.center, self.seen, *self.constants)
+    return Loss(cross_entropy)
 
 
-class Literal(nn.Module):
-    """The loss for fixed centroids as the paper writes it, with its [B, C, M] tensor."""
-
-    seen: Tensor
-
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        self.ncmi = ncmi(shape)
-        self.momentum: Any = self.ncmi.center_momentum
-        self.register_buffer("seen", torch.zeros((), dtype=torch.bool))
-
-    def forward(self, z: Tensor, y: Tensor) -> Tensor:
-        """The loss of features z [B, M] and targets y [B]."""
-        own = self.ncmi
-        _move_center(z, own.center, self.seen, self.momentum)
-        return reference.loss(z, y, own.centroid_logits, own.center, None, own.options, literal=True)
-
-
-def _move_center(z: Tensor, center: Tensor, seen: Tensor, momentum: float) -> None:
+def _move_center(z: Tensor, center: Tensor, seen: Tensor, momentum: Any) -> None:
     with torch.no_grad():
         mean = z.mean(dim=0)
         center.copy_(torch.where(seen, momentum * center + (1 - momentum) * mean, mean))
         seen.fill_(True)
 
 
-def _collapsed(
-    z: Tensor,
-    y: Tensor,
-    log_q: Tensor,
-    mean_log_q: Tensor,
-    center: Tensor,
-    seen: Tensor,
-    temperature: float,
-    l2_normalize: bool,
-    activation: str,
-    eps: float,
-    momentum: float,
-) -> Tensor:
-    _move_center(z, center, seen, momentum)
-    log_p = reference.log_probabilities(z, center, temperature, l2_normalize, activation)
+class Plain(nn.Module):
+    """The loss for fixed centroids in PyTorch."""
+
+    seen: Tensor
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.ncmi = ncmi(shape)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.bool))
+
+
+class Literal(Plain):
+    """As the paper writes it, with its [B, C, M] tensor."""
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        """The loss of features z [B, M] and targets y [B]."""
+        own = self.ncmi
+        _move_center(z, own.center, self.seen, own.center_momentum)
+        return reference.loss(z, y, own.centroid_logits, own.center, None, own.options, literal=True)
+
+
+class Collapsed(Plain):
+    """As a careful user would write it, compiled or not.
+
+    What depends on the centroids alone is computed once, as NCMILoss does; at C > B that is most of the work.
+    """
+
+    log_q: Tensor
+    mean_log_q: Tensor
+
+    def __init__(self, shape: Shape, *, compiled: bool) -> None:
+        super().__init__(shape)
+        self.loss = _compiled if compiled else _collapsed
+        options = self.ncmi.options
+        log_q = reference.log_activation(self.ncmi.centroid_logits.detach(), options.activation)
+        self.register_buffer("log_q", log_q)
+        self.register_buffer("mean_log_q", log_q.mean(dim=0))
+        self.constants = options.temperature, options.l2_normalize, options.activation, options.eps
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        """The loss of features z [B, M] and targets y [B]."""
+        centre = self.ncmi.center, self.seen, self.ncmi.center_momentum
+        return self.loss(z, y, self.log_q, self.mean_log_q, centre, self.constants)
+
+
+def _collapsed(z: Tensor, y: Tensor, log_q: Tensor, mean_log_q: Tensor, centre: Any, constants: Any) -> Tensor:
+    _move_center(z, *centre)
+    *shown, eps = constants
+    log_p = reference.log_probabilities(z, centre[0], *shown)
     concentration = reference.kl_divergence(log_p, log_q[y]).mean()
     separation = reference.kl_divergence(log_p, mean_log_q).mean() - concentration / len(log_q)
     return concentration / (separation + eps)
@@ -224,6 +199,11 @@ def _collapsed(
 
 # fullgraph: past the limit on recompilations this raises, where it would otherwise go on uncompiled.
 _compiled = torch.compile(_collapsed, dynamic=False, fullgraph=True)
+
+
+def backend_of(device: torch.device) -> str:
+    """The backend that the loss chooses there."""
+    return ncmi_kernels._backends.resolve(None, torch.empty(0, device=device))
 
 
 class CentroidStatistics(nn.Module):
@@ -236,8 +216,8 @@ class CentroidStatistics(nn.Module):
     def forward(self, z: Tensor, y: Tensor) -> Any:
         """The statistics; of the batch only the place counts."""
         logits, options = self.criterion.centroid_logits, self.criterion.options
-        backend = ncmi_kernels._backends.resolve(None, z)
-        return ncmi_kernels._plain.table_of(logits, options, backend)
+        operators = ncmi_kernels._ops.operators(backend_of(z.device))
+        return operators.centroid_stats(logits.detach(), options.softmax, options.centroid_to_sample)
 
 
 class CentroidStep(nn.Module):
@@ -285,6 +265,40 @@ class CentroidStep(nn.Module):
 # What is compared
 # ------------------------------------------------------------------------------------------------------------
 
+
+class Traffic(NamedTuple):
+    """What an implementation has to read and write, besides one read of the features in each pass."""
+
+    table: bool = False  # the rows of log q [C, M] of the batch's classes, float32, in each pass
+    centre: bool = False  # the mean of the features, before the forward pass
+    one_pass: bool = False  # the gradient is made in the forward pass, for float32
+    centroids: bool = False  # gradient of the centroid logits [C, M], float32
+
+    def model_bytes(self, shape: Shape, itemsize: int, mode: str, cache_bytes: int) -> int | None:
+        """The bytes that a step has to move through memory; None where that is nothing.
+
+        A floor, not what an implementation does move. cross_entropy is counted as two passes, which it is in torch.
+        Finding the mean of the features reads them once more, from the cache where they fit into it. A batch of B
+        samples has at most B classes, whose rows of log q it reads. A step of the centroids reads the features, reads
+        and writes the centroids and their momentum, and writes the next log q.
+        """
+        B, C, M = shape
+        features, table, own_rows = B * M * itemsize, 4 * C * M, 4 * min(B, C) * M
+        if mode == CENTROID_STEP:
+            return features + 5 * table
+        forward = features + own_rows * self.table + table * self.centroids
+        if self.centre and features > cache_bytes:
+            forward += features
+        if mode == NO_GRAD:
+            return forward
+        backward = 2 * features + own_rows * self.table
+        if self.one_pass and itemsize == 4:
+            forward, backward = forward + features, 0
+        if self.centroids:
+            backward += features + 2 * table
+        return {FORWARD: forward, BACKWARD: backward, FULL: forward + backward}[mode] or None
+
+
 Obstacle = Callable[[Shape, torch.device], str | None]
 
 
@@ -296,10 +310,7 @@ def _no_compiler(shape: Shape, device: torch.device) -> str | None:
     if device.type == "cpu":
         compiler = os.environ.get("CXX", "g++")
         return None if shutil.which(compiler) else f"torch.compile needs a C++ compiler ({compiler})"
-    if not importlib.util.find_spec("triton"):
-        return "torch.compile needs triton, which is not installed"
-    compilers = [name for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name]
-    return None if any(map(shutil.which, compilers)) else "torch.compile needs a C compiler, and none was found"
+    return _needs("triton")(shape, device)
 
 
 def _no_memory(shape: Shape, device: torch.device) -> str | None:
@@ -307,9 +318,6 @@ def _no_memory(shape: Shape, device: torch.device) -> str | None:
     if needed <= free // 2:
         return None
     return f"memory: about {needed / 2**30:.0f} GiB, more than half of the {free / 2**30:.0f} GiB that are free"
-
-
-_FEATURES_ALONE = Traffic()
 
 
 @dataclass(frozen=True)
@@ -321,9 +329,8 @@ class Implementation:
         build: makes a fresh criterion for a shape, on the CPU.
         obstacle: why it cannot be measured at a shape on a device, or None.
         traffic: what a step has to move.
-        share: of the measuring time; it sits out rounds while it has used more. 1 never sits out. (bench_gpu.py and
-            bench_scaling.py give all the same share.)
-        beside: the name of another one of the same share, with which it has that share and all rounds in common.
+        share: of the measuring time, in bench_loss.py; it sits out rounds while it has used more. 1 never sits out.
+        group: of implementations that have this share and all rounds in common; "": its own.
         heavy: a step may take seconds and gigabytes, so it is not run more often than needed.
         kernels: one of this package's.
         compiled: its first step runs torch.compile.
@@ -333,9 +340,9 @@ class Implementation:
     name: str
     build: Callable[[Shape], nn.Module]
     obstacle: Obstacle = lambda shape, device: None
-    traffic: Traffic = _FEATURES_ALONE
+    traffic: Traffic = Traffic()  # noqa: RUF009
     share: float = 1.0
-    beside: str = ""
+    group: str = ""
     heavy: bool = False
     kernels: bool = False
     compiled: bool = False
@@ -371,14 +378,16 @@ def kernels(backend: str | None = None) -> dict[str, Implementation]:
 
 
 CROSS_ENTROPY = Implementation("cross_entropy", lambda shape: nn.CrossEntropyLoss())
-CROSS_ENTROPY_WITH_HEAD = Implementation("cross_entropy with head", CrossEntropyWithHead, share=0.15)
+CROSS_ENTROPY_WITH_HEAD = Implementation(
+    "cross_entropy with head", CrossEntropyWithHead, share=0.15, group="with products"
+)
 COMPILED_CROSS_ENTROPY = Implementation(
-    "cross_entropy compiled", lambda shape: CompiledCrossEntropy(), _no_compiler, compiled=True
+    "cross_entropy compiled", lambda shape: Loss(_compiled_cross_entropy), _no_compiler, compiled=True
 )
 OTHER_CROSS_ENTROPIES = (
     COMPILED_CROSS_ENTROPY,
     Implementation("liger cross_entropy", _liger, _needs("liger_kernel"), overwrites=True),
-    Implementation("quack cross_entropy", lambda shape: QuackCrossEntropy(), _needs("quack")),
+    Implementation("quack cross_entropy", _quack, _needs("quack")),
 )
 
 _OURS = kernels()
@@ -387,7 +396,7 @@ NCMI_LEARNT, NCMI_CENTROIDS = _OURS["batch, learnt"], _OURS["batch + centroids"]
 NCMI_STATISTICS = Implementation("ncmi statistics", CentroidStatistics, kernels=True)
 KERNELS = (NCMI_BATCH, NCMI_SAMPLE, NCMI_LEARNT, NCMI_CENTROIDS)
 NCMI_FOCUS = Implementation(
-    "ncmi focus", lambda shape: ncmi(shape, separation_focus=10.0), share=0.15, beside=CROSS_ENTROPY_WITH_HEAD.name
+    "ncmi focus", lambda shape: ncmi(shape, separation_focus=10.0), share=0.15, group="with products"
 )
 
 _PLAIN = NCMI_BATCH.traffic
@@ -407,73 +416,8 @@ IMPLEMENTATIONS = (
     NCMI_FOCUS,
 )
 
+CENTROID_STEPS = ("CentroidSGD", "CentroidSGD after forward", "kernels, autograd, SGD")  # of `kernels`
 PLAIN_CENTROID_STEP = Implementation(
     "PyTorch, autograd, SGD", lambda shape: CentroidStep(shape, "reference", autograd=True), traffic=_PLAIN
 )
-CENTROID_STEPS = ("CentroidSGD", "CentroidSGD after forward", "kernels, autograd, SGD")  # of `kernels`
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Rounds
-# ------------------------------------------------------------------------------------------------------------
-
-
-class Entry(Protocol):
-    """What takes part in rounds; `spent` are the seconds that it has used."""
-
-    candidate: Implementation
-    spent: float
-
-
-AnyEntry = TypeVar("AnyEntry", bound=Entry)
-
-
-def run_rounds(
-    entries: Sequence[AnyEntry],
-    take: Callable[[list[AnyEntry], int, random.Random], object],
-    deadline: float,
-    *,
-    least: int,
-    most: int,
-    each: int = 0,
-    max_share: float | None = None,
-    warm_up: int = 0,
-) -> None:
-    """Rounds without the garbage collector, until the deadline.
-
-    Args:
-        entries: of which the slow ones sit out rounds. Where all would, the light ones take part.
-        take: takes the round of those that are due, adds to their `spent`, and is given the number of the round,
-            negative in warm-up, and what to draw an order from.
-        deadline: a reading of time.perf_counter. What the heavy ones use is put on top, and is not part of the time
-            that the others have a share of: a step of seconds must not cost them their repetitions.
-        least: rounds, whatever the deadline is.
-        most: rounds.
-        each: the first rounds, which nothing sits out.
-        max_share: of the time, for each; None: Implementation.share.
-        warm_up: rounds before these, for what never sits out.
-    """
-    order = random.Random(0)
-    light = [entry for entry in entries if not entry.candidate.heavy]
-    began = time.perf_counter()
-
-    def is_due(entry: AnyEntry, number: int, elapsed: float) -> bool:
-        mine, share = entry.candidate, max_share or entry.candidate.share
-        if share == 1 or number < 0:
-            return share == 1
-        pair = [
-            other for other in entries if mine.name == other.candidate.beside or mine.beside == other.candidate.name
-        ]
-        return number < each or sum(other.spent for other in (entry, *pair)) <= share * elapsed
-
-    gc.collect()
-    gc.disable()
-    try:
-        for number in range(-warm_up, most):
-            now = time.perf_counter() - sum(entry.spent for entry in entries if entry.candidate.heavy)
-            if number >= least and now > deadline:
-                break
-            due = [entry for entry in entries if is_due(entry, number, now - began)]
-            take(due or [*light], number, order)
-    finally:
-        gc.enable()
+OUR_NAMES = [each.name for each in (*KERNELS, NCMI_STATISTICS, NCMI_FOCUS)]

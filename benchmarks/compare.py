@@ -24,7 +24,6 @@ Exit status: 0, or 1 where a case is SLOWER, or 2 where revisions could not be c
 
 import argparse
 import json
-import math
 import os
 import random
 import shutil
@@ -32,8 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -43,10 +41,9 @@ from typing import Any, NamedTuple
 import torch
 from arguments import positive, seconds
 from bench_loss import no_grad_step, train_step
-from cases import KERNELS, SHAPES, TINY, Shape, batch, ncmi
-from gpu_results import FULL, NO_GRAD
-from rich.console import Console
-from rich.table import Table
+from cases import FULL, KERNELS, NO_GRAD, SHAPES, TINY, Shape, batch, ncmi
+from records import show
+from scipy.stats import binom
 from tqdm import tqdm
 
 import ncmi_kernels
@@ -102,7 +99,7 @@ def make_step(case: Case) -> Callable[[], float]:
         return _centroid_step(case, z, y)
     criterion = next(each for each in KERNELS if each.name == case.name).build(case.shape)
     take = train_step if case.mode == FULL else no_grad_step
-    return lambda: take(criterion, z, y)[case.mode].microseconds
+    return lambda: take(criterion, z, y)[case.mode]
 
 
 def _centroid_step(case: Case, z: torch.Tensor, y: torch.Tensor) -> Callable[[], float]:
@@ -163,19 +160,24 @@ def _one_line(text: str) -> str:
 
 
 class Worker:
-    """The process of one revision, seen from here."""
+    """The process of one revision, seen from here; within `with`."""
 
     def __init__(self, name: str, tree: Path, threads: int) -> None:
-        self.name = name
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.name, self.tree, self.threads = name, tree, threads
+
+    def __enter__(self) -> "Worker":
+        self._log = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), "--worker", str(tree)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(tree), "COMPARE_THREADS": str(threads)},
-        )
+            [sys.executable, str(Path(__file__).resolve()), "--worker", str(self.tree)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
+            env={**os.environ, "PYTHONPATH": str(self.tree), "COMPARE_THREADS": str(self.threads)},
+        )  # fmt: skip
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._log.close()
 
     def ask(self, *command: object) -> None:
         """Send a command; its answer is to be read by `answer`."""
@@ -204,24 +206,6 @@ class Worker:
         """Microseconds of a step, the median of a turn."""
         self.ask("turn", steps)
         return float(self.answer())
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.communicate()
-        self._log.close()
-
-
-@contextmanager
-def workers(base: Path, head: Path, threads: int) -> Iterator[tuple[Worker, Worker]]:
-    """A process for each tree, ready."""
-    with ExitStack() as stack:
-        both = Worker("base", base, threads), Worker("head", head, threads)
-        for worker in both:
-            stack.callback(worker.close)
-        for worker in both:
-            worker.answer()
-        yield both
 
 
 @dataclass
@@ -261,11 +245,9 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
     The number of values below the median is binomial; so the interval goes from the k-th smallest to the k-th largest
     with the greatest k for which P(fewer than k below) <= (1 - CONFIDENCE) / 2, and at least 1.
     """
-    n, below, k = len(values), 0.0, 0
-    while k < n // 2 and (below := below + math.comb(n, k) / 2**n) <= (1 - CONFIDENCE) / 2:
-        k += 1
-    ordered, k = sorted(values), max(k, 1)
-    return ordered[k - 1], ordered[n - k]
+    k = max(1, int(binom.ppf((1 - CONFIDENCE) / 2, len(values), 0.5)))
+    ordered = sorted(values)
+    return ordered[k - 1], ordered[-k]
 
 
 def run_case(case: Case, both: tuple[Worker, Worker], seconds: float, order: random.Random) -> tuple[list[float], ...]:
@@ -304,7 +286,10 @@ def compare(
     order = random.Random(0)
     with tqdm(total=launches * len(cases), unit="case") as bar:
         for _ in range(launches):
-            with workers(base, head, threads) as both:
+            with Worker("base", base, threads) as b, Worker("head", head, threads) as h:
+                both = b, h
+                for worker in both:
+                    worker.answer()  # that it is ready
                 for result in order.sample(results, len(results)):  # what ran before decides what the allocator holds
                     bar.set_description(str(result.case))
                     try:
@@ -377,26 +362,16 @@ def _library(tree: Path) -> list[Path]:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def show(results: Sequence[Result], title: str, threshold: float) -> None:
-    """Print a row for each case."""
-    table = Table(title=title)
-    for column in ("B x C x M", "case", "mode"):
-        table.add_column(column, no_wrap=True)
-    for column in ("base, us", "head, us", "head / base", "interval", ""):
-        table.add_column(column, justify="right", no_wrap=True)
-    previous = None
-    for result in results:
-        shape, name, mode = result.case
-        table.add_row() if previous not in (None, shape) else None
-        previous = shape
-        if result.obstacle:
-            table.add_row(str(shape), name, mode, "", "", "", "", "not in base")
-            continue
-        low, high = result.interval()
-        times = [f"{median(chain.from_iterable(turns)):.1f}" for turns in (result.base, result.head)]
-        cells = [*times, f"{result.ratio():.3f}", f"{low:.3f} to {high:.3f}", result.mark(threshold)]
-        table.add_row(str(shape), name, mode, *cells)
-    Console(width=Console(width=1000).measure(table).maximum).print(table)
+HEADER = ("B x C x M", "case", "mode", "base, us", "head, us", "head / base", "interval", "")
+
+
+def line_of(result: Result, threshold: float) -> list[str]:
+    """A line of the table."""
+    if result.obstacle:
+        return [*map(str, result.case), "", "", "", "", "not in base"]
+    low, high = result.interval()
+    times = [f"{median(chain.from_iterable(turns)):.1f}" for turns in (result.base, result.head)]
+    return [*map(str, result.case), *times, f"{result.ratio():.3f}", f"{low:.3f} to {high:.3f}", result.mark(threshold)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -419,21 +394,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         head = check_tree("--head-dir", options.head_dir)
         tree = check_tree("--base-dir", options.base_dir) if options.base is None else built_tree(options.base)
+        every = cases_of(options.shapes)
         results = compare(
-            tree,
-            head,
-            cases_of(options.shapes),
-            threads=options.threads,
-            launches=options.launches,
-            seconds=options.seconds,
+            tree, head, every, threads=options.threads, launches=options.launches, seconds=options.seconds
         )
     except CompareError as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
-    title = (
+    print(
         f"head: {head}\nbase: {options.base or tree}\n{options.threads} thread(s), torch {torch.__version__}; medians"
     )
-    show(results, title, options.threshold)
+    show(HEADER, [line_of(result, options.threshold) for result in results])
     for result in results:
         if result.obstacle:
             print(f"not in base: {result.case}: {result.obstacle}")

@@ -1,7 +1,6 @@
 """The images that the demo and the training tests learn: scikit-learn's digits, and Fashion-MNIST."""
 
 import gzip
-import io
 import math
 import struct
 import zlib
@@ -51,34 +50,20 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
     Raises:
         ValueError: the file is not an idx file of so many dimensions, is empty, or not as long as it says.
     """
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        try:
-            return _read_idx(path, file, dimensions)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"{path}: not a complete gzip file ({error})") from error
-
-
-def _read_idx(path: Path, file: io.BufferedIOBase, dimensions: int) -> Tensor:
-    magic, size = bytes([0, 0, 8, dimensions]), 4 + 4 * dimensions
-    header = file.read(size)
-    if header[:4] != magic:
+    magic, start = bytes([0, 0, 8, dimensions]), 4 + 4 * dimensions
+    try:
+        content = bytearray(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes())
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: not a complete gzip file ({error})") from error
+    if content[:4] != magic or len(content) < start:
         raise ValueError(
-            f"{path}: starts with {header[:4].hex(' ') or 'nothing'}, expected {magic.hex(' ')}, "
+            f"{path}: starts with {content[:start].hex(' ') or 'nothing'}, expected {magic.hex(' ')} and sizes, "
             f"an idx file of unsigned bytes in {dimensions} dimension(s)"
         )
-    if len(header) < size:
-        raise ValueError(f"{path}: got {len(header)} bytes, expected a header of {size}")
-    shape = struct.unpack_from(f">{dimensions}I", header, 4)
-    if 0 in shape:
-        raise ValueError(f"{path}: got shape {shape}, expected no size of 0")
-    # One byte more than there should be shows that there are more. In pieces: read() would reserve all that it is told.
-    expected, content = math.prod(shape), bytearray()
-    while piece := file.read(min(expected + 1 - len(content), 2**20)):
-        content += piece
-    if len(content) != expected:
-        found = "more" if len(content) > expected else size + len(content)
-        raise ValueError(f"{path}: got {found} bytes, expected {size} + {expected} for shape {shape}")
-    return torch.frombuffer(content, dtype=torch.uint8).view(shape)
+    shape = struct.unpack_from(f">{dimensions}I", content, 4)
+    if len(content) != start + math.prod(shape) or 0 in shape:
+        raise ValueError(f"{path}: got {len(content)} bytes, expected {start} + {math.prod(shape)} for shape {shape}")
+    return torch.frombuffer(content, dtype=torch.uint8, offset=start).view(shape)
 
 
 def _labelled_images(directory: Path, part: str) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,6 @@ Prints one table, and draws accuracy and loss over the epochs.
 import argparse
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,38 +17,42 @@ from pathlib import Path
 import data
 import torch
 from arguments import output, positive
+from bench_loss import train_step
+from cases import FULL
 from data import CLASSES, Dataset
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from runner import Entry, run_rounds
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ncmi_kernels import NCMILoss, ncmi_terms
+from ncmi_kernels import NCMILoss
+from ncmi_kernels.metrics import NCMIMetric
 
 FEATURES = 32
 CENTROID_LR = 0.1
 CLASS_MEAN_IMAGES = 10_000  # of the training set, after every epoch: all 60 000 would give the same means
 
 
-def convolutional(outputs: int) -> nn.Module:
-    """Three convolutions, the mean over the image, a linear layer to the features or logits."""
+def convolutional(outputs: int, channels: int = 1, width: int = 32, cells: int = 1) -> nn.Module:
+    """Three convolutions, the mean over each of cells x cells parts, a linear layer to the features or logits."""
     return nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1, bias=False),
+        nn.Conv2d(channels, width, 3, padding=1, bias=False),
         nn.MaxPool2d(2),  # before the normalisation, which costs a quarter of the time then
-        nn.BatchNorm2d(32),
+        nn.BatchNorm2d(width),
         nn.ReLU(),
-        nn.Conv2d(32, 64, 3, padding=1, bias=False),
-        nn.BatchNorm2d(64),
+        nn.Conv2d(width, 2 * width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(2 * width),
         nn.ReLU(),
         nn.AdaptiveMaxPool2d(4),
-        nn.Conv2d(64, 64, 3, padding=1, bias=False),
-        nn.BatchNorm2d(64),
+        nn.Conv2d(2 * width, 2 * width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(2 * width),
         nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
+        nn.AdaptiveAvgPool2d(cells),
         nn.Flatten(),
-        nn.Linear(64, outputs),
+        nn.Linear(2 * width * cells**2, outputs),
     )
 
 
@@ -85,18 +88,10 @@ class Task:
 
 
 TASKS = {
-    # The learning rates are the best of a search, five for each loss, by test accuracy; but NCMI keeps 1 on both,
-    # which differs from its best by no more than the seeds do. Digits, mean of the seeds 10 to 17:
-    #   cross-entropy  0.02: 98.9, 0.05: 99.1, 0.1: 98.9, 0.2: 98.6, 0.5: 98.1
-    #   NCMI           0.2: 99.5, 0.5: 99.4, 1: 99.3, 2: 99.4, 5: 98.0
-    #   NCMI, drop-in  0.1: 99.5, 0.2: 99.6, 0.5: 98.8, 1: 99.3, 2: 98.8
-    # Fashion-MNIST, 4 epochs of the first 20 000 images. Cross-entropy: mean of the seeds 10 to 12 for the best rates,
-    # else the seed 10. NCMI: the seed 10, fixed centroids, but * with a weight decay of 1e-4 (at a rate of 1 that
-    # gave 87.3 too); learnt ones, at CENTROID_LR, came to 86.5, drop-in to 86.3 at best.
-    #   cross-entropy  0.02: 86.4, 0.05: 87.1, 0.1: 87.3, 0.2: 87.5, 0.5: 87.5
-    #   NCMI           0.5: 87.3*, 1: 87.3, 3: 87.3*
-    #   NCMI, drop-in  0.2: 86.9, 0.5: 87.7, 1: 87.4, 2: 86.9
-    # Over 8 epochs of all images learnt centroids were 3 and 6 points behind cross-entropy.
+    # The learning rates are the best of five for each loss, by test accuracy (mean of the seeds 10 to 17;
+    # Fashion-MNIST: 4 epochs of the first 20 000 images, the seeds 10 to 12 for the best rates). But NCMI keeps 1 on
+    # both, which differs from its best by no more than the seeds do. On Fashion-MNIST learnt centroids were 3 and 6
+    # points behind cross-entropy over 8 epochs of all images.
     "digits": Task(6, 64, 5, recipes(0.05, 1.0, 0.2, learn_centroids=True)),
     "fashion-mnist": Task(8, 128, 1, recipes(0.2, 1.0, 0.5, learn_centroids=False)),
 }
@@ -124,9 +119,12 @@ def train(
     seed: int,
     epochs: int,
     batch_size: int,
-    on_step: Callable[[], object] = lambda: None,
+    on_step: Callable[[nn.Module, nn.Module], object] = lambda network, criterion: None,
 ) -> Result:
-    """Train one network: SGD with momentum, one epoch of warm-up, then a cosine down to zero."""
+    """Train one network: SGD with momentum, one epoch of warm-up, then a cosine down to zero.
+
+    `on_step` is called after each step, with the network and the criterion.
+    """
     torch.manual_seed(seed)
     network, criterion = recipe.network(recipe.outputs), recipe.criterion()
     groups = [{"params": list(network.parameters()), "lr": recipe.lr, "weight_decay": 5e-4}]
@@ -152,7 +150,7 @@ def train(
             optimizer.step()
             schedule.step()
             total += loss.item() * len(batch)
-            on_step()
+            on_step(network, criterion)
         losses.append(total / len(dataset.train_x))
         network.eval()
         outputs = torch.cat([batch for batch, _ in in_batches(network, dataset.test_x, dataset.test_y)])
@@ -174,7 +172,7 @@ def in_batches(network: nn.Module, images: Tensor, labels: Tensor) -> Iterator[t
         yield outputs, target
 
 
-def concentration_and_separation(outputs: Tensor, labels: Tensor) -> tuple[float, float]:
+def concentration_and_separation(outputs: Tensor, labels: Tensor, classes: int = CLASSES) -> tuple[float, float]:
     """CMI and Gamma of a labelled data set, in nats, by one definition for every network.
 
     A loss may look at logits or features, at their length or not, so its own value cannot be compared with
@@ -182,32 +180,24 @@ def concentration_and_separation(outputs: Tensor, labels: Tensor) -> tuple[float
     distributions of these (NSF) around the mean distribution of each class in the same data set. CMI is then
     the conditional mutual information of input and output given the class.
     """
-    outputs = outputs.double()
-    center = outputs.mean(dim=0)
-    meter = NCMILoss(CLASSES, outputs.shape[1], dtype=torch.float64)
-    meter.center.copy_(center)
-    means = meter.fit_class_means([(outputs, labels)])
-    # NSF gives a distribution back from the logit of any multiple of it that stays below one.
-    logits = torch.logit(means / (2 * means.max()))
-    concentration, separation = ncmi_terms(outputs, labels, logits, center=center, l2_normalize=True)
-    return concentration.mean().item(), separation.mean().item()
+    metric = NCMIMetric(classes, outputs.shape[1], l2_normalize=True, center=outputs.double().mean(dim=0))
+    for batch, target in zip(outputs.split(1000), labels.split(1000), strict=True):
+        metric.update(batch, target)
+    values = metric.compute()
+    return values["cmi"].item(), values["gamma"].item()
 
 
 def time_losses(task: Task, rounds: int = 300) -> dict[str, float]:
     """Median microseconds of forward and backward of each loss alone, taking turns."""
-    criteria = {name: recipe.criterion() for name, recipe in task.recipes.items()}
-    outputs = {name: torch.randn(task.batch_size, recipe.outputs) for name, recipe in task.recipes.items()}
     target = torch.randint(CLASSES, (task.batch_size,))
-    seconds: dict[str, list[float]] = {name: [] for name in task.recipes}
-    for _ in range(rounds):
-        for name, criterion in criteria.items():
-            leaf = outputs[name].requires_grad_()
-            leaf.grad = None
-            criterion.zero_grad()
-            start = time.perf_counter()
-            criterion(leaf, target).backward()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: 1e6 * statistics.median(times[rounds // 10 :]) for name, times in seconds.items()}
+
+    def entry(name: str, recipe: Recipe) -> Entry:
+        outputs = torch.randn(task.batch_size, recipe.outputs).requires_grad_()
+        return Entry(name, partial(train_step, recipe.criterion(), outputs, target))
+
+    entries = [entry(name, recipe) for name, recipe in task.recipes.items()]
+    run_rounds(entries, 0, least=rounds, warm_up=rounds // 10)
+    return {entry.name: statistics.median(entry.samples(FULL)) for entry in entries}
 
 
 def show_table(results: dict[str, list[Result]], microseconds: dict[str, float], task: Task) -> None:
@@ -279,43 +269,61 @@ def draw(results: dict[str, list[Result]], title: str, path: Path) -> None:
     figure.savefig(path, format="png", dpi=150)
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Compare cross-entropy and NCMI on real images.")
+def images_of(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Dataset:
+    """The data set that the command line names; an error where a file of it is missing or malformed."""
+    if arguments.data == "digits":
+        # A second thread gains nothing with batches this small, and loses much where the cores are shared.
+        torch.set_num_threads(1)
+    try:
+        return data.digits() if arguments.data == "digits" else data.fashion_mnist(arguments.data_dir)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+
+def arguments_of(description: str) -> argparse.ArgumentParser:
+    """What names a data set and how long to train."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", choices=TASKS, default="digits", help="the images (default: %(default)s)")
     parser.add_argument(
         "--data-dir",
         type=Path,
         default=data.FASHION_MNIST_DIR,
-        help="where the idx files of Fashion-MNIST are (default: %(default)s)",
+        help="idx files of Fashion-MNIST (default: %(default)s)",
     )
-    for name in ("epochs", "seeds"):
-        usual = ", ".join(f"{getattr(task, name)} for {key}" for key, task in TASKS.items())
-        parser.add_argument(f"--{name}", type=positive, help=f"how many (default: {usual})")
+    usual = {
+        name: ", ".join(f"{getattr(task, name)} for {key}" for key, task in TASKS.items())
+        for name in ("epochs", "seeds")
+    }
+    parser.add_argument("--epochs", type=positive, help=f"how many (default: {usual['epochs']})")
+    parser.add_argument("--seeds", type=positive, help=f"how many (default: {usual['seeds']})")
+    return parser
+
+
+def main() -> None:
+    """The command line."""
+    parser = arguments_of("Compare cross-entropy and NCMI on real images.")
     parser.add_argument(
         "--output", type=output, default=Path("demo.png"), help="the PNG of the curves (default: %(default)s)"
     )
     arguments = parser.parse_args()
-    task = TASKS[arguments.data]
+    dataset, task = images_of(parser, arguments), TASKS[arguments.data]
     epochs, seeds = arguments.epochs or task.epochs, arguments.seeds or task.seeds
-    try:
-        dataset = data.digits() if arguments.data == "digits" else data.fashion_mnist(arguments.data_dir)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-
-    if arguments.data == "digits":
-        # A second thread gains nothing with batches this small, and loses much where the cores are shared.
-        torch.set_num_threads(1)
     results: dict[str, list[Result]] = {name: [] for name in task.recipes}
     steps = math.ceil(len(dataset.train_x) / task.batch_size)
     with tqdm(total=len(task.recipes) * seeds * epochs * steps, unit="step", smoothing=0.02) as bar:
         for seed in range(seeds):
             for name, recipe in task.recipes.items():
                 bar.set_description(f"{name}, seed {seed}")
-                result = train(
-                    recipe, dataset, seed=seed, epochs=epochs, batch_size=task.batch_size, on_step=bar.update
+                results[name].append(
+                    train(
+                        recipe,
+                        dataset,
+                        seed=seed,
+                        epochs=epochs,
+                        batch_size=task.batch_size,
+                        on_step=lambda *_: bar.update(),
+                    )
                 )
-                results[name].append(result)
     show_table(results, time_losses(task), task)
     draw(results, f"{arguments.data}, {seeds} seed{'s' if seeds > 1 else ''}", arguments.output)
     print(f"The curves are in {arguments.output.absolute()}")

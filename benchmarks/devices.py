@@ -9,8 +9,10 @@ hundreds of KiB, as Linux counts pages by CPU, in batches; torch.profiler does n
 
 import ctypes
 import gc
+import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import tempfile
 import time
@@ -19,7 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -37,28 +39,32 @@ MAPPED_FROM = 16 * 1024
 MAX_CHUNKS = 20_000
 
 
-class Device(Protocol):
-    """Where the steps run, and how they are measured there."""
+class Device:
+    """Where the steps run, and how they are measured there: the CPU, by wall time."""
 
-    torch_device: torch.device
-    cache_bytes: int
+    torch_device, cache_bytes = CPU, 0
 
     def time(self, run: Callable[[], object], lead_us: float) -> float:
         """Microseconds that the device needs for `run`, which the host queues in less than `lead_us`."""
+        start = time.perf_counter_ns()
+        run()
+        return (time.perf_counter_ns() - start) / 1e3
 
     def peak(self, run: Callable[[], object]) -> int | None:
-        """Bytes that `run` allocates at once, at most; None if unknown."""
+        """Bytes that `run` allocates at once, at most; None here, where `peak_of` finds it in a process of its own."""
+        run()
+        return None
 
     def synchronize(self) -> None:
         """Wait for all that was queued."""
 
 
-class Cuda:
+class Cuda(Device):
     """The current CUDA device."""
 
     def __init__(self) -> None:
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
-        self.cache_bytes: int = torch.cuda.get_device_properties(self.torch_device).L2_cache_size
+        self.cache_bytes = torch.cuda.get_device_properties(self.torch_device).L2_cache_size
         self._flush = torch.empty(max(FLUSH_BYTES, 2 * self.cache_bytes), dtype=torch.int8, device=self.torch_device)
         self._start, self._stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
@@ -91,28 +97,6 @@ class Cuda:
         torch.cuda.synchronize(self.torch_device)
 
 
-class Cpu:
-    """The CPU, by wall time."""
-
-    def __init__(self) -> None:
-        self.torch_device = CPU
-        self.cache_bytes = 0
-
-    def time(self, run: Callable[[], object], lead_us: float) -> float:
-        """The host is the device."""
-        start = time.perf_counter_ns()
-        run()
-        return (time.perf_counter_ns() - start) / 1e3
-
-    def peak(self, run: Callable[[], object]) -> int | None:
-        """Unknown here; `peak_of` finds it in a process of its own."""
-        run()
-        return None
-
-    def synchronize(self) -> None:
-        """Nothing is queued."""
-
-
 def free_bytes(device: torch.device) -> int:
     """Memory that this process may still take: what a GPU has, or the system within the limit of the cgroup."""
     if device.type == "cuda":
@@ -121,8 +105,7 @@ def free_bytes(device: torch.device) -> int:
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    sizes = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    free = int(sizes["MemAvailable"].split()[0]) * 1024
+    free = int(re.findall(r"MemAvailable: *(\d+)", meminfo.read_text())[0]) * 1024
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and used.exists() and (maximum := limit.read_text().strip()) != "max":
         free = min(free, int(maximum) - int(used.read_text()))
@@ -146,22 +129,25 @@ def describe_machine(device: torch.device = CPU) -> dict[str, Any]:
     }
 
 
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in cpuinfo.open() if "model name" in line] if cpuinfo.exists() else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def driver_version() -> str:
-    """Of the GPU, or "" where there is none."""
+def describe_gpu() -> dict[str, str]:
+    """What the numbers of a GPU depend on besides."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return (done.stdout.strip().splitlines() or [""])[0]
+        driver = done.stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        driver = ""
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = ""
+    return {"driver": driver, "cuda": torch.version.cuda or "", "triton": triton}
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -183,11 +169,7 @@ def _map_blocks_separately() -> None:
 class _MallInfo(ctypes.Structure):
     """Struct mallinfo2 of malloc.h; hblkhd is the number of mapped bytes."""
 
-    _fields_ = (
-        *((f"other{index}", ctypes.c_size_t) for index in range(4)),
-        ("hblkhd", ctypes.c_size_t),
-        *((f"other{index}", ctypes.c_size_t) for index in range(4, 9)),
-    )
+    _fields_ = tuple((name, ctypes.c_size_t) for name in ("0", "1", "2", "3", "hblkhd", "5", "6", "7", "8", "9"))
 
 
 def peak_of(function: Callable[[], object]) -> int | None:

@@ -8,10 +8,7 @@ checkpoints. Writes a row for each to a CSV, draws them, and prints the rank cor
 checkpoints by falling NCMI that is the ranking by accuracy gives -1.
 """
 
-import argparse
 import copy
-import csv
-import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Iterable
@@ -19,7 +16,6 @@ from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
-import data
 import demo
 import torch
 from arguments import output, positive
@@ -27,9 +23,7 @@ from data import CLASSES, Dataset
 from devices import describe_machine
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from records import show, write_lines
 from scipy.stats import spearmanr
 from torch import nn
 from tqdm import tqdm
@@ -75,26 +69,17 @@ def checkpoints(
     on_step: Callable[[], object] = lambda: None,
 ) -> dict[int, tuple[nn.Module, nn.Module]]:
     """Train as the demo does; the network, ready to be evaluated, and its criterion after each of the steps `keep`."""
-    made: list[nn.Module] = []
     kept: dict[int, tuple[nn.Module, nn.Module]] = {}
     step = 0
 
-    def note(module: nn.Module) -> nn.Module:
-        made.append(module)
-        return module
-
-    def after_step() -> None:
+    def after_step(network: nn.Module, criterion: nn.Module) -> None:
         nonlocal step
         step += 1
         on_step()
         if step in keep:
-            network, criterion = copy.deepcopy(made)
-            kept[step] = network.eval(), criterion
+            kept[step] = copy.deepcopy(network).eval(), copy.deepcopy(criterion)
 
-    noted = dataclasses.replace(
-        recipe, network=lambda outputs: note(recipe.network(outputs)), criterion=lambda: note(recipe.criterion())
-    )
-    demo.train(noted, dataset, seed=seed, epochs=epochs, batch_size=batch_size, on_step=after_step)
+    demo.train(recipe, dataset, seed=seed, epochs=epochs, batch_size=batch_size, on_step=after_step)
     return kept
 
 
@@ -136,7 +121,7 @@ def correlations(run: list[Row]) -> tuple[float, float]:
     return spearmanr(ncmi, accuracy).statistic, spearmanr(ncmi[half:], accuracy[half:]).statistic
 
 
-COLUMNS = ("accuracy\nfirst, %", "\nlast, %", "NCMI\nfirst", "\nlast", "rank corr.\nall", "\n2nd half")
+COLUMNS = ("accuracy first, %", "last, %", "NCMI first", "last", "rank corr. all", "2nd half")
 
 
 def summary(runs: list[list[Row]]) -> list[str]:
@@ -144,22 +129,6 @@ def summary(runs: list[list[Row]]) -> list[str]:
     cells = [f"{statistics.mean(run[at].accuracy for run in runs):.1f}" for at in (0, -1)]
     cells += [f"{statistics.mean(run[at].ncmi for run in runs):.3g}" for at in (0, -1)]
     return cells + [f"{statistics.mean(values):.2f}" for values in zip(*map(correlations, runs), strict=True)]
-
-
-def show_table(rows: list[Row]) -> None:
-    """Print one row for each loss and distribution: means over the runs, the rank correlation within each."""
-    table = Table(
-        title="Test set, means over the training runs",
-        box=box.SIMPLE_HEAD,
-        collapse_padding=True,
-        pad_edge=False,
-    )
-    table.add_column("loss, distribution", no_wrap=True)
-    for column in COLUMNS:
-        table.add_column(column, justify="right", no_wrap=True)
-    for key, runs in series(rows).items():
-        table.add_row(", ".join(key), *summary(runs))
-    Console().print(table)
 
 
 def title(data: str) -> str:
@@ -189,28 +158,18 @@ def draw(rows: list[Row], title: str) -> Figure:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="NCMI against accuracy over the checkpoints of training runs.")
-    parser.add_argument("--data", choices=demo.TASKS, default="digits", help="the images (default: %(default)s)")
-    parser.add_argument("--data-dir", type=Path, default=data.FASHION_MNIST_DIR, help="as for the demo")
-    parser.add_argument("--epochs", type=positive, help="how many (default: as the demo)")
-    parser.add_argument("--seeds", type=positive, default=3, help="runs of each loss (default: %(default)s)")
+    parser = demo.arguments_of("NCMI against accuracy over the checkpoints of training runs.")
+    parser.set_defaults(seeds=3)
     parser.add_argument("--checkpoints", type=positive, default=14, help="at most, a run (default: %(default)s)")
     parser.add_argument(
         "--output", type=output, default=RESULTS / "ncmi_accuracy", help="less .csv and .png (default: %(default)s)"
     )
     arguments = parser.parse_args()
-    path = arguments.output.absolute()
-    try:
-        dataset = data.digits() if arguments.data == "digits" else data.fashion_mnist(arguments.data_dir)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    task = demo.TASKS[arguments.data]
+    path, task = arguments.output.absolute(), demo.TASKS[arguments.data]
+    dataset = demo.images_of(parser, arguments)
     epochs = arguments.epochs or task.epochs
     steps = epochs * math.ceil(len(dataset.train_x) / task.batch_size)
     keep = checkpoint_steps(steps, arguments.checkpoints)
-
-    if arguments.data == "digits":
-        torch.set_num_threads(1)  # as in the demo
     rows = []
     with tqdm(total=len(LOSSES) * arguments.seeds * steps, unit="step", smoothing=0.02) as bar:
         for loss in LOSSES:
@@ -221,13 +180,10 @@ def main() -> None:
                 for step, (network, criterion) in kept.items():
                     accuracy, measured = measure(network, criterion, dataset)
                     rows += [Row(loss, name, seed, step, accuracy, *values) for name, values in measured.items()]
-    with path.with_suffix(".csv").open("w", newline="") as file:
-        machine = {**describe_machine(), "data": arguments.data}
-        writer = csv.writer(file)
-        writer.writerow([*machine, *Row._fields])
-        for row in rows:
-            writer.writerow([*machine.values(), *(f"{c:.6g}" if isinstance(c, float) else c for c in row)])
-    show_table(rows)
+    machine = {**describe_machine(), "data": arguments.data}
+    lines = [{**machine, **row._asdict()} for row in rows]
+    write_lines(path.with_suffix(".csv"), lines, [*machine, *Row._fields])
+    show(["loss, distribution", *COLUMNS], [[", ".join(key), *summary(runs)] for key, runs in series(rows).items()])
     draw(rows, title(arguments.data)).savefig(path.with_suffix(".png"), format="png", dpi=130)
     print(f"{path.with_suffix('.csv')} and .png are written")
 

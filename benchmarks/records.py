@@ -1,13 +1,14 @@
-"""What every benchmark writes: rows of a CSV file, the columns that summarise repetitions, tables in Markdown.
+"""What every benchmark writes: rows of a CSV file, the columns that summarise repetitions, tables.
 
 Nothing but the standard library, so that results can be read and reported where nothing is installed.
 """
 
 import csv
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from statistics import median, quantiles
 from typing import Any, TypeVar
 
 Record = TypeVar("Record")  # a dataclass; its fields are the columns
@@ -15,41 +16,92 @@ _PARSERS = {"int": int, "float": float, "str": str}
 
 
 @dataclass
-class Measured:
-    """The first columns of the CPU benchmarks: where, when and of what versions (`devices.describe_machine`)."""
+class Row:
+    """What was measured of one thing at one shape; benchmarks/README.md says what the columns mean.
 
-    device: str
-    torch: str
-    ncmi_kernels: str
-    cpu_capability: str
-    date: str
+    A benchmark names the columns that its CSV file has; the others keep their defaults.
+    """
+
+    # Where, when and of what versions: devices.describe_machine.
+    device: str = ""
+    torch: str = ""
+    ncmi_kernels: str = ""
+    cpu_capability: str = ""
+    date: str = ""
+    driver: str = ""
+    cuda: str = ""
+    triton: str = ""
+    # What.
+    threads: int = 0
+    backend: str = ""
+    axis: str = ""
+    task: str = ""
+    processes: int = 0
+    B: int = 0
+    C: int = 0
+    M: int = 0
+    dtype: str = ""
+    implementation: str = ""
+    mode: str = ""
+    method: str = ""
+    phase: str = ""
+    # What came of it.
+    repetitions: int = 0
+    median_us: float | None = None
+    p20_us: float | None = None
+    p80_us: float | None = None
+    ratio_to_cross_entropy: float | None = None
+    ratio_to_head: float | None = None
+    ratio: float | None = None
+    share: float | None = None
+    peak_extra_bytes: int | None = None
+    later_peak_extra_bytes: int | None = None
+    minor_faults_per_step: float | None = None
+    model_bytes: int | None = None
+    gb_per_s: float | None = None
+    share_of_copy: float | None = None
+    launches: int | None = None
+    payload_bytes: int | None = None
+    loopback_bytes: int | None = None
+    milliseconds: float | None = None
+    note: str = ""
+
+    @property
+    def shape(self) -> str:
+        """As the tables have it."""
+        return f"{self.B}, {self.C}, {self.M}"
 
 
-def columns(kind: Any) -> list[str]:
-    """The names of a row's columns."""
-    return [column.name for column in fields(kind)]
+MACHINE = ("device", "torch", "ncmi_kernels", "cpu_capability", "date")
+TIMES = ("repetitions", "median_us", "p20_us", "p80_us")
 
 
-def write_rows(path: Path, rows: Sequence[Any], *, append: bool = False) -> None:
-    """Write rows of one kind under a header, replacing the file; or add them to it, under a header where it is new."""
+def write_lines(
+    path: Path, lines: Iterable[Mapping[str, Any]], columns: Sequence[str], *, append: bool = False
+) -> None:
+    """Write lines under a header, replacing the file; or add them to it, under a header where it is new."""
     new = not append or not path.exists() or path.stat().st_size == 0
-    if not rows:
-        return
     with path.open("w" if new else "a", newline="") as file:
-        writer = csv.DictWriter(file, columns(rows[0]))
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         if new:
             writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        for line in lines:
+            writer.writerow({key: f"{cell:.6g}" if isinstance(cell, float) else cell for key, cell in line.items()})
+
+
+def write_rows(path: Path, rows: Iterable[Row], columns: Sequence[str], *, append: bool = False) -> None:
+    """`write_lines` of rows."""
+    write_lines(path, map(asdict, rows), columns, append=append)
 
 
 def read_rows(path: Path, kind: type[Record]) -> list[Record]:
-    """The rows of a CSV file; none where it does not exist."""
+    """The rows of a CSV file; none where it does not exist. A column that the file lacks has its default."""
     if not path.exists():
         return []
+    kinds = {column.name: column.type for column in fields(kind)}  # type: ignore[arg-type]
     with path.open(newline="") as file:
         return [
-            kind(**{column.name: _parse(column.type, line[column.name]) for column in fields(kind)})  # type: ignore[arg-type]
-            for line in csv.DictReader(file)
+            kind(**{name: _parse(kinds[name], cell) for name, cell in line.items()}) for line in csv.DictReader(file)
         ]
 
 
@@ -58,19 +110,37 @@ def _parse(kind: Any, text: str) -> Any:
     return None if text == "" and name != "str" else _PARSERS[name](text)
 
 
-def quantile(values: Sequence[float], level: float) -> float:
-    """Of at least one value, interpolated linearly."""
-    ordered = sorted(values)
-    position = level * (len(ordered) - 1)
-    below = int(position)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (position - below) * (ordered[above] - ordered[below])
-
-
 def spread(microseconds: Sequence[float]) -> dict[str, Any]:
-    """The columns that summarise the repetitions: their number, the median, the 20th and 80th percentile."""
-    p20, median, p80 = (round(quantile(microseconds, level), 2) for level in (0.2, 0.5, 0.8))
-    return {"repetitions": len(microseconds), "median_us": median, "p20_us": p20, "p80_us": p80}
+    """The columns that summarise the repetitions, TIMES; nothing of none."""
+    if not microseconds:
+        return {}
+    p20, _, _, p80 = quantiles([*microseconds] * (1 + (len(microseconds) == 1)), n=5, method="inclusive")
+    return {"repetitions": len(microseconds), "median_us": median(microseconds), "p20_us": p20, "p80_us": p80}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tables
+# ------------------------------------------------------------------------------------------------------------
+
+Lines = list[list[str]]
+
+
+def pivot(
+    rows: Iterable[Row], key: Callable[[Row], tuple[object, ...]], across: str, cell: Callable[[Row], str]
+) -> tuple[list[str], Lines]:
+    """A line for each key, a column for each value of the column `across`: the names of these, and the lines."""
+    found: dict[tuple[object, ...], dict[str, str]] = {}
+    for row in rows:
+        found.setdefault(key(row), {})[getattr(row, across)] = cell(row)
+    names = list(dict.fromkeys(name for line in found.values() for name in line))
+    return names, [[*map(str, key), *(line.get(name, "") for name in names)] for key, line in found.items()]
+
+
+def show(header: Sequence[str], lines: Lines) -> None:
+    """Print a table for a terminal."""
+    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+    for line in (header, *lines):
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:

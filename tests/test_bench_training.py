@@ -3,7 +3,6 @@
 import importlib.util
 import sys
 from pathlib import Path
-from unittest import mock
 
 import processes
 import pytest
@@ -14,27 +13,31 @@ from conftest import relative
 
 from ncmi_kernels import available_backends
 
-if importlib.util.find_spec("rich") is None or importlib.util.find_spec("sklearn") is None:
-    pytest.skip("the benchmarks need rich and scikit-learn", allow_module_level=True)
+if importlib.util.find_spec("matplotlib") is None or importlib.util.find_spec("sklearn") is None:
+    pytest.skip("the benchmarks need matplotlib and scikit-learn", allow_module_level=True)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import bench_sharded
 import bench_step
 import records
-from cases import Shape
+from cases import TINY, Shape, batch
+from runner import Entry
 
 pytestmark = pytest.mark.skipif(available_backends()["cpu"] is not None, reason="no C++ kernels")
 
 
-def test_steps_by_phase(tmp_path, capsys):
+@pytest.fixture(autouse=True)
+def _restore_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_steps_by_phase(tmp_path):
     path, figure = tmp_path / "step.csv", tmp_path / "step.png"
     arguments = ["--seconds", "0", "--threads", "1", "--tasks", "digits", "--shapes", "8x5x16"]
-    before = torch.get_num_threads()
-    try:
-        bench_step.main([*arguments, "--csv", str(path), "--png", str(figure)])
-    finally:
-        torch.set_num_threads(before)
+    assert bench_step.main([*arguments, "--csv", str(path), "--png", str(figure)]) == 0
     rows = records.read_rows(path, bench_step.Row)
     steps = {row.method: row for row in rows if row.task == "digits" and row.phase == "step"}
     assert list(steps) == list(bench_step.METHODS)
@@ -45,114 +48,53 @@ def test_steps_by_phase(tmp_path, capsys):
         assert sum(row.median_us for row in phases) == pytest.approx(step.median_us, rel=0.5)
         assert 0 < step.share < 1
     centroid_steps = [row for row in rows if row.task == "centroid step"]
-    assert centroid_steps[0].method == bench_step.OURS
+    assert [row.method for row in centroid_steps] == list(bench_step.WAYS)
     assert centroid_steps[0].ratio == 1
-    assert len(centroid_steps) == 4
-    assert "Centroid steps" in capsys.readouterr().out
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
-def test_share_and_ratio_are_of_the_same_round(monkeypatch):
+def test_share_and_ratio_are_of_the_same_round():
     """A machine that is four times slower in some rounds leaves both as they are."""
     phases = dict(zip(bench_step.PHASES, (10.0, 2.0, 3.0, 20.0, 5.0, 10.0), strict=True))
-    ways = (*bench_step.CENTROID_STEPS, bench_step.PLAIN_CENTROID_STEP.name)
-    for slow in (1, 2):
-
-        def rounds(steps, seconds, slow=slow):
-            speeds = [4.0] * slow + [1.0] * (3 - slow)
-            times = {
-                **dict.fromkeys(bench_step.METHODS, phases),
-                **{way: {"step": 1.0 + ways.index(way)} for way in ways},
-            }
-            return [{name: {key: speed * t for key, t in times[name].items()} for name in steps} for speed in speeds]
-
-        monkeypatch.setattr(bench_step, "run", rounds)
-        rows = bench_step.measure_training(bench_step.TASKS[0], 0)
-        assert [row["share"] for row in rows if row["phase"] == "step"] == [0.3] * len(bench_step.METHODS)
-        rows = bench_step.measure_centroid_steps(Shape(8, 5, 16), 0)
-        assert [row["ratio"] for row in rows] == [1, 2, 3, 4]
-        assert rows[0]["median_us"] == (1 if slow == 1 else 4)
+    for speeds in ((4, 1, 1), (4, 4, 1)):
+        training, ours, other = (Entry(name) for name in ("NCMI, jointly", "CentroidSGD", "another"))
+        for number, speed in enumerate(speeds):
+            training.rounds[number] = bench_step.with_share({name: speed * time for name, time in phases.items()})
+            ours.rounds[number], other.rounds[number] = {"step": 1.0 * speed}, {"step": 3.0 * speed}
+        *_, step = bench_step.rows_of([training], bench_step.TASKS[0])
+        assert (step.phase, step.share, step.median_us) == ("step", 0.3, 50 * sorted(speeds)[1])
+        assert [row.ratio for row in bench_step.rows_of([ours, other], Shape(8, 5, 16))] == [1, 3]
 
 
-def step_row(task, method, phase, milliseconds, **values):
-    machine = dict.fromkeys(("device", "torch", "ncmi_kernels", "cpu_capability", "date"), "x")
-    times = dict.fromkeys(("median_us", "p20_us", "p80_us"), 1e3 * milliseconds)
-    sizes = {"threads": 1, "B": 8, "C": 5, "M": 16, "repetitions": 3}
-    return bench_step.Row(**machine, **sizes, task=task, method=method, phase=phase, **times, **values)
+def test_every_centroid_step_is_the_same_step():
+    z, y = batch(TINY)
+    moved = {}
+    for name, way in bench_step.WAYS.items():
+        stepper = way.build(TINY)
+        before = stepper.criterion.centroid_logits.detach().clone()
+        for _ in range(3):
+            stepper.prepare(z, y)
+            centre = stepper.criterion.center.clone()
+            stepper(z, y)
+            assert torch.equal(stepper.criterion.center, centre), "the centre moves in the network's step"
+        moved[name] = stepper.criterion.centroid_logits.detach() - before
+    expected = moved["PyTorch, autograd, SGD"]
+    assert expected.abs().max() > 0
+    for change in moved.values():
+        assert relative(change, expected) < 1e-3
 
 
-def test_phases_are_stacked():
-    rows = [
-        step_row(task, method, phase, 1 + index)
-        for task in ("digits", "100 classes")
-        for method in ("cross-entropy", "NCMI, alternating")
-        for index, phase in enumerate(bench_step.PHASES if "NCMI" in method else bench_step.PHASES[:-1])
-    ]
-    rows += [step_row(row.task, row.method, "step", 99, share=0.25) for row in rows if row.phase == "network forward"]
-    rows.append(step_row("centroid step", "CentroidSGD", "step", 1))
-    figure = bench_step.draw(rows)
-    assert [axes.get_title() for axes in figure.axes] == [
-        "digits: B = 8, C = 5, M = 16", "100 classes: B = 8, C = 5, M = 16",
-    ]  # fmt: skip
-    for axes in figure.axes:
-        bars = {
-            container.get_label(): [(bar.get_x(), bar.get_width()) for bar in container]
-            for container in axes.containers
-        }
-        for index, phase in enumerate(bench_step.PHASES):
-            start = sum(range(1, 1 + index))
-            assert bars[phase][1] == (start, 1 + index)
-            assert bars[phase][0] == (start, 0 if phase == bench_step.PHASES[-1] else 1 + index)
-        assert [text.get_text() for text in axes.texts] == [" 99.0 (25.0%)"] * 2
-
-
-def test_the_clock_of_a_gpu_waits_once(monkeypatch):
-    """Events in the stream, and nothing waited for between them."""
-    calls = mock.Mock()
-    events = [mock.Mock() for _ in range(3)]
-    for index, event in enumerate(events):
-        event.record.side_effect = lambda index=index: calls.record(index)
-        event.elapsed_time.side_effect = lambda other, index=index: events.index(other) - index + 0.5
-    monkeypatch.setattr(torch.cuda, "Event", mock.Mock(side_effect=events))
-    monkeypatch.setattr(torch.cuda, "synchronize", calls.synchronize)
-    clock = bench_step.Clock(torch.device("cuda"))
-    clock.lap("first")
-    clock.lap("second")
-    assert clock.laps() == {"first": 1500.0, "second": 1500.0}
-    assert calls.mock_calls == [mock.call.record(0), mock.call.record(1), mock.call.record(2), mock.call.synchronize()]
-
-
-def test_step_options_are_checked(capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for arguments, message in (
-        (["--tasks", "nothing"], "--tasks: got ['nothing'], expected some of"),
-        (["--device", "cuda"], "--device: got cuda"),
-        (["--tasks", "--shapes"], "--tasks, --shapes: got none of either"),
-    ):
-        with pytest.raises(SystemExit):
-            bench_step.main(arguments)
-        assert message in capsys.readouterr().err
-
-
-def test_sharded_command_line(tmp_path, capsys):
+def test_sharded_command_line(tmp_path):
     path = tmp_path / "sharded.csv"
     sizes = ["--processes", "2", "--classes", "10", "40", "--batch", "8", "--features", "16"]
     bench_sharded.main([*sizes, "--csv", str(path)])
-    rows = records.read_rows(path, bench_sharded.Row)
+    rows = records.read_rows(path, records.Row)
     assert [(row.C, row.method) for row in rows] == [(C, method) for C in (10, 40) for method in bench_sharded.METHODS]
     for row in rows:
         assert (row.processes, row.B, row.M) == (2, 8, 16)
         assert row.payload_bytes > 0
         assert row.loopback_bytes is None or row.loopback_bytes > row.payload_bytes
         assert row.milliseconds > 0
-    assert "KiB that one of 2 processes sends" in capsys.readouterr().out
-
-
-def test_sharded_options_are_checked(capsys):
-    for option, value, least in (("--processes", 0, 1), ("--classes", 1, 2), ("--batch", 0, 1), ("--features", 1, 2)):
-        with pytest.raises(SystemExit):
-            bench_sharded.main([option, str(value)])
-        assert f"{option}: got {value}, expected at least {least}" in capsys.readouterr().err
 
 
 def test_training_moves_what_it_should():

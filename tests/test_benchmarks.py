@@ -1,45 +1,50 @@
-"""The benchmark's own parts on a tiny shape, the memory of a step, and the cases for pytest-benchmark.
+"""What decides a published number: the implementations, ratios, quantiles, shares of time, memory.
 
-The last are skipped unless asked for: pytest tests/test_benchmarks.py --benchmark-only --benchmark-autosave
+And the cases for pytest-benchmark, skipped unless asked for:
+pytest tests/test_benchmarks.py --benchmark-only --benchmark-autosave
 """
 
-import argparse
-import csv
 import ctypes
-import importlib.util
+import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import relative
 
 from ncmi_kernels import NCMILoss, available_backends, reference
-
-if importlib.util.find_spec("rich") is None:
-    pytest.skip("the benchmark needs rich", allow_module_level=True)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import bench_loss
 import cases
 import devices
+import records
+import runner
 from cases import (
     COMPILED_CROSS_ENTROPY,
     CROSS_ENTROPY,
     CROSS_ENTROPY_WITH_HEAD,
     EAGER,
+    FORWARD,
+    FULL,
     IMPLEMENTATIONS,
     KERNELS,
     LITERAL,
+    NCMI_BATCH,
     NCMI_CENTROIDS,
     NCMI_FOCUS,
     NCMI_SAMPLE,
+    NO_GRAD,
     SHAPES,
     TINY,
     Shape,
 )
 from devices import CPU
+from runner import Entry
 
 pytestmark = pytest.mark.skipif(
     available_backends()["cpu"] is not None, reason=f"no C++ kernels: {available_backends()['cpu']}"
@@ -72,6 +77,11 @@ def worker():
         yield pool
 
 
+# ------------------------------------------------------------------------------------------------------------
+# The implementations are what their names say
+# ------------------------------------------------------------------------------------------------------------
+
+
 def two_steps(criterion):
     """Losses and gradients of two batches; the second one uses the centre that the first one set."""
     results = []
@@ -83,30 +93,6 @@ def two_steps(criterion):
     return results
 
 
-def relative_error(a, b):
-    return ((a - b).norm() / b.norm()).item()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The implementations
-# ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=slug)
-def test_gives_a_loss_and_a_gradient(implementation):
-    criterion = build(implementation, TINY)
-    z, y = cases.batch(TINY)
-    loss = criterion(z, y)
-    assert loss.shape == ()
-    assert loss.isfinite()
-    loss.backward()
-    wanted = [z, *(parameter for parameter in criterion.parameters() if parameter.requires_grad)]
-    for tensor in wanted:
-        assert tensor.grad.isfinite().all()
-        assert tensor.grad.abs().max() > 0
-    assert len(wanted) == (2 if implementation in (NCMI_CENTROIDS, CROSS_ENTROPY_WITH_HEAD) else 1)
-
-
 OTHER_LOSSES = (CROSS_ENTROPY, COMPILED_CROSS_ENTROPY, CROSS_ENTROPY_WITH_HEAD, NCMI_SAMPLE, NCMI_FOCUS)
 
 
@@ -115,23 +101,29 @@ def test_the_same_loss(implementation):
     criterion, literal = build(implementation, TINY), LITERAL.build(TINY)
     if isinstance(criterion, NCMILoss):  # some start from centroids of their own
         literal.ncmi.load_state_dict(criterion.state_dict())
-    expected = two_steps(literal)
-    for (loss, grad), (expected_loss, expected_grad) in zip(two_steps(criterion), expected, strict=True):
-        assert relative_error(loss, expected_loss) < 1e-4
-        assert relative_error(grad, expected_grad) < 1e-4
+    wanted = [each for each in criterion.parameters() if each.requires_grad]
+    assert len(wanted) == (implementation is NCMI_CENTROIDS)
+    for (loss, grad), (expected_loss, expected_grad) in zip(two_steps(criterion), two_steps(literal), strict=True):
+        assert relative(loss, expected_loss) < 1e-4
+        assert relative(grad, expected_grad) < 1e-4
+    assert all(each.grad.abs().max() > 0 for each in wanted)
 
 
-def test_cross_entropy_compiled():
-    criterion, (z, y) = build(COMPILED_CROSS_ENTROPY, TINY), cases.batch(TINY)
-    torch.testing.assert_close(criterion(z, y), F.cross_entropy(z, y))
-
-
-def test_without_a_compiler_what_needs_one_is_noted(worker, monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(bench_loss, "IMPLEMENTATIONS", (CROSS_ENTROPY, COMPILED_CROSS_ENTROPY))
-    rows = bench_loss.measure(TINY, 1, 0.1, worker)
-    assert [row.note for row in rows] == [""] * 3 + ["torch.compile needs a C++ compiler (no-such-compiler)"] * 3
-    assert [row.median_us is None for row in rows] == [False] * 3 + [True] * 3
+def test_other_losses():
+    z, y = cases.batch(TINY)
+    torch.testing.assert_close(CROSS_ENTROPY.build(TINY)(z, y), F.cross_entropy(z, y))
+    torch.testing.assert_close(build(COMPILED_CROSS_ENTROPY, TINY)(z, y), F.cross_entropy(z, y))
+    head = CROSS_ENTROPY_WITH_HEAD.build(TINY)
+    (weight,) = head.parameters()
+    assert weight.shape == (TINY.C, TINY.M)
+    torch.testing.assert_close(head(z, y), F.cross_entropy(z @ weight.T, y))
+    focus = NCMI_FOCUS.build(TINY)
+    assert (focus.options.separation_focus, focus.centroid_logits.requires_grad) == (10, False)
+    sample = NCMI_SAMPLE.build(TINY)
+    assert sample.ratio == "sample"
+    centre = z.detach().mean(dim=0)
+    expected = reference.loss(z, y, sample.centroid_logits, centre, None, sample.options, literal=True)
+    assert relative(sample(z, y), expected) < 1e-4
 
 
 def test_plain_pytorch_computes_log_q_once(monkeypatch):
@@ -148,122 +140,103 @@ def test_plain_pytorch_computes_log_q_once(monkeypatch):
     assert rows == [TINY.B] * 2  # and none of TINY.C
 
 
-def test_focus_and_the_head_that_it_replaces():
-    criterion, head = build(NCMI_FOCUS, TINY), build(CROSS_ENTROPY_WITH_HEAD, TINY).head
-    assert (criterion.options.separation_focus, criterion.centroid_logits.requires_grad) == (10, False)
-    assert [parameter.shape for parameter in head.parameters()] == [(TINY.C, TINY.M)]
-
-
-def test_ratio_by_sample():
-    criterion = NCMI_SAMPLE.build(TINY)
-    assert criterion.ratio == "sample"
-    (loss, grad), _ = two_steps(criterion)
-    z, y = cases.batch(TINY)
-    expected = reference.loss(
-        z, y, criterion.centroid_logits, z.detach().mean(dim=0), None, criterion.options, literal=True
-    )
-    expected.backward()
-    assert relative_error(loss, expected.detach()) < 1e-4
-    assert relative_error(grad, z.grad) < 1e-4
-
-
-def test_shape_text():
-    assert [Shape.parse(str(shape)) for shape in SHAPES] == list(SHAPES)
-    for text in ("256x1000", "0x3x4", "4x1x4", "4x3x4x5", "axbxc"):
-        with pytest.raises(argparse.ArgumentTypeError, match=f"got '{text}', expected BxCxM"):
-            Shape.parse(text)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--threads", "0"], "--threads: got 0, expected at least 1"),
-        (["--threads", "1", "two"], "--threads: invalid integer value: 'two'"),
-        (["--shapes", "3x4"], "--shapes: got '3x4', expected BxCxM"),
-        (["--budget", "-1"], "--budget: got -1, expected at least 0"),
-        (["--budget", "nan"], "--budget: got nan, expected at least 0"),
-        (["--csv", "no-such-directory/out.csv"], "no-such-directory is not a directory"),
-    ],
-)
-def test_options_are_checked(arguments, message, capsys):
-    with pytest.raises(SystemExit):
-        bench_loss.main(arguments)
-    assert message in capsys.readouterr().err
-
-
 # ------------------------------------------------------------------------------------------------------------
-# The measurement
+# Rows
 # ------------------------------------------------------------------------------------------------------------
 
 
-def test_command_line(tmp_path, capsys, monkeypatch):
-    measured = [each for each in IMPLEMENTATIONS if not each.compiled]  # which takes seconds
-    monkeypatch.setattr(bench_loss, "IMPLEMENTATIONS", measured)
-    monkeypatch.setattr(bench_loss, "MAX_ROUNDS", bench_loss.MIN_ROUNDS + 2)
-    file = tmp_path / "out.csv"
-    bench_loss.main(["--shapes", str(TINY), "--threads", "1", "--budget", "6", "--csv", str(file)])
-
-    table = capsys.readouterr().out
-    assert "6 x 4 x 10" in table
-    assert all(implementation.name in table for implementation in measured)
-    with file.open(newline="") as opened:
-        reader = csv.DictReader(opened)
-        rows = list(reader)
-    columns = (
-        "device torch ncmi_kernels cpu_capability date B C M dtype threads implementation mode repetitions "
-        "median_us p20_us p80_us ratio_to_cross_entropy ratio_to_head peak_extra_bytes later_peak_extra_bytes "
-        "minor_faults_per_step note"
-    )
-    assert reader.fieldnames == columns.split()
-    assert [(row["implementation"], row["mode"]) for row in rows] == [
-        (implementation.name, mode) for implementation in measured for mode in bench_loss.MODES
-    ]
-    for row in rows:
-        assert (row["B"], row["C"], row["M"], row["dtype"], row["threads"]) == (
-            "6",
-            "4",
-            "10",
-            "float32",
-            "1",
-        )
-        assert 1 <= int(row["repetitions"]) <= bench_loss.MAX_ROUNDS
-        assert 0 < float(row["p20_us"]) <= float(row["median_us"]) <= float(row["p80_us"])
-        assert float(row["ratio_to_cross_entropy"]) > 0
-        assert (row["ratio_to_head"] != "") == (row["implementation"] == NCMI_FOCUS.name)
-        if row["implementation"] == CROSS_ENTROPY.name:
-            assert int(row["repetitions"]) >= bench_loss.MIN_ROUNDS
-            assert float(row["ratio_to_cross_entropy"]) == 1
+def test_quantiles():
+    values = [random.Random(0).random() for _ in range(24)]
+    found = records.spread(values)
+    expected = [np.median(values), *np.quantile(values, (0.2, 0.8))]
+    assert [found[name] for name in ("median_us", "p20_us", "p80_us")] == pytest.approx(expected)
+    assert found["repetitions"] == 24
+    assert set(records.spread([7.0]).values()) == {1, 7.0}
+    assert records.spread([]) == {}
 
 
-def kept(names, *rounds):
-    """The forward rows of implementations whose steps took these times; a round is as long as those that took part."""
-    measured, keeper = [bench_loss.Measurement(each) for each in names], bench_loss.Keeper()
-    for number, times in enumerate(rounds, start=-3):  # the first three warm up
-        steps = [dict.fromkeys(bench_loss.MODES, bench_loss.Sample(time, 0)) for time in times]
-        keeper.keep(measured[: len(times)], steps, number)
-    return [bench_loss._summary(each, "forward") for each in measured]
+def test_rows_survive_the_file(tmp_path):
+    file, columns = tmp_path / "bench.csv", ("B", "implementation", "median_us", "launches", "note")
+    first = records.Row(B=3, implementation="a, b", median_us=1.25, launches=4)
+    second = records.Row(note="out of memory, as was to be expected")
+    assert records.read_rows(file, records.Row) == []
+    records.write_rows(file, [first], columns, append=True)
+    records.write_rows(file, [second], columns, append=True)
+    assert records.read_rows(file, records.Row) == [first, second]
+    records.write_rows(file, [second], columns)
+    assert records.read_rows(file, records.Row) == [second]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Ratios
+# ------------------------------------------------------------------------------------------------------------
+
+
+def entries_of(*rounds, warm_up=3):
+    """Entries "0", "1", ... whose steps took these times; a round is as long as those that took part."""
+    entries = [Entry(str(index)) for index in range(max(map(len, rounds)))]
+    for number, times in enumerate(rounds, start=-warm_up):
+        for entry, time in zip(entries, times, strict=False):
+            entry.rounds[number] = {FULL: time}
+    return entries
 
 
 def test_ratios_are_of_rounds_next_to_each_other():
     """A machine that is slower for a while leaves the ratio as it is."""
-    rounds = [(3.0 * speed, 2.0 * speed) for speed in (1, 1, 1, 1, 1, 1, 4, 4, 4, 4, 4, 4, 4)]
-    ours, cross_entropy = kept((cases.NCMI_BATCH, CROSS_ENTROPY), *rounds)
-    assert (ours["ratio_to_cross_entropy"], cross_entropy["ratio_to_cross_entropy"]) == (1.5, 1)
-    assert (ours["median_us"], ours["repetitions"], ours["ratio_to_head"]) == (12, 10, None)
+    cross_entropy, ours = entries_of(*[(2.0 * speed, 3.0 * speed) for speed in (1, 1, 1, 1, 1, 1, 4, 4, 4, 4, 4, 4, 4)])
+    assert ours.ratio(cross_entropy, FULL, before=3) == ours.ratio(cross_entropy, FULL) == 1.5
+    assert cross_entropy.ratio(cross_entropy, FULL, before=3) == 1
+    row = ours.row(FULL)
+    assert (row.median_us, row.repetitions) == (12, 10)  # without those that warm up
 
 
 def test_what_a_slow_step_does_to_its_round_is_not_in_its_ratio():
     """It makes the cross_entropy after it slower: here twice as slow."""
-    rounds = [(2.0,), (2.0,), (9.0,), (4.0, 100.0), (2.0,), (2.0,), (4.0, 100.0), (2.0,)]
-    cross_entropy, literal = kept((CROSS_ENTROPY, LITERAL), *rounds)
-    assert (literal["ratio_to_cross_entropy"], literal["repetitions"]) == (50, 2)
-    assert (cross_entropy["ratio_to_cross_entropy"], cross_entropy["median_us"]) == (1, 2)
+    cross_entropy, literal = entries_of((2.0,), (2.0,), (9.0,), (4.0, 100.0), (2.0,), (2.0,), (4.0, 100.0), (2.0,))
+    assert literal.ratio(cross_entropy, FULL, before=3) == 50
+    assert literal.ratio(cross_entropy, FULL) == 25
 
 
-def test_focus_is_beside_the_head_in_every_round():
-    names = (CROSS_ENTROPY, CROSS_ENTROPY_WITH_HEAD, NCMI_FOCUS)
-    *_, focus = kept(names, (2.0,), (2.0,), (2.0,), (2.0, 40.0, 50.0), (2.0,), (2.0, 80.0, 100.0))
-    assert (focus["ratio_to_head"], focus["ratio_to_cross_entropy"]) == (1.25, 37.5)
+def test_the_ratios_of_bench_loss(worker, monkeypatch):
+    """Each mode to cross_entropy's of that mode, focus to the head; and what cannot be measured is noted."""
+    measured = (CROSS_ENTROPY, LITERAL, CROSS_ENTROPY_WITH_HEAD, NCMI_FOCUS, NCMI_BATCH)
+    monkeypatch.setattr(bench_loss, "IMPLEMENTATIONS", measured)
+    monkeypatch.setattr(devices, "free_bytes", lambda device: 0)
+    times = {"cross_entropy": 2.0, "cross_entropy with head": 40.0, "ncmi focus": 50.0, "ncmi batch": 3.0}
+
+    def rounds(entries, *_, **__):
+        for entry in entries:
+            for number in range(5 if entry.take else 0):
+                laps = {FORWARD: 1.0, FULL: 2.0, NO_GRAD: 0.5}
+                entry.rounds[number] = {mode: factor * times[entry.name] for mode, factor in laps.items()}
+
+    monkeypatch.setattr(bench_loss, "run_rounds", rounds)
+    rows = bench_loss.measure((TINY, 1), 0.0, worker)
+    assert [(row.implementation, row.mode) for row in rows] == [
+        (each.name, mode) for each in measured for mode in bench_loss.MODES
+    ]
+    for row in rows:
+        if row.implementation == "literal":
+            assert row.note == "memory: about 0 GiB, more than half of the 0 GiB that are free"
+            assert (row.median_us, row.ratio_to_cross_entropy) == (None, None)
+        else:
+            assert row.ratio_to_cross_entropy == times[row.implementation] / 2
+            assert row.ratio_to_head == (1.25 if row.implementation == "ncmi focus" else None)
+    assert runner.failures(rows, cases.OUR_NAMES) == 0
+    assert runner.failures([records.Row(implementation="ncmi batch", note="x")], cases.OUR_NAMES) == 1
+
+
+def test_bench_loss(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench_loss, "IMPLEMENTATIONS", (CROSS_ENTROPY, NCMI_CENTROIDS, LITERAL))
+    file = tmp_path / "out.csv"
+    assert bench_loss.main(["--shapes", str(TINY), "--threads", "1", "--seconds", "0", "--csv", str(file)]) == 0
+    rows = records.read_rows(file, records.Row)
+    assert [row.mode for row in rows] == [*bench_loss.MODES] * 3
+    for row in rows:
+        assert (row.B, row.C, row.M, row.dtype, row.threads, row.torch) == (*TINY, "float32", 1, torch.__version__)
+        assert 0 < row.p20_us <= row.median_us <= row.p80_us
+        assert row.repetitions >= (1 if row.implementation == "literal" else bench_loss.LEAST_ROUNDS)
+    assert "6, 4, 10" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -271,77 +244,79 @@ def test_focus_is_beside_the_head_in_every_round():
 # ------------------------------------------------------------------------------------------------------------
 
 
-def rounds_of(monkeypatch, seconds, deadline, **how):
-    """How many rounds each implementation takes part in, whose steps take so many seconds; and the time in all."""
+def rounds_of(monkeypatch, steps, seconds, **how):
+    """Which rounds each entry takes part in, whose steps take so many seconds; and the time in all."""
     now = [0.0]
-    monkeypatch.setattr(cases.time, "perf_counter", lambda: now[0])
-    entries = [bench_loss.Measurement(each) for each in seconds]
-    taken = {each.name: [] for each in seconds}
+    monkeypatch.setattr(runner.time, "perf_counter", lambda: now[0])
 
-    def take(due, number, order):
-        for entry in due:
-            now[0] += seconds[entry.candidate]
-            entry.spent += seconds[entry.candidate]
-            taken[entry.candidate.name].append(number)
+    def step(seconds):
+        now[0] += seconds
+        return {FULL: 1e6 * seconds}
 
-    cases.run_rounds(entries, take, deadline, **{"least": 20, "most": 2000, **how})
-    return taken, now[0]
+    entries = [Entry(name, lambda s=s: step(s), **more) for name, (s, more) in steps.items()]
+    runner.run_rounds(entries, seconds, **{"least": 20, **how})
+    return {entry.name: list(entry.rounds) for entry in entries}, now[0]
+
+
+QUICK = (0.01, {})
+SLOW = (0.5, {"share": 0.15})
+HEAVY = (4.0, {"share": 0.15, "heavy": True})
 
 
 def test_slow_ones_sit_out_rounds(monkeypatch):
-    seconds = {CROSS_ENTROPY: 0.01, EAGER: 0.5}
-    taken, spent = rounds_of(monkeypatch, seconds, 20.0, warm_up=3)
-    assert taken["cross_entropy"][:4] == [-3, -2, -1, 0]
-    assert min(taken["collapsed eager"]) >= 0
-    assert 0.1 * spent < 0.5 * len(taken["collapsed eager"]) < 0.2 * spent
-    taken, spent = rounds_of(monkeypatch, seconds, 20.0, each=5, max_share=0.5)
-    assert taken["collapsed eager"][:5] == [0, 1, 2, 3, 4]
-    assert taken["collapsed eager"][5] > 100
-    assert 0.5 * len(taken["collapsed eager"]) == pytest.approx(0.5 * spent, abs=0.6)
-
-
-def test_few_slow_ones_use_all_of_the_time(monkeypatch):
-    """Of which each would sit out for good."""
-    taken, spent = rounds_of(monkeypatch, {EAGER: 0.1, NCMI_SAMPLE: 0.1}, 10.0, each=5, max_share=0.05)
+    taken, spent = rounds_of(monkeypatch, {"quick": QUICK, "slow": SLOW}, 20.0, warm_up=3)
+    assert taken["quick"][:4] == [-3, -2, -1, 0]
+    assert min(taken["slow"]) >= 0
+    assert 0.1 * spent < 0.5 * len(taken["slow"]) < 0.2 * spent
+    taken, _ = rounds_of(monkeypatch, {"quick": QUICK, "slow": SLOW}, 20.0, each=5)
+    assert taken["slow"][:5] == [0, 1, 2, 3, 4]
+    assert taken["slow"][5] > 100
+    # Where each would sit out for good, all of them go on.
+    taken, spent = rounds_of(monkeypatch, {name: (0.1, {"share": 0.05}) for name in "ab"}, 10.0, each=5)
     assert spent == pytest.approx(10, abs=0.3)
-    assert len(taken["collapsed eager"]) == len(taken["ncmi sample"])
+    assert len(taken["a"]) == len(taken["b"])
 
 
 def test_the_time_of_a_heavy_one_is_given_back(monkeypatch):
-    alone, _ = rounds_of(monkeypatch, {CROSS_ENTROPY: 0.1}, 10.0)
-    taken, spent = rounds_of(monkeypatch, {CROSS_ENTROPY: 0.1, LITERAL: 4.0}, 10.0)
-    assert len(taken["cross_entropy"]) == pytest.approx(len(alone["cross_entropy"]), abs=1)
-    assert spent == pytest.approx(10 + 4.0 * len(taken["literal"]), abs=0.2)
-    seconds = {CROSS_ENTROPY: 0.01, EAGER: 0.5}
-    alone, _ = rounds_of(monkeypatch, seconds, 20.0)
-    taken, _ = rounds_of(monkeypatch, {**seconds, LITERAL: 4.0}, 20.0)
-    assert len(taken["collapsed eager"]) == pytest.approx(len(alone["collapsed eager"]), abs=1)
+    for others in ({"quick": (0.1, {})}, {"quick": QUICK, "slow": SLOW}):
+        alone, _ = rounds_of(monkeypatch, others, 20.0)
+        taken, spent = rounds_of(monkeypatch, {**others, "heavy": HEAVY}, 20.0)
+        for name, rounds in alone.items():
+            assert len(taken[name]) == pytest.approx(len(rounds), abs=1)
+        assert spent == pytest.approx(20 + 4.0 * len(taken["heavy"]), abs=0.7)
 
 
-def test_what_is_beside_another_has_its_rounds(monkeypatch):
-    seconds = {CROSS_ENTROPY: 0.01, CROSS_ENTROPY_WITH_HEAD: 0.3, NCMI_FOCUS: 0.2}
-    taken, spent = rounds_of(monkeypatch, seconds, 20.0, warm_up=3)
-    assert taken["ncmi focus"] == taken["cross_entropy with head"]
-    assert 0.1 * spent < (0.3 + 0.2) * len(taken["ncmi focus"]) < 0.2 * spent  # the share of one
+def test_a_group_has_its_share_and_its_rounds_in_common(monkeypatch):
+    more = {"share": 0.15, "group": "g"}
+    taken, spent = rounds_of(monkeypatch, {"quick": QUICK, "a": (0.3, more), "b": (0.2, more)}, 20.0)
+    assert taken["a"] == taken["b"]
+    assert 0.1 * spent < 0.5 * len(taken["a"]) < 0.2 * spent
 
 
-def test_what_does_not_fit_is_noted(worker, monkeypatch):
-    assert LITERAL.obstacle(TINY, CPU) is None
-    monkeypatch.setattr(devices, "free_bytes", lambda device: 0)
-    monkeypatch.setattr(bench_loss, "IMPLEMENTATIONS", (CROSS_ENTROPY, LITERAL))
-    rows = bench_loss.measure(TINY, 1, 0.1, worker)
-    timed, left_out = rows[:3], rows[3:]
-    assert [row.note for row in timed] == ["", "", ""]
-    assert all(row.median_us is not None for row in timed)
-    for row in left_out:
-        assert row.note == "memory: about 0 GiB, more than half of the 0 GiB that are free"
-        assert (row.repetitions, row.median_us, row.ratio_to_cross_entropy) == (0, None, None)
-    assert bench_loss.make_table(rows).row_count == 1
+def test_a_step_that_fails_late_is_left_out():
+    calls = []
+
+    def late():
+        calls.append(None)
+        if len(calls) > 6:
+            raise RuntimeError("CUDA error: something\nsecond line")
+        return {FULL: 1.0}
+
+    entries = [Entry("late", late), Entry("other", lambda: {FULL: 2.0})]
+    runner.run_rounds(entries, 0.0, least=20)
+    assert (entries[0].note, len(entries[0].rounds)) == ("RuntimeError: CUDA error: something", 6)
+    assert (entries[1].note, len(entries[1].rounds)) == ("", 20)
+    entries[0].fail(torch.OutOfMemoryError("CUDA out of memory.\nmany bytes"))
+    assert entries[0].note == "out of memory"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Memory
+# ------------------------------------------------------------------------------------------------------------
 
 
 def allocate_four_mib():
-    malloc = ctypes.CDLL(None).malloc
-    free = ctypes.CDLL(None).free
+    malloc, free = ctypes.CDLL(None).malloc, ctypes.CDLL(None).free
     malloc.restype = ctypes.c_void_p
     malloc.argtypes = (ctypes.c_size_t,)
     free.argtypes = (ctypes.c_void_p,)
@@ -362,20 +337,14 @@ def test_memory_counts_tensors_and_malloc(worker):
         assert peak == pytest.approx(4 * MIB, abs=MIB // 16)
 
 
-@pytest.mark.parametrize(
-    ("shape", "too_large"),
-    [
-        pytest.param(Shape(256, 1000, 1000), 256 * 1000 * 1000, id="256x1000x1000"),
-        pytest.param(Shape(64, 4000, 512), 64 * 4000 * 512, id="64x4000x512"),
-        pytest.param(Shape(4096, 4000, 16), 4096 * 4000, id="4096x4000x16"),  # shows a [B, C] tensor too
-    ],
-)
+@pytest.mark.parametrize("shape", [Shape(256, 1000, 1000), Shape(64, 4000, 512), Shape(4096, 4000, 16)], ids=str)
 @pytest.mark.parametrize("implementation", KERNELS, ids=slug)
-def test_memory_is_linear(implementation, shape, too_large, worker):
-    first, later = worker.submit(bench_loss.step_peaks, implementation.name, shape, 1).result()
+def test_memory_is_linear(implementation, shape, worker):
+    first, later = worker.submit(runner.cpu_peaks, implementation.name, FULL, shape, 1).result()
     if first is None:
         pytest.skip("needs Linux with glibc 2.33")
     bound = 4 * (shape.B * shape.M + shape.C * shape.M) * 4 + MIB
+    too_large = min(shape.B * shape.C * shape.M, 4096 * 4000)  # the last shape shows a [B, C] tensor too
     assert bound < 4 * too_large
     gradient = 4 * shape.B * shape.M
     assert gradient <= later <= bound
@@ -386,7 +355,9 @@ def test_memory_is_linear(implementation, shape, too_large, worker):
 # For pytest-benchmark: in one thread, so that the runs of different machines compare.
 # ------------------------------------------------------------------------------------------------------------
 
-EVERY_CASE = pytest.mark.parametrize(
+
+@pytest.mark.parametrize("mode", [FULL, NO_GRAD])
+@pytest.mark.parametrize(
     ("shape", "implementation"),
     [
         pytest.param(shape, implementation, id=f"{shape}-{slug(implementation)}")
@@ -394,18 +365,21 @@ EVERY_CASE = pytest.mark.parametrize(
         for implementation in IMPLEMENTATIONS
     ],
 )
-
-
-def run_benchmark(benchmark, group, shape, implementation, step):
+def test_speed(benchmark, shape, implementation, mode):
     torch.set_num_threads(1)
     torch.compiler.reset()
-    benchmark.group = f"{shape} {group}"
+    benchmark.group = f"{shape} {mode}"
     benchmark.extra_info.update(implementation=implementation.name, **devices.describe_machine())
     criterion, (z, y) = build(implementation, shape), cases.batch(shape)
 
     def call():
-        bench_loss.forget_gradients(criterion, z)
-        return step(criterion, z, y)
+        z.grad = None
+        criterion.zero_grad()
+        with torch.set_grad_enabled(mode == FULL):
+            loss = criterion(z, y)
+        if mode == FULL:
+            loss.backward()
+        return loss
 
     if implementation.heavy:
         loss = benchmark.pedantic(call, rounds=2)
@@ -413,22 +387,4 @@ def run_benchmark(benchmark, group, shape, implementation, step):
         call()  # compiles
         loss = benchmark(call)
     assert bool(loss.isfinite()), "a fast wrong answer"
-    return z
-
-
-@EVERY_CASE
-def test_forward_backward(benchmark, shape, implementation):
-    def step(criterion, z, y):
-        loss = criterion(z, y)
-        loss.backward()
-        return loss
-
-    z = run_benchmark(benchmark, "forward+backward", shape, implementation, step)
-    assert bool(z.grad.isfinite().all())
-    assert bool(z.grad.any())
-
-
-@EVERY_CASE
-def test_no_grad_forward(benchmark, shape, implementation):
-    with torch.no_grad():
-        run_benchmark(benchmark, "no-grad forward", shape, implementation, lambda criterion, z, y: criterion(z, y))
+    assert mode == NO_GRAD or (bool(z.grad.isfinite().all()) and bool(z.grad.any()))

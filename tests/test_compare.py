@@ -9,8 +9,8 @@ import pytest
 
 from ncmi_kernels import available_backends
 
-if importlib.util.find_spec("rich") is None:
-    pytest.skip("the benchmarks need rich", allow_module_level=True)
+if importlib.util.find_spec("scipy") is None:
+    pytest.skip("the comparison needs scipy", allow_module_level=True)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -83,14 +83,8 @@ def test_a_base_without_a_name(tree, capsys):
 def test_what_cannot_be_compared(tmp_path, tree, capsys):
     assert compare.main(["--base", "no-such-revision"]) == 2
     assert "--base: got 'no-such-revision', expected a revision of" in capsys.readouterr().err
-    assert compare.main(["--base-dir", str(tmp_path / "none")]) == 2
-    assert "which has no ncmi_kernels/_C*.so, expected a tree that is built" in capsys.readouterr().err
     assert compare.main(["--base-dir", str(tree("raise ImportError('broken')\n")), *QUICK]) == 2
     assert "compare: base: ImportError: broken" in capsys.readouterr().err
-    for value in ("0.9", "nan"):
-        with pytest.raises(SystemExit):
-            compare.main(["--base", "HEAD", "--threshold", value])
-        assert f"--threshold: got {value}, expected at least 1" in capsys.readouterr().err
 
 
 def test_interval():

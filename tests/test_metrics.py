@@ -569,7 +569,7 @@ def test_checkpoint_steps(ncmi_accuracy):
 
 def test_checkpoints_are_those_of_the_run(ncmi_accuracy):
     """The last one has what the demo reports of the same run; it is the demo's definition of CMI and Gamma, too."""
-    demo, dataset = ncmi_accuracy.demo, ncmi_accuracy.data.digits()
+    demo, dataset = ncmi_accuracy.demo, ncmi_accuracy.demo.data.digits()
     for name in ncmi_accuracy.LOSSES:
         recipe = demo.TASKS["digits"].recipes[name]
         run = demo.train(recipe, dataset, seed=3, epochs=1, batch_size=64)

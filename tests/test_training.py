@@ -121,17 +121,8 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--data=fashion-mnist", "--data-dir=nowhere"], "dataset-fashion-mnist"),
-        (["--epochs=0"], "at least 1"),
-        (["--output=nowhere/demo.png"], "is not a directory"),
-    ],
-)
-def test_command_line_errors(tmp_path, monkeypatch, capsys, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["demo.py", *arguments])
+def test_missing_images_are_told(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--data=fashion-mnist", "--data-dir=nowhere"])
     with pytest.raises(SystemExit, match="2"):
         demo.main()
-    assert message in capsys.readouterr().err
+    assert "dataset-fashion-mnist" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from typing import Any
 import images
 import plans
 from arguments import positive
-from runner import append, load_images, missing, read_rows, results
+from store import append, load_images, missing, read_rows, results
 from tqdm import tqdm
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "experiments.csv"

@@ -8,7 +8,6 @@ pulls harder at those that the network takes for another class, and away from th
 """
 
 import argparse
-import csv
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ import plans
 import torch
 import torch.nn.functional as F
 from arguments import positive
+from records import write_lines
 from torch import Tensor, nn
 from tqdm import tqdm
 from training import EVALUATION_BATCH, SAMPLE, Run, outputs_of, train
@@ -117,10 +117,7 @@ def main() -> None:
 
                 run = Run("gradients", arguments.data, task.network, name, setting, seed, arguments.epochs)
                 train(run, data, on_epoch=bar.update, on_end=note)
-    with arguments.output.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Pull._fields)
-        writer.writerows([[f"{cell:.6g}" if isinstance(cell, float) else cell for cell in line] for line in lines])
+    write_lines(arguments.output, [line._asdict() for line in lines], Pull._fields)
     print(f"{arguments.output} is written")
 
 

@@ -4,13 +4,16 @@ Fashion-MNIST and the digits as in the demo; `fashion-pairs`, a task of 100 clas
 from its official files. The suffix ":validation" of a name keeps part of the training set to choose settings by.
 """
 
-import pickletools
+import codecs
+import dataclasses
+import pickle
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -66,14 +69,8 @@ def held_out(images: Images) -> Images:
     """A sixth of the training images, in an order that is always the same, in the place of the test images."""
     order = torch.randperm(len(images.train_x), generator=torch.Generator().manual_seed(0))
     rest, kept = order.split((len(order) - len(order) // 6, len(order) // 6))
-    return Images(
-        images.train_x[rest],
-        images.train_y[rest],
-        images.train_x[kept],
-        images.train_y[kept],
-        images.classes,
-        images.prepare,
-    )
+    x, y = images.train_x, images.train_y
+    return dataclasses.replace(images, train_x=x[rest], train_y=y[rest], test_x=x[kept], test_y=y[kept])
 
 
 def fashion_pairs(fashion: data.Dataset) -> Images:
@@ -90,79 +87,17 @@ def fashion_pairs(fashion: data.Dataset) -> Images:
     return Images(*pair(fashion.train_x, fashion.train_y, 0), *pair(fashion.test_x, fashion.test_y, 1), 100)
 
 
-_BYTES = "_codecs encode"  # Python 3 writes bytes by protocol 2 as a call of it
-_NAMES = (
-    "numpy.core.multiarray _reconstruct",
-    "numpy._core.multiarray _reconstruct",
-    "numpy ndarray",
-    "numpy dtype",
-    _BYTES,
-)
+class _Arrays(pickle.Unpickler):
+    """Of a pickle the arrays of NumPy, and what Python has of its own; whatever else it names is refused, not run."""
 
-
-def _read_pickle(raw: bytes) -> Any:
-    """The strings, numbers, lists, dicts and arrays in what Python 2 or 3 wrote by protocol 2; strings as latin-1.
-
-    The files come from the network, and unpickling does what they say. Here nothing is looked up, called or given a
-    state: a global is its name, an object is [name, arguments, state]. Tuples are lists: hashing nested ones recurses.
-
-    Raises:
-        Exception: of any kind, for anything else.
-    """
-    stack: list[Any] = []
-    outer: list[list[Any]] = []
-    memo: dict[Any, Any] = {}
-    for opcode, argument, _ in pickletools.genops(raw):
-        match opcode.name:
-            case "PROTO" | "STOP":
-                pass
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINSTRING" | "SHORT_BINSTRING" | "BINUNICODE":
-                stack.append(argument)
-            case "NONE" | "NEWFALSE" | "NEWTRUE":
-                stack.append({"NONE": None, "NEWFALSE": False, "NEWTRUE": True}[opcode.name])
-            case "EMPTY_LIST":
-                stack.append([])
-            case "EMPTY_DICT":
-                stack.append({})
-            case "MARK":
-                outer.append(stack)
-                stack = []
-            case "TUPLE" | "APPENDS" | "SETITEMS":
-                items, stack = stack, outer.pop()
-                if opcode.name == "TUPLE":
-                    stack.append(items)
-                elif opcode.name == "APPENDS":
-                    stack[-1].extend(items)
-                else:
-                    stack[-1].update(zip(items[::2], items[1::2], strict=True))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                size = int(opcode.name[-1])
-                stack[-size:] = [stack[-size:]]
-            case "APPEND" | "BUILD":
-                item = stack.pop()
-                stack[-1].append(item)
-            case "SETITEM":
-                key, value = stack[-2:]
-                del stack[-2:]
-                stack[-1].update({key: value})
-            case "BINPUT" | "LONG_BINPUT":
-                memo[argument] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[argument])
-            case "GLOBAL":
-                if argument not in _NAMES:
-                    raise ValueError(f"it names {argument:.99}, expected nothing but arrays of NumPy")
-                stack.append(argument)
-            case "REDUCE":
-                match stack[-2:]:
-                    case [name, [str(text), "latin1"]] if name == _BYTES:
-                        stack[-2:] = [text]
-                    case call:
-                        stack[-2:] = [call]
-            case name:
-                raise ValueError(f"got {name}, expected what arrays of NumPy, lists and dicts are made of")
-    (content,) = stack
-    return content
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("_codecs", "encode"):  # bytes, as Python 3 writes them by protocol 2
+            return codecs.encode
+        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+            return numpy.ndarray.__reduce__(numpy.empty(0))[0]  # wherever this NumPy has it
+        if module == "numpy" and name in ("ndarray", "dtype"):
+            return getattr(numpy, name)
+        raise ValueError(f"it names {module}.{name}, expected nothing but arrays of NumPy")
 
 
 def cifar_100(directory: Path | None) -> Images:
@@ -187,22 +122,16 @@ def _cifar_part(path: Path) -> tuple[Tensor, Tensor]:
             f"{path}: not there. Unpack cifar-100-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html"
         )
     try:
-        content = _read_pickle(path.read_bytes())
+        with path.open("rb") as file:
+            content = _Arrays(file, encoding="bytes").load()
+        pixels, labels = content[b"data"], torch.tensor(content[b"fine_labels"])
     except Exception as error:
         raise ValueError(f"{path}: not a file of CIFAR-100's python version ({error!r})") from error
-    match content:
-        case {
-            "data": [_, _, [_, [int(rows), 3072], [_, ["u1" | "|u1", *_], *_], by_columns, str(pixels)]],
-            "fine_labels": list(labels),
-        } if len(pixels) == 3072 * rows > 0:
-            pass
-        case _:
-            raise ValueError(f"{path}: got something else, expected data, [N, 3072] of u1, and fine_labels, a list")
-    if len(labels) != rows or not all(type(label) is int and 0 <= label < 100 for label in labels):
-        raise ValueError(f"{path}: got other fine_labels, expected {rows} integers in [0, 100)")
-    x = torch.frombuffer(bytearray(pixels, "latin-1"), dtype=torch.uint8)
-    x = x.view(3072, -1).T if by_columns else x.view(-1, 3072)
-    return x.reshape(-1, 3, 32, 32), torch.tensor(labels)
+    if not isinstance(pixels, numpy.ndarray) or pixels.dtype != numpy.uint8 or pixels.shape != (len(labels), 3072):
+        raise ValueError(f"{path}: got other data, expected an array [N, 3072] of uint8 and as many labels")
+    if labels.dtype != torch.int64 or not len(labels) or labels.min() < 0 or labels.max() >= 100:
+        raise ValueError(f"{path}: got other fine_labels, expected integers in [0, 100)")
+    return torch.from_numpy(numpy.ascontiguousarray(pixels)).reshape(-1, 3, 32, 32), labels
 
 
 def _prepare_cifar(x: Tensor, augment: bool) -> Tensor:

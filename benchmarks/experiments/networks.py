@@ -4,29 +4,15 @@ from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
+import demo
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 def convolutional(channels: int, outputs: int, width: int = 32) -> nn.Module:
-    """Three convolutions, the mean over the quarters of the image, a linear layer to the features or logits."""
-    return nn.Sequential(
-        nn.Conv2d(channels, width, 3, padding=1, bias=False),
-        nn.MaxPool2d(2),  # before the normalisation, which costs a quarter of the time then
-        nn.BatchNorm2d(width),
-        nn.ReLU(),
-        nn.Conv2d(width, 2 * width, 3, padding=1, bias=False),
-        nn.BatchNorm2d(2 * width),
-        nn.ReLU(),
-        nn.AdaptiveMaxPool2d(4),
-        nn.Conv2d(2 * width, 2 * width, 3, padding=1, bias=False),
-        nn.BatchNorm2d(2 * width),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2),  # not 1: of two images side by side, left and right must stay apart
-        nn.Flatten(),
-        nn.Linear(8 * width, outputs),
-    )
+    """The demo's, with the mean over each quarter: of two images side by side, left and right must stay apart."""
+    return demo.convolutional(outputs, channels, width, cells=2)
 
 
 def perceptron(channels: int, outputs: int) -> nn.Module:

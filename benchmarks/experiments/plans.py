@@ -1,6 +1,7 @@
 """The experiments: which networks are trained, on what and how."""
 
 import dataclasses
+import itertools
 import random
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -67,19 +68,38 @@ TASKS = {
 }
 
 
+def _runs(
+    experiment: str,
+    datasets: Iterable[str],
+    seeds: int,
+    epochs: int | None,
+    settings_of: Callable[[Task], dict[str, Setting]],
+    **changed: Any,
+) -> list[Run]:
+    """By data set, seed and setting; `changed` are fields of a run that are not its task's."""
+    runs = [
+        Run(experiment, dataset, task.network, name, setting, seed, epochs or task.epochs)
+        for dataset in datasets
+        for task in (TASKS[dataset],)
+        for seed in range(seeds)
+        for name, setting in settings_of(task).items()
+    ]
+    return [dataclasses.replace(run, **changed) for run in runs]
+
+
+def _validated(runs: Iterable[Run]) -> list[Run]:
+    """The same, measured on a part of the training images."""
+    return [dataclasses.replace(run, dataset=run.dataset + VALIDATION) for run in runs]
+
+
 def compare(datasets: Iterable[str], seeds: int, epochs: int | None) -> list[Run]:
     """The losses on the same network with the same budget; focus with fixed centroids too."""
-    runs = []
-    for dataset in datasets:
-        task = TASKS[dataset]
+
+    def settings(task: Task) -> dict[str, Setting]:
         fixed = dataclasses.replace(task.settings["NCMI, focus"], centroid_lr=0.0)
-        settings = {**task.settings, "NCMI, focus, fixed": fixed}
-        runs += [
-            Run("compare", dataset, task.network, name, setting, seed, epochs or task.epochs)
-            for seed in range(seeds)
-            for name, setting in settings.items()
-        ]
-    return runs
+        return {**task.settings, "NCMI, focus, fixed": fixed}
+
+    return _runs("compare", datasets, seeds, epochs, settings)
 
 
 def variants(base: Setting, centroid_lr: float) -> dict[str, Setting]:
@@ -103,80 +123,57 @@ def variants(base: Setting, centroid_lr: float) -> dict[str, Setting]:
     }
 
 
+def _ablated(task: Task) -> dict[str, Setting]:
+    bases = {name: setting for name, setting in task.settings.items() if name in ("NCMI", "NCMI, focus")}
+    centroid_lr = task.settings["NCMI, focus"].centroid_lr
+    named = {f"{name}: {what}": s for name, base in bases.items() for what, s in variants(base, centroid_lr).items()}
+    # The authors' loss and rate, less the schedule of 200 epochs; and at a rate that suits a short run.
+    common = next(iter(bases.values()))
+    for lr in (0.1, 1.0):
+        short: dict[str, Any] = {
+            "features": common.features,
+            "batch_size": common.batch_size,
+            "milestones": (),
+            "centroid_sgd": None,
+        }
+        paper = dataclasses.replace(PAPER, lr=lr, **short)
+        softmax = dataclasses.replace(paper, options={**paper.options, "activation": "softmax"})
+        named |= {f"paper, lr {lr}: as it is": paper, f"paper, lr {lr}: softmax for NSF": softmax}
+    return named
+
+
 def ablation(datasets: Iterable[str], seeds: int, epochs: int | None) -> list[Run]:
     """What each part of the loss does: one changed at a time, from three settings."""
-    runs = []
-    for dataset in datasets:
-        task = TASKS[dataset]
-        centroid_lr = task.settings["NCMI, focus"].centroid_lr
-        bases = {name: setting for name, setting in task.settings.items() if name in ("NCMI", "NCMI, focus")}
-        named = {
-            f"{name}: {what}": s for name, base in bases.items() for what, s in variants(base, centroid_lr).items()
-        }
-        # The authors' loss and rate, less the schedule of 200 epochs; and at a rate that suits a short run.
-        common = next(iter(bases.values()))
-        for lr in (0.1, 1.0):
-            paper = dataclasses.replace(PAPER, lr=lr, features=common.features, milestones=(), centroid_sgd=None)
-            paper = dataclasses.replace(paper, batch_size=common.batch_size)
-            named[f"paper, lr {lr}: as it is"] = paper
-            named[f"paper, lr {lr}: softmax for NSF"] = dataclasses.replace(
-                paper, options={**paper.options, "activation": "softmax"}
-            )
-        runs += [
-            Run("ablation", dataset, task.network, name, setting, seed, epochs or task.epochs)
-            for seed in range(seeds)
-            for name, setting in named.items()
-        ]
-    return runs
+    return _runs("ablation", datasets, seeds, epochs, _ablated)
 
 
 BATCH_SIZES = (16, 32, 64, 128, 256)
-
-
-def batch_size(datasets: Iterable[str], seeds: int, epochs: int | None) -> list[Run]:
-    """Accuracy over the batch size, also of SupCon; the rate goes with it."""
-    runs = []
-    for dataset in datasets:
-        task = TASKS[dataset]
-        settings = {**task.settings, "SupCon": Setting("supcon", SUPCON_LR, features=task.features)}
-        runs += [
-            Run(
-                "batch-size",
-                dataset,
-                task.network,
-                f"{name}, batch {size}",
-                dataclasses.replace(setting, batch_size=size),
-                seed,
-                epochs or task.epochs,
-            )
-            for seed in range(seeds)
-            for size in BATCH_SIZES
-            for name, setting in settings.items()
-        ]
-    return runs
-
-
 # On validation parts within 0.4 points of the best of SUPCON_RATES for Fashion-MNIST and fashion-pairs, 0.9 for digits.
 SUPCON_LR = 0.2
 SUPCON_RATES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
+def batch_size(datasets: Iterable[str], seeds: int, epochs: int | None) -> list[Run]:
+    """Accuracy over the batch size, also of SupCon; the rate goes with it."""
+
+    def settings(task: Task) -> dict[str, Setting]:
+        every = {**task.settings, "SupCon": Setting("supcon", SUPCON_LR, features=task.features)}
+        return {
+            f"{name}, batch {size}": dataclasses.replace(setting, batch_size=size)
+            for size in BATCH_SIZES
+            for name, setting in every.items()
+        }
+
+    return _runs("batch-size", datasets, seeds, epochs, settings)
+
+
 def supcon_rate(datasets: Iterable[str], seeds: int, epochs: int | None) -> list[Run]:
     """SupCon's learning rate, by the validation part."""
-    return [
-        Run(
-            "supcon-rate",
-            dataset + VALIDATION,
-            TASKS[dataset].network,
-            f"lr {lr}",
-            Setting("supcon", lr, features=TASKS[dataset].features),
-            seed,
-            epochs or TASKS[dataset].epochs,
-        )
-        for dataset in datasets
-        for seed in range(seeds)
-        for lr in SUPCON_RATES
-    ]
+
+    def settings(task: Task) -> dict[str, Setting]:
+        return {f"lr {lr}": Setting("supcon", lr, features=task.features) for lr in SUPCON_RATES}
+
+    return _validated(_runs("supcon-rate", datasets, seeds, epochs, settings))
 
 
 NETWORKS = ("perceptron", "cnn-4", "cnn-8", "cnn-16", "cnn")
@@ -184,24 +181,13 @@ NETWORKS = ("perceptron", "cnn-4", "cnn-8", "cnn-16", "cnn")
 
 def networks(datasets: Iterable[str], seeds: int, epochs: int | None) -> list[Run]:
     """NCMI and accuracy of networks of different size and kind."""
-    return [
-        Run("networks", dataset, network, name, setting, seed, epochs or TASKS[dataset].epochs)
-        for dataset in datasets
-        for seed in range(seeds)
-        for network in NETWORKS
-        for name, setting in TASKS[dataset].settings.items()
-    ]
+    each = [_runs("networks", datasets, seeds, epochs, lambda task: task.settings, network=name) for name in NETWORKS]
+    return list(itertools.chain.from_iterable(each))
 
 
 def checkpoints(datasets: Iterable[str], seeds: int, epochs: int | None) -> list[Run]:
     """NCMI and accuracy on the way through training."""
-    return [
-        Run("checkpoints", dataset, task.network, name, setting, seed, epochs or task.epochs, checkpoints=14)
-        for dataset in datasets
-        for task in (TASKS[dataset],)
-        for seed in range(seeds)
-        for name, setting in task.settings.items()
-    ]
+    return _runs("checkpoints", datasets, seeds, epochs, lambda task: task.settings, checkpoints=14)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -261,12 +247,7 @@ def trials() -> dict[str, Setting]:
 
 def search(datasets: Iterable[str], seeds: int, epochs: int | None) -> list[Run]:
     """The trials, by the validation part of the data set."""
-    return [
-        Run("search", dataset + VALIDATION, TASKS[dataset].network, name, setting, seed, epochs or SEARCH_EPOCHS)
-        for dataset in datasets
-        for seed in range(seeds)
-        for name, setting in trials().items()
-    ]
+    return _validated(_runs("search", datasets, seeds, epochs or SEARCH_EPOCHS, lambda task: trials()))
 
 
 def chosen(rows: Iterable[dict[str, str]], dataset: str) -> dict[str, tuple[str, Setting]]:
@@ -292,15 +273,10 @@ def chosen(rows: Iterable[dict[str, str]], dataset: str) -> dict[str, tuple[str,
 
 def final(datasets: Iterable[str], seeds: int, epochs: int | None, rows: Iterable[dict[str, str]]) -> list[Run]:
     """The chosen trial of each arm, and the documented recipe, trained on all training images, for the test set."""
-    rows = list(rows)
-    runs = []
+    rows, runs = list(rows), []
     for dataset in datasets:
         settings = {f"{arm}: chosen": setting for arm, (_, setting) in chosen(rows, dataset).items()}
         settings["NCMI, focus: recipe"] = TASKS[dataset].settings["NCMI, focus"]
-        runs += [
-            Run("final", dataset, TASKS[dataset].network, name, setting, seed, length)
-            for length in ((epochs,) if epochs else FINAL_EPOCHS)
-            for seed in range(seeds)
-            for name, setting in settings.items()
-        ]
+        for length in (epochs,) if epochs else FINAL_EPOCHS:
+            runs += _runs("final", [dataset], seeds, length, lambda task, settings=settings: settings)  # type: ignore[misc]
     return runs

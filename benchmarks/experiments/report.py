@@ -295,18 +295,12 @@ def draw_search(rows: list[Row]) -> Figure:
     return figure
 
 
+# By the names that the pages have for them.
 TABLES: dict[str, Callable[[list[Row]], str]] = {
-    "compare": compare,
-    "ablation": ablation,
-    "batch-size": batch_size,
-    "networks": networks,
-    "checkpoints": checkpoints,
-    "search": search,
-    "final": final,
+    table.__name__.replace("_", "-"): table
+    for table in (compare, ablation, batch_size, networks, checkpoints, search, final)
 }
 FIGURES: dict[str, Callable[[list[Row]], Figure]] = {
-    "batch-size": draw_batch_size,
-    "networks": draw_networks,
-    "checkpoints": draw_checkpoints,
-    "search": draw_search,
+    draw.__name__.removeprefix("draw_").replace("_", "-"): draw
+    for draw in (draw_batch_size, draw_networks, draw_checkpoints, draw_search)
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import images
 import torch
+from records import write_lines
 from training import STEP, Row, Run, train
 
 
@@ -37,12 +38,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 def append(path: Path, rows: list[Row]) -> None:
     """Add lines to the CSV file, which begins with the names of the columns."""
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow(Row._fields)
-        writer.writerows([[f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows])
+    write_lines(path, [row._asdict() for row in rows], Row._fields, append=True)
 
 
 def missing(runs: list[Run], rows: list[dict[str, str]]) -> list[Run]:
