@@ -16,9 +16,7 @@ from ncmi_kernels._triton.elements import (
     double,
     load_features,
 )
-from ncmi_kernels._triton.rows import (
-    terms_of,
-)
+from ncmi_kernels._triton.rows import terms_of
 
 NONE = tl.constexpr(0)
 MEAN = tl.constexpr(1)

@@ -33,10 +33,8 @@ from ncmi_kernels._triton.elements import (
     SHIFTED,
     SOFTMAX,
 )
-from ncmi_kernels._triton.rows import (
-    input_grad_kernel,
-    terms_kernel,
-)
+from ncmi_kernels._triton.input_grad import input_grad_kernel
+from ncmi_kernels._triton.rows import terms_kernel
 from ncmi_kernels._triton.tiles import HALF, bits, power_of_two, row_tile, strides_of
 
 RESCUE_COLUMNS = 128  # at once, where a row is read again because its squares overflowed
