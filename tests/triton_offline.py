@@ -22,6 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ncmi_kernels._schema import COEFFICIENTS, ROW_STATS
 from ncmi_kernels._triton import launches, ops
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -75,7 +76,9 @@ def launches_of(operator: str, dtype: str, columns: int, options: dict[str, Any]
     found: list[Any] = []
     with recorded(found):
         stats = ops.centroid_stats(xi, softmax, c2s)
-        saved = torch.empty(rows, 9, dtype=torch.float64, device="meta")
+        saved, coefficients = (
+            torch.empty(rows, n, dtype=torch.float64, device="meta") for n in (ROW_STATS, COEFFICIENTS)
+        )
         if operator != "centroid_stats":
             found.clear()
         if operator == "terms":
@@ -87,12 +90,13 @@ def launches_of(operator: str, dtype: str, columns: int, options: dict[str, Any]
                 *(-100, sample and dtype not in ("bf16", "fp16")),
             )
         elif operator == "input_grad":
-            ops.input_grad(z, y, center, *stats, saved, upstream, c2s, -100)
+            ops.input_grad(z, y, center, *stats, saved, coefficients, upstream, c2s, -100)
         elif operator == "centroid_grad":
-            ops.centroid_grad(z, y, center, xi, *stats, saved, upstream, c2s, -100)
+            ops.centroid_grad(z, y, center, xi, *stats, saved, coefficients, upstream, c2s, -100)
         elif operator == "centroid_step_":
             sgd = 0.1, 0.9, 5e-4, True
-            ops.centroid_step_(z, y, center, xi, torch.empty_like(xi), *stats, saved, softmax, c2s, -100, *sgd)
+            momenta = torch.empty_like(xi)
+            ops.centroid_step_(z, y, center, xi, momenta, *stats, saved, coefficients, softmax, c2s, -100, *sgd)
         elif operator == "scale_":
             ops.scale_(z, upstream)
     return found

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ncmi_kernels import _backends, _schema
+from ncmi_kernels._options import REDUCTIONS
 from ncmi_kernels._triton.tiles import HALF
 
 INTERPRETED = _backends.triton_interprets()
@@ -58,10 +59,19 @@ def check_batch(
     """The shape of the input; `dtype` is that of the arithmetic."""
     rows, columns = check_matrix("input", input)
     require(input.dtype is not torch.float64 or dtype is torch.float64, "float64 input needs float64 centroid_logits")
-    check("target", target, input, INT64, (rows,), strided=True)
     check("center", center, input, (dtype,), (columns,))
-    _check_targets(target, ignore_index, classes)
+    check_target(target, input, rows, classes, ignore_index)
     return rows, columns
+
+
+def check_target(target: Tensor, like: Tensor, rows: int, classes: int, ignore_index: int) -> None:
+    check("target", target, like, INT64, (rows,), strided=True)
+    _check_targets(target, ignore_index, classes)
+
+
+def check_reduction(batch_ratio: bool, reduction: int) -> None:
+    require(0 <= reduction < len(REDUCTIONS), "unknown reduction")
+    require(REDUCTIONS[reduction] == "mean" or not batch_ratio, "ratio over the batch needs reduction mean")
 
 
 def check_centroids(
@@ -83,9 +93,10 @@ def check_centroids(
     require(classes > 0 or input.shape[0] == 0, "log_activation must not be empty")
 
 
-def check_rows(input: Tensor, rows: Tensor, upstream: Tensor | None) -> None:
+def check_rows(input: Tensor, rows: Tensor, coefficients: Tensor, upstream: Tensor | None) -> None:
     count = input.shape[0]
     check("rows", rows, input, DOUBLE, (count, _schema.ROW_STATS))
+    check("coefficients", coefficients, input, DOUBLE, (count, _schema.COEFFICIENTS))
     if upstream is not None:
         check("upstream", upstream, input, ARITHMETIC, (count,) if upstream.dim() else (), strided=True)
 

@@ -4,14 +4,10 @@ import triton
 import triton.language as tl
 
 from ncmi_kernels._triton.elements import (
-    ALL_MEAN,
-    BY_CONCENTRATION,
-    BY_SEPARATION,
     INVERSE_LENGTH,
     INVERSE_NORM,
     LOG_NORM,
     NEAR,
-    OWN_MEAN,
     RECORD,
     ROW_KIND,
     SCALE,
@@ -21,8 +17,8 @@ from ncmi_kernels._triton.elements import (
     STATS,
     activate,
     checked,
-    class_count,
     least_kind,
+    load_coefficients,
     load_features,
     load_rows,
     load_vector,
@@ -34,70 +30,60 @@ from ncmi_kernels._triton.elements import (
 
 @triton.jit
 def _grad_factors(
-    scale, shift, inverse_norm, own_mean, all_mean, alpha, beta, own_log_norm, all_classes, dtype: tl.constexpr,
-    KIND: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr,
+    scale, shift, inverse_norm, coefficients, own_log_norm, dtype: tl.constexpr, KIND: tl.constexpr,
+    CENTROID_TO_SAMPLE: tl.constexpr,
 ):  # fmt: skip
     """What `_grad_stretch` multiplies by, formed in double: numbers [ROWS, 1] of `dtype`."""
+    own, other, share, constant = coefficients
     inverse_norm = share_of(inverse_norm, shift, KIND)
-    inverse_classes = 1.0 / all_classes
+    by_p = scale * inverse_norm
     if CENTROID_TO_SAMPLE:
-        factors = (
-            (alpha * scale * inverse_norm).to(dtype)[:, None],
-            own_mean.to(dtype)[:, None],
-            (beta * scale).to(dtype)[:, None],
-            (inverse_norm * (1.0 - inverse_classes)).to(dtype)[:, None],
-            (tl.exp(-own_log_norm) * inverse_classes).to(dtype)[:, None],
+        return (
+            (by_p * own).to(dtype)[:, None],
+            (by_p * constant).to(dtype)[:, None],
+            inverse_norm.to(dtype)[:, None],
+            (scale * other).to(dtype)[:, None],
+            (scale * share * tl.exp(-own_log_norm)).to(dtype)[:, None],
+            (by_p * share).to(dtype)[:, None],
         )
     else:
-        # With alpha' = alpha - beta / C. Near a minimum alpha' + beta is small beside either.
-        by_gap = alpha - beta * inverse_classes
-        factor = scale * inverse_norm
-        factors = (
-            (factor * (by_gap + beta)).to(dtype)[:, None],
-            (factor * by_gap).to(dtype)[:, None],
-            (factor * (by_gap * own_mean + beta * all_mean)).to(dtype)[:, None],
+        # Near a minimum own + other is small beside either.
+        return (
+            (by_p * (own + other)).to(dtype)[:, None],
+            (by_p * own).to(dtype)[:, None],
+            (by_p * constant).to(dtype)[:, None],
         )
-    return factors
-
-
-@triton.jit
-def _load_compared(
-    log_activation, activation, reference, y, at, k, M: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr,
-    EVEN: tl.constexpr,
-):  # fmt: skip
-    """Columns at + k of what a row is compared with: log a_y, of centroid_to_sample a_y, reference or mean q."""
-    inside = k < M - at
-    own_log = load_rows(log_activation + at, y * M, k, inside, EVEN)
-    if CENTROID_TO_SAMPLE:
-        own_activation = load_rows(activation + at, y * M, k, inside, EVEN)
-        compared = load_vector(reference + M + at, k, inside, y.shape[0], EVEN)
-    else:
-        own_activation = own_log
-        compared = load_vector(reference + at, k, inside, y.shape[0], EVEN)
-    return own_log, own_activation, compared
 
 
 @triton.jit
 def _grad_stretch(
-    x, scale, shift, factors, own_log, own_activation, compared, inside, KIND: tl.constexpr,
-    FAST: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr, EVEN: tl.constexpr,
+    x, scale, shift, factors, log_activation, activation, reference, row_reference, row, y, at, k, M: tl.constexpr,
+    KIND: tl.constexpr, FAST: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """d loss / d z of a stretch, but for what the chain rule of the length takes away; 0 past the last column."""
+    """d loss / d z of columns at + k, but for what the chain rule of the length takes away; 0 past the last column."""
+    # Added to pointers `at` is part of the instruction; added to k it would take a register.
+    inside = k < M - at
+    own_log = load_rows(log_activation + at, y * M, k, inside, EVEN)
+    if row_reference is not None:
+        compared = load_rows(row_reference + at, row * M, k, inside, EVEN)
+    else:
+        compared = load_vector(reference + (M if CENTROID_TO_SAMPLE else 0) + at, k, inside, y.shape[0], EVEN)
     scale = scale.to(x.dtype)[:, None]
     shift = shift.to(x.dtype)[:, None]
     if not EVEN:
         x = tl.where(inside[None, :], x, shift)
     value, log, slope, value_slope = activate(x, scale, shift, KIND, FAST)
     if CENTROID_TO_SAMPLE:
-        # (1 - sigma) [alpha p (log p - log q_y - A) + beta (p - mean over v of q_v + (q_y - p) / C)]
-        by_concentration, own_mean, by_separation, share, own_share = factors
-        grad = by_concentration * (value_slope * (log - own_log - own_mean))
-        grad += by_separation * (slope * ((share * value - compared) + own_share * own_activation))
+        # (1 - sigma) {p [own (log a - log a_y) - constant] + other (p - q) + share (q_y - p)}
+        own, constant, inverse_norm, other, share_of_own, share = factors
+        own_activation = load_rows(activation + at, y * M, k, inside, EVEN)
+        by_q = other * (inverse_norm * value - compared) + (share_of_own * own_activation - share * value)
+        grad = value_slope * (own * (log - own_log) - constant) + slope * by_q
     else:
-        # (1 - sigma) p [alpha' (all + gap - mean) + beta (all - mean)] with all = log a - reference and
-        # gap = reference - log a_y.
-        by_all, by_gap, constant = factors
-        grad = value_slope * (by_all * (log - compared) + (by_gap * (compared - own_log) - constant))
+        # (1 - sigma) p [own (log a - log a_y) + other (log a - reference) - constant], with log a - log a_y as
+        # (log a - reference) + (reference - log a_y).
+        own_and_other, own, constant = factors
+        grad = value_slope * (own_and_other * (log - compared) + (own * (compared - own_log) - constant))
     if not EVEN:
         grad = tl.where(inside[None, :], grad, 0.0)
     return grad
@@ -105,11 +91,10 @@ def _grad_stretch(
 
 @triton.jit
 def grad_rows(
-    xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm, scale,
-    inverse_length, shift, inverse_norm, own_mean, all_mean, alpha, beta, unit_stride, column_stride, all_classes,
-    M: tl.constexpr, ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr,
-    CENTROID_TO_SAMPLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRETCHES: tl.constexpr,
-    KEEP: tl.constexpr,
+    xs, input, center, log_activation, activation, reference, row_reference, grad, row, live, y, B, own_log_norm, scale,
+    inverse_length, shift, inverse_norm, coefficients, unit_stride, column_stride, M: tl.constexpr, ALIGN: tl.constexpr,
+    CONTIGUOUS: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRETCHES: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Write d loss / d z of whole rows, from `xs` where they are held on chip; 0 for rows that do not count.
 
@@ -120,11 +105,9 @@ def grad_rows(
     dtype: tl.constexpr = log_activation.dtype.element_ty
     out: tl.constexpr = grad.dtype.element_ty
     written = row < B
+    of_row = tl.where(written, row, 0)
     k = tl.arange(0, COLUMNS)
-    factors = _grad_factors(
-        scale, shift, inverse_norm, own_mean, all_mean, alpha, beta, own_log_norm, all_classes, dtype, KIND,
-        CENTROID_TO_SAMPLE,
-    )  # fmt: skip
+    factors = _grad_factors(scale, shift, inverse_norm, coefficients, own_log_norm, dtype, KIND, CENTROID_TO_SAMPLE)
     if not KEEP:
         scale = opaque(scale)
         shift = opaque(shift)
@@ -133,12 +116,9 @@ def grad_rows(
     gs = ()
     for j in tl.static_range(STRETCHES):
         inside = k < M - j * COLUMNS
-        own_log, own_activation, compared = _load_compared(
-            log_activation, activation, reference, y, j * COLUMNS, k, M, CENTROID_TO_SAMPLE, (j + 1) * COLUMNS <= M
-        )
         g = _grad_stretch(
-            xs[j], scale, shift, factors, own_log, own_activation, compared, inside, KIND, FAST,
-            CENTROID_TO_SAMPLE, (j + 1) * COLUMNS <= M,
+            xs[j], scale, shift, factors, log_activation, activation, reference, row_reference, of_row, y, j * COLUMNS,
+            k, M, KIND, FAST, CENTROID_TO_SAMPLE, (j + 1) * COLUMNS <= M,
         )  # fmt: skip
         dot += xs[j] * g
         if KEEP:
@@ -149,12 +129,9 @@ def grad_rows(
             x = load_features(
                 input, center, row, live, start, k, inside, unit_stride, column_stride, dtype, ALIGN, CONTIGUOUS, EVEN
             )
-            own_log, own_activation, compared = _load_compared(
-                log_activation, activation, reference, y, start, k, M, CENTROID_TO_SAMPLE, EVEN
-            )
             g = _grad_stretch(
-                x, scale, shift, factors, own_log, own_activation, compared, inside, KIND, FAST,
-                CENTROID_TO_SAMPLE, EVEN,
+                x, scale, shift, factors, log_activation, activation, reference, row_reference, of_row, y, start,
+                k, M, KIND, FAST, CENTROID_TO_SAMPLE, EVEN,
             )  # fmt: skip
             dot += x * g
     # x . g may be infinite where no length counts, and the square of a length's inverse may underflow.
@@ -169,12 +146,9 @@ def grad_rows(
         if KEEP:
             g = gs[j]
         else:
-            own_log, own_activation, compared = _load_compared(
-                log_activation, activation, reference, y, j * COLUMNS, k, M, CENTROID_TO_SAMPLE, (j + 1) * COLUMNS <= M
-            )
             g = _grad_stretch(
-                xs[j], scale, shift, factors, own_log, own_activation, compared, inside, KIND, FAST,
-                CENTROID_TO_SAMPLE, (j + 1) * COLUMNS <= M,
+                xs[j], scale, shift, factors, log_activation, activation, reference, row_reference, of_row, y,
+                j * COLUMNS, k, M, KIND, FAST, CENTROID_TO_SAMPLE, (j + 1) * COLUMNS <= M,
             )  # fmt: skip
         g = tl.where(live[:, None], g, 0.0) - (xs[j] * inverse_length) * share
         mask = written[:, None] if (j + 1) * COLUMNS <= M else written[:, None] & inside[None, :]
@@ -185,12 +159,9 @@ def grad_rows(
             x = load_features(
                 input, center, row, live, start, k, inside, unit_stride, column_stride, dtype, ALIGN, CONTIGUOUS, EVEN
             )
-            own_log, own_activation, compared = _load_compared(
-                log_activation, activation, reference, y, start, k, M, CENTROID_TO_SAMPLE, EVEN
-            )
             g = _grad_stretch(
-                x, scale, shift, factors, own_log, own_activation, compared, inside, KIND, FAST,
-                CENTROID_TO_SAMPLE, EVEN,
+                x, scale, shift, factors, log_activation, activation, reference, row_reference, of_row, y, start,
+                k, M, KIND, FAST, CENTROID_TO_SAMPLE, EVEN,
             )  # fmt: skip
             g = tl.where(live[:, None], g, 0.0) - (x * inverse_length) * share
             mask = written[:, None] if EVEN else written[:, None] & inside[None, :]
@@ -209,10 +180,10 @@ def grad_rows(
     ]
 )
 def input_grad_kernel(
-    input, target, center, log_activation, activation, reference, norms, rows, upstream, grad, unit_stride,
-    column_stride, target_stride, upstream_stride, ignore_index, classes, B, M: tl.constexpr, ALIGN: tl.constexpr,
-    CONTIGUOUS: tl.constexpr, FAST: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, STRETCHES: tl.constexpr, KEEP: tl.constexpr,
+    input, target, center, log_activation, activation, reference, row_reference, norms, rows, coefficients, upstream,
+    grad, unit_stride, column_stride, target_stride, upstream_stride, ignore_index, classes, B, M: tl.constexpr,
+    ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr, FAST: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRETCHES: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """d loss / d input, `grad` [B, M] in the dtype of input: rows read once, written once."""
     dtype: tl.constexpr = log_activation.dtype.element_ty
@@ -223,16 +194,8 @@ def input_grad_kernel(
     inverse_length = tl.load(of_row + INVERSE_LENGTH, mask=live, other=0.0)
     shift = tl.load(of_row + SHIFT, mask=live, other=0.0)
     inverse_norm = tl.load(of_row + INVERSE_NORM, mask=live, other=0.0)
-    own_mean = tl.load(of_row + OWN_MEAN, mask=live, other=0.0)
-    all_mean = tl.load(of_row + ALL_MEAN, mask=live, other=0.0)
-    alpha = tl.load(of_row + BY_CONCENTRATION, mask=live, other=0.0)
-    beta = tl.load(of_row + BY_SEPARATION, mask=live, other=0.0)
-    if upstream is not None:
-        factor = tl.load(upstream + row * upstream_stride, mask=live, other=0.0).to(tl.float64)
-        alpha *= factor
-        beta *= factor
+    of_gradient = load_coefficients(coefficients, row, live, upstream, upstream_stride)
     own_log_norm = tl.load(norms + y * RECORD + LOG_NORM)
-    all_classes = class_count(norms, classes)
     kind = least_kind(tl.load(of_row + ROW_KIND, mask=live, other=SOFTMAX))
     k = tl.arange(0, COLUMNS)
     xs = ()
@@ -246,19 +209,19 @@ def input_grad_kernel(
     # All of a row in one branch: a branch for each stretch would pass what it made through registers that spill.
     if kind == NEAR:
         grad_rows(
-            xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm, scale,
-            inverse_length, shift, inverse_norm, own_mean, all_mean, alpha, beta, unit_stride, column_stride,
-            all_classes, M, ALIGN, CONTIGUOUS, NEAR, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
+            xs, input, center, log_activation, activation, reference, row_reference, grad, row, live, y, B,
+            own_log_norm, scale, inverse_length, shift, inverse_norm, of_gradient, unit_stride, column_stride, M, ALIGN,
+            CONTIGUOUS, NEAR, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
         )  # fmt: skip
     elif kind == SOFTMAX:
         grad_rows(
-            xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm, scale,
-            inverse_length, shift, inverse_norm, own_mean, all_mean, alpha, beta, unit_stride, column_stride,
-            all_classes, M, ALIGN, CONTIGUOUS, SOFTMAX, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
+            xs, input, center, log_activation, activation, reference, row_reference, grad, row, live, y, B,
+            own_log_norm, scale, inverse_length, shift, inverse_norm, of_gradient, unit_stride, column_stride, M, ALIGN,
+            CONTIGUOUS, SOFTMAX, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
         )  # fmt: skip
     else:
         grad_rows(
-            xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm, scale,
-            inverse_length, shift, inverse_norm, own_mean, all_mean, alpha, beta, unit_stride, column_stride,
-            all_classes, M, ALIGN, CONTIGUOUS, SHIFTED, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
+            xs, input, center, log_activation, activation, reference, row_reference, grad, row, live, y, B,
+            own_log_norm, scale, inverse_length, shift, inverse_norm, of_gradient, unit_stride, column_stride, M, ALIGN,
+            CONTIGUOUS, SHIFTED, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
         )  # fmt: skip

@@ -138,9 +138,10 @@ def terms(
     weight: Tensor | None = None,
     weight_sums: Tensor | None = None,
     eps: float = 0.0,
+    coefficients: Tensor | None = None,
     grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The rows' statistics [B, 9] and sums [4, B], float64, as terms_kernel leaves them."""
+    """The rows' statistics [B, 7] and sums [4, B], float64, as terms_kernel leaves them."""
     rows, columns = input.shape
     classes = log_activation.shape[0]
     stats = norms.new_empty((rows, _schema.ROW_STATS))
@@ -167,6 +168,7 @@ def terms(
         weight=weight if grad is not None else None,
         weight_sums=weight_sums,
         rows=stats,
+        coefficients=coefficients if grad is not None else None,
         sums=sums,
         grad=grad,
         unit_stride=strides.units,
@@ -206,17 +208,20 @@ def finish(
     target: Tensor,
     norms: Tensor,
     weight: Tensor | None,
-    sums: Tensor,
+    terms: Tensor,
     stats: Tensor,
+    coefficients: Tensor | None,
     result: Tensor,
     means: Tensor | None,
     eps: float,
     ignore_index: int,
-    classes: int,
     centroid_to_sample: bool,
     batch_ratio: bool,
     reduction: int,
-    finished: bool,
+    given: bool,
+    focus: bool = False,
+    totals: Tensor | None = None,
+    sums: Tensor | None = None,
     center: Tensor | None = None,
     batches: Tensor | None = None,
     moved: tuple[Tensor, Tensor] | None = None,
@@ -224,7 +229,7 @@ def finish(
     """The last launch of a call: the one that moves `center` and `batches`, to what `moved` holds."""
     rows = target.shape[0]
     tiles = max(1, -(-rows // FINISH_BLOCK))
-    whole = rows <= LARGEST_WHOLE or means is None
+    whole = rows <= LARGEST_WHOLE or means is None or totals is not None
     partials = None if whole else norms.new_empty((4, tiles))
     moved_center, moved_batches = moved or (None, None)
     for stage in (WHOLE,) if whole else (PARTIAL, LAST):
@@ -234,11 +239,14 @@ def finish(
             target=target,
             norms=norms,
             weight=weight,
-            sums=sums,
+            terms=terms,
+            totals=totals,
             partials=partials,
             rows=stats,
+            coefficients=coefficients,
             loss=result,
             means=means,
+            sums=sums,
             center=center,
             batches=batches,
             moved_center=moved_center,
@@ -246,14 +254,15 @@ def finish(
             target_stride=target.stride(0),
             eps=bits(eps),
             ignore_index=ignore_index,
-            classes=classes,
+            classes=norms.shape[0] - 1,
             B=rows,
             tiles=tiles,
             columns=0 if center is None else center.shape[0],
             CENTROID_TO_SAMPLE=centroid_to_sample,
+            FOCUS=focus,
             BATCH_RATIO=batch_ratio,
             REDUCTION=reduction,
-            FINISHED=finished,
+            GIVEN=given,
             STAGE=stage,
             BLOCK=FINISH_BLOCK,
             debug=True,
@@ -360,9 +369,11 @@ def input_grad(
     reference: Tensor,
     norms: Tensor,
     rows: Tensor,
+    coefficients: Tensor,
     upstream: Tensor | None,
     centroid_to_sample: bool,
     ignore_index: int,
+    row_reference: Tensor | None,
     grad: Tensor,
 ) -> None:
     """d loss / d input to `grad` [B, M]."""
@@ -379,8 +390,10 @@ def input_grad(
         log_activation=log_activation,
         activation=activation,
         reference=reference,
+        row_reference=row_reference,
         norms=norms,
         rows=rows,
+        coefficients=coefficients,
         upstream=upstream,
         grad=grad,
         unit_stride=strides.units,
@@ -406,17 +419,18 @@ def input_grad(
 def class_sums(
     input: Tensor,
     center: Tensor | None,
-    norms: Tensor | None,
     rows: Tensor,
+    coefficients: Tensor,
     upstream: Tensor | None,
     order: Tensor,
     begin: Tensor,
     dtype: torch.dtype,
     centroid_to_sample: bool,
+    with_own: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Sums by class of the rows in `order`, float64: of own_factor p and of beta p or beta log a [2, C, M].
+    """Sums by class of the rows in `order`, float64: of own p and of other p or other log a [2, C, M].
 
-    And of own_factor and beta [2, C]. Without `norms` only the second of each.
+    And of own and other [2, C]. Without `with_own` only the second of each.
     """
     classes, columns = begin.shape[0] - 1, input.shape[1]
     sums = rows.new_empty((2, classes, columns))
@@ -428,8 +442,8 @@ def class_sums(
         (classes, -(-columns // width)),
         input=input,
         center=center,
-        norms=norms,
         rows=rows,
+        coefficients=coefficients,
         upstream=upstream,
         order=order,
         class_begin=begin,
@@ -446,7 +460,7 @@ def class_sums(
         DTYPE=_TL[dtype],
         FAST=input.dtype in HALF,
         CENTROID_TO_SAMPLE=centroid_to_sample,
-        WITH_OWN=norms is not None,
+        WITH_OWN=with_own,
         ROWS=4,
         COLUMNS=width,
     )
@@ -466,6 +480,7 @@ def centroid_grad(
     centroid_logits: Tensor,
     norms: Tensor,
     rows: Tensor,
+    coefficients: Tensor,
     upstream: Tensor | None,
     centroid_to_sample: bool,
     ignore_index: int,
@@ -485,7 +500,9 @@ def centroid_grad(
     of_class, order = torch.sort(of_class, stable=True)
     begin = torch.searchsorted(of_class, torch.arange(classes + 1, device=target.device))
     of_centroids = strides_of(centroid_logits)
-    sums, factor_sums = class_sums(input, center, norms, rows, upstream, order, begin, dtype, centroid_to_sample)
+    sums, factor_sums = class_sums(
+        input, center, rows, coefficients, upstream, order, begin, dtype, centroid_to_sample, True
+    )
     folded = totals
     if folded is None:
         folded = norms.new_empty((columns,))

@@ -23,7 +23,9 @@ from ncmi_kernels._triton.checks import (
     check_batch,
     check_centroids,
     check_matrix,
+    check_reduction,
     check_rows,
+    check_target,
     require,
 )
 
@@ -68,12 +70,12 @@ def terms(
     centroid_to_sample: bool,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
-    """Concentration and separation [2, B], and the rows' statistics [B, 9] float64."""
+    """Concentration and separation [2, B], and the rows' statistics [B, 7], float64."""
     classes = log_activation.shape[0]
     check_centroids(input, log_activation, activation, reference, norms, centroid_to_sample)
     check_batch(input, target, center, log_activation.dtype, classes, ignore_index)
     with _on(input):
-        result = log_activation.new_empty((2, target.shape[0]))
+        result = norms.new_empty((2, target.shape[0]))
         stats, sums = launches.terms(
             input=input,
             target=target,
@@ -93,19 +95,70 @@ def terms(
             target=target,
             norms=norms,
             weight=None,
-            sums=sums,
+            terms=sums,
             stats=stats,
+            coefficients=None,
             result=result,
             means=None,
             eps=0.0,
             ignore_index=ignore_index,
-            classes=classes,
             centroid_to_sample=centroid_to_sample,
             batch_ratio=False,
             reduction=reduction,
-            finished=False,
+            given=False,
         )
     return result, stats
+
+
+def reduce(
+    terms: Tensor,
+    rows: Tensor,
+    target: Tensor,
+    norms: Tensor,
+    weight: Tensor | None,
+    totals: Tensor | None,
+    centroid_to_sample: bool,
+    focus: bool,
+    batch_ratio: bool,
+    reduction: int,
+    eps: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss [] or [B] of terms [2, B], the rows' coefficients [B, 4], means [2] and sums [4], float64."""
+    (count, _), (records, _) = check_matrix("rows", rows, DOUBLE), check_matrix("norms", norms, DOUBLE)
+    classes = records - 1
+    check("rows", rows, terms, DOUBLE, (count, _schema.ROW_STATS))
+    check("terms", terms, terms, DOUBLE, (2, count))
+    check("norms", norms, terms, DOUBLE, (records, _schema.CLASS_STATS))
+    require(records > (count > 0), "norms must not be empty")
+    check_target(target, terms, count, classes, ignore_index)
+    check("weight", weight, terms, ARITHMETIC, (classes,))
+    check("totals", totals, terms, DOUBLE, (4,))
+    check_reduction(batch_ratio, reduction)
+    with _on(terms):
+        loss = norms.new_empty((count,) if REDUCTIONS[reduction] == "none" else ())
+        coefficients = norms.new_empty((count, _schema.COEFFICIENTS))
+        means, sums = norms.new_empty((2,)), norms.new_empty((4,))
+        launches.finish(
+            target=target,
+            norms=norms,
+            weight=weight,
+            terms=terms,
+            stats=rows,
+            coefficients=coefficients,
+            result=loss,
+            means=means,
+            eps=eps,
+            ignore_index=ignore_index,
+            centroid_to_sample=centroid_to_sample,
+            batch_ratio=batch_ratio,
+            reduction=reduction,
+            given=True,
+            focus=focus,
+            totals=totals,
+            sums=sums,
+        )
+    return loss, coefficients, means, sums
 
 
 def update_center_(
@@ -148,11 +201,10 @@ def loss(
     eps: float,
     ignore_index: int,
     with_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss [] or [B], the rows' statistics [B, 9], the moved centre [M] or [0], d loss / d input or [0], means [2].
-
-    Statistics and means are float64.
-    """
+) -> tuple[Tensor, ...]:
+    """The loss [] or [B], the rows' statistics [B, 7] and coefficients [B, 4], the moved centre [M] or [0],
+    d loss / d input or [0], means [2].
+    """  # noqa: D205
     dtype, classes = log_activation.dtype, log_activation.shape[0]
     check_centroids(input, log_activation, activation, reference, norms, centroid_to_sample)
     rows, columns = check_batch(
@@ -160,9 +212,8 @@ def loss(
     )
     check("weight", weight, input, (dtype,), (classes,))
     check("num_batches_tracked", num_batches_tracked, input, INT64, ())
-    require(0 <= reduction < len(REDUCTIONS), "unknown reduction")
+    check_reduction(batch_ratio, reduction)
     scalar, mean = REDUCTIONS[reduction] != "none", REDUCTIONS[reduction] == "mean"
-    require(mean or not batch_ratio, "ratio over the batch needs reduction mean")
     require(
         (running_center is None) == (num_batches_tracked is None) and (center is None or running_center is None),
         "pass center, or running_center with num_batches_tracked",
@@ -174,6 +225,7 @@ def loss(
     normalized = with_grad and mean
     with _on(input):
         result = log_activation.new_empty(() if scalar else (rows,))
+        coefficients = norms.new_empty((rows, _schema.COEFFICIENTS))
         means = norms.new_empty((2,))
         nothing = log_activation.new_empty((0,))
         grad = log_activation.new_empty((rows, columns)) if with_grad else None
@@ -205,28 +257,30 @@ def loss(
             weight=weight,
             weight_sums=weight_sums,
             eps=eps,
+            coefficients=coefficients,
             grad=grad,
         )
         launches.finish(
             target=target,
             norms=norms,
             weight=weight,
-            sums=row_sums,
+            terms=row_sums,
             stats=stats,
+            coefficients=None if with_grad else coefficients,
             result=result,
             means=means,
             eps=eps,
             ignore_index=ignore_index,
-            classes=classes,
             centroid_to_sample=centroid_to_sample,
             batch_ratio=batch_ratio,
             reduction=reduction,
-            finished=with_grad,
+            given=with_grad,
             center=running_center,
             batches=num_batches_tracked,
             moved=moved,
         )
-    return result, stats, nothing if moved is None else moved[0], nothing if grad is None else grad, means
+    moved_center = nothing if moved is None else moved[0]
+    return result, stats, coefficients, moved_center, nothing if grad is None else grad, means
 
 
 def scale_(grad: Tensor, upstream: Tensor) -> None:
@@ -248,15 +302,18 @@ def input_grad(
     reference: Tensor,
     norms: Tensor,
     rows: Tensor,
+    coefficients: Tensor,
     upstream: Tensor | None,
     centroid_to_sample: bool,
     ignore_index: int,
+    row_reference: Tensor | None = None,
 ) -> Tensor:
     """d loss / d input [B, M], in the dtype of `input`; `upstream` is None, a scalar or [B]."""
     classes = log_activation.shape[0]
     check_centroids(input, log_activation, activation, reference, norms, centroid_to_sample)
     count, columns = check_batch(input, target, center, log_activation.dtype, classes, ignore_index)
-    check_rows(input, rows, upstream)
+    check_rows(input, rows, coefficients, upstream)
+    check("row_reference", row_reference, input, (log_activation.dtype,), (count, columns))
     require(
         (input.dtype is torch.float64) == (log_activation.dtype is torch.float64),
         "float64 input and float64 centroid_logits go together",
@@ -273,9 +330,11 @@ def input_grad(
                 reference=reference,
                 norms=norms,
                 rows=rows,
+                coefficients=coefficients,
                 upstream=upstream,
                 centroid_to_sample=centroid_to_sample,
                 ignore_index=ignore_index,
+                row_reference=row_reference,
                 grad=grad,
             )
     return grad
@@ -291,6 +350,7 @@ def centroid_grad(
     reference: Tensor,
     norms: Tensor,
     rows: Tensor,
+    coefficients: Tensor,
     upstream: Tensor | None,
     centroid_to_sample: bool,
     ignore_index: int,
@@ -300,7 +360,7 @@ def centroid_grad(
     check_centroids(input, log_activation, activation, reference, norms, centroid_to_sample)
     classes, columns = log_activation.shape
     check_batch(input, target, center, log_activation.dtype, classes, ignore_index)
-    check_rows(input, rows, upstream)
+    check_rows(input, rows, coefficients, upstream)
     check("centroid_logits", centroid_logits, input, (log_activation.dtype,), (classes, columns), strided=True)
     check("totals", totals, input, DOUBLE, (columns + 1,))
     grad = torch.empty((classes, columns), dtype=centroid_logits.dtype, device=centroid_logits.device)
@@ -312,6 +372,7 @@ def centroid_grad(
             centroid_logits=centroid_logits,
             norms=norms,
             rows=rows,
+            coefficients=coefficients,
             upstream=upstream,
             centroid_to_sample=centroid_to_sample,
             ignore_index=ignore_index,
@@ -332,6 +393,7 @@ def centroid_step_(
     reference: Tensor,
     norms: Tensor,
     rows: Tensor,
+    coefficients: Tensor,
     softmax: bool,
     centroid_to_sample: bool,
     ignore_index: int,
@@ -343,7 +405,7 @@ def centroid_step_(
     """A step of SGD on contiguous `centroid_logits` and `momentum_buffer` [C, M]; the statistics follow."""
     check_centroids(input, log_activation, activation, reference, norms, centroid_to_sample)
     check_batch(input, target, center, log_activation.dtype, log_activation.shape[0], ignore_index)
-    check_rows(input, rows, None)
+    check_rows(input, rows, coefficients, None)
     for name, tensor in (("centroid_logits", centroid_logits), ("momentum_buffer", momentum_buffer)):
         check(name, tensor, input, (log_activation.dtype,), tuple(log_activation.shape))
     with _on(input):
@@ -354,6 +416,7 @@ def centroid_step_(
             centroid_logits=centroid_logits,
             norms=norms,
             rows=rows,
+            coefficients=coefficients,
             upstream=None,
             centroid_to_sample=centroid_to_sample,
             ignore_index=ignore_index,
@@ -375,14 +438,15 @@ def class_totals(
     target: Tensor,
     center: Tensor | None,
     rows: Tensor,
+    coefficients: Tensor,
     upstream: Tensor | None,
     centroid_to_sample: bool,
     ignore_index: int,
 ) -> Tensor:
-    """The sums over all rows that each class's gradient has, [M + 1] float64: of beta p or beta log a, and of beta."""
+    """What each class's gradient has of all rows, [M + 1] float64: the sums of other p or other log a, and of other."""
     dtype = torch.float64 if input.dtype is torch.float64 else torch.float32
     count, columns = check_batch(input, target, center, dtype, 2**63 - 1, ignore_index)
-    check_rows(input, rows, upstream)
+    check_rows(input, rows, coefficients, upstream)
     # Chunks of the rows that count, the others last, for classes.
     ignored, order = torch.sort((target == ignore_index).to(torch.int32), stable=True)
     chunk_rows = max(launches.SMALLEST_CHUNK, -(-count // launches.LARGEST_CHUNKS))
@@ -391,7 +455,7 @@ def class_totals(
     totals = rows.new_empty((columns + 1,))
     with _on(input):
         sums, factor_sums = launches.class_sums(
-            input, center, None, rows, upstream, order, begin, dtype, centroid_to_sample
+            input, center, rows, coefficients, upstream, order, begin, dtype, centroid_to_sample, False
         )
         launches.fold(sums[1], totals)
         totals[columns] = factor_sums[1].sum()

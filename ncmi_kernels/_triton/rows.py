@@ -5,8 +5,6 @@ import triton.language as tl
 
 from ncmi_kernels._triton.elements import (
     ALL_MEAN,
-    BY_CONCENTRATION,
-    BY_SEPARATION,
     INVERSE_LENGTH,
     INVERSE_NORM,
     LOG_NORM,
@@ -33,6 +31,7 @@ from ncmi_kernels._triton.elements import (
     load_vector,
     near_zero,
     neighbours,
+    store_coefficients,
     sums3,
     sums4,
 )
@@ -145,6 +144,22 @@ def terms_of(norm, own, total, own_cross, own_log_norm, norms, classes, CENTROID
     return concentration, separation, inverse_norm, own_mean, all_mean
 
 
+@triton.jit
+def coefficients_of(
+    own_mean, all_mean, by_concentration, by_separation, all_classes, CENTROID_TO_SAMPLE: tl.constexpr,
+    FOCUS: tl.constexpr,
+):  # fmt: skip
+    """Own, other, share and constant of rows, from the derivatives of the loss by their terms, as in csrc/rows.h."""
+    zero = tl.full(own_mean.shape, 0.0, tl.float64)
+    share = zero if FOCUS else by_separation / all_classes
+    other = by_separation * (1.0 - 1.0 / all_classes) if FOCUS else by_separation
+    if CENTROID_TO_SAMPLE:
+        return by_concentration, other, share, by_concentration * own_mean
+    else:
+        own = by_concentration - share
+        return own, other, zero, own * own_mean + other * all_mean
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Rows
 # ----------------------------------------------------------------------------------------------------------------------
@@ -205,17 +220,18 @@ def _sum_rows(
     ]
 )
 def terms_kernel(
-    input, target, center, log_activation, activation, reference, norms, weight, weight_sums, rows, sums, grad,
-    unit_stride, column_stride, target_stride, inverse_temperature_bits, eps, ignore_index, classes, B, columns, chunks,
-    M: tl.constexpr, ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr, L2: tl.constexpr, KIND: tl.constexpr,
-    MAY_SHIFT: tl.constexpr, FAST: tl.constexpr, RESCUE: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr,
-    WITH_GRAD: tl.constexpr, NORMALIZED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    STRETCHES: tl.constexpr, VEC: tl.constexpr, CHUNKS: tl.constexpr, KEEP: tl.constexpr,
+    input, target, center, log_activation, activation, reference, norms, weight, weight_sums, rows, coefficients,
+    sums, grad, unit_stride, column_stride, target_stride, inverse_temperature_bits, eps, ignore_index, classes, B,
+    columns, chunks, M: tl.constexpr, ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr, L2: tl.constexpr,
+    KIND: tl.constexpr, MAY_SHIFT: tl.constexpr, FAST: tl.constexpr, RESCUE: tl.constexpr,
+    CENTROID_TO_SAMPLE: tl.constexpr, WITH_GRAD: tl.constexpr, NORMALIZED: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, STRETCHES: tl.constexpr, VEC: tl.constexpr, CHUNKS: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """One reading of ROWS rows: scale, length and shift to `rows` [B, 9], what `_row_sums` sums to `sums` [4, B].
+    """One reading of ROWS rows: scale, length and shift to `rows` [B, 7], what `_row_sums` sums to `sums` [4, B].
 
-    WITH_GRAD: all of `rows`, the terms A and G to `sums`, and to `grad` [B, M] d / d input of the sum over rows of
-    w A / (G + eps), w the class weight, with NORMALIZED over the sum of all, which `weight_sums` [chunks] holds.
+    WITH_GRAD: all of `rows`, the terms A and G to `sums`, and of the sum over rows of w A / (G + eps) `coefficients`
+    [B, 4] and `grad` [B, M], d / d input. w is the class weight, with NORMALIZED over the sum of all, which
+    `weight_sums` [chunks] holds.
 
     A row is STRETCHES times COLUMNS, all on chip, or with STRETCHES = 0 read in a loop, for every pass over it.
     """
@@ -295,7 +311,7 @@ def terms_kernel(
         # No rescued row is floored.
         inverse = tl.where(floored, 1.0 / SMALLEST_LENGTH, inverse * prescale)
         scale = inverse_temperature * inverse
-        inverse_length = tl.where(floored, 0.0, inverse)
+        inverse_length = tl.where(live & (floored == 0), inverse, 0.0)
     shift = tl.full([ROWS], 0.0, dtype)
     if LARGEST:
         # An infinite element would otherwise be hidden from the loss: as far below the others as a finite one can be.
@@ -328,7 +344,7 @@ def terms_kernel(
     written = row < B
     of_row = rows + row * STATS
     tl.store(of_row + SCALE, tl.where(live, scale.to(tl.float64), 0.0), mask=written)
-    tl.store(of_row + INVERSE_LENGTH, tl.where(live, inverse_length.to(tl.float64), 0.0), mask=written)
+    tl.store(of_row + INVERSE_LENGTH, inverse_length.to(tl.float64), mask=written)
     tl.store(of_row + ROW_KIND, zero + kind, mask=written)
     tl.store(of_row + SHIFT, tl.where(live, shift.to(tl.float64), 0.0), mask=written)
     if not WITH_GRAD:
@@ -340,7 +356,6 @@ def terms_kernel(
     else:
         # 4. The loss of the row, and its gradient while x is here.
         own_log_norm = tl.load(norms + y * RECORD + LOG_NORM)
-        all_classes = class_count(norms, classes)
         concentration, separation, inverse_norm, own_mean, all_mean = terms_of(
             norm, own, total, own_cross, own_log_norm, norms, classes, CENTROID_TO_SAMPLE
         )
@@ -349,23 +364,24 @@ def terms_kernel(
             chunk = tl.arange(0, CHUNKS)
             factor = factor / tl.sum(tl.load(weight_sums + chunk, mask=chunk < chunks, other=0.0), axis=0)
         inverse = 1.0 / (separation + double(eps))
-        alpha = tl.where(live, factor * inverse, 0.0)
-        beta = tl.where(live, -(factor * ((concentration * inverse) * inverse)), 0.0)
+        made = coefficients_of(
+            own_mean, all_mean, factor * inverse, -(factor * ((concentration * inverse) * inverse)),
+            class_count(norms, classes), CENTROID_TO_SAMPLE, False,
+        )  # fmt: skip
+        store_coefficients(coefficients, row, B, live, made)
         tl.store(sums + row, concentration, mask=written)
         tl.store(sums + B + row, separation, mask=written)
         tl.store(of_row + INVERSE_NORM, tl.where(live, inverse_norm, 0.0), mask=written)
         tl.store(of_row + OWN_MEAN, tl.where(live, own_mean, 0.0), mask=written)
         tl.store(of_row + ALL_MEAN, tl.where(live, all_mean, 0.0), mask=written)
-        tl.store(of_row + BY_CONCENTRATION, alpha, mask=written)
-        tl.store(of_row + BY_SEPARATION, beta, mask=written)
         # The same formulas as a backward pass takes, for the same bits: that has no branch for NSF.
         if KIND == NSF:
             kind = tl.where(kind == NEAR, NEAR, SHIFTED)
         for AS in tl.static_range(SHIFTED if KIND == NSF else KIND, MOST + 1):
             if AS != NSF and kind == AS:
                 grad_rows(
-                    xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm,
-                    scale.to(tl.float64), inverse_length.to(tl.float64), shift.to(tl.float64), inverse_norm,
-                    own_mean, all_mean, alpha, beta, unit_stride, column_stride, all_classes, M, ALIGN, CONTIGUOUS,
-                    AS, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
+                    xs, input, center, log_activation, activation, reference, None, grad, row, live, y, B, own_log_norm,
+                    scale.to(tl.float64), inverse_length.to(tl.float64), shift.to(tl.float64), inverse_norm, made,
+                    unit_stride, column_stride, M, ALIGN, CONTIGUOUS, AS, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS,
+                    STRETCHES, KEEP,
                 )  # fmt: skip
