@@ -60,17 +60,18 @@ def run_case(
     results += [concentration, separated, *torch.autograd.grad((concentration + separated).sum(), z)]
     run, options = _ops.operators(backend), criterion.options
     logits, batch = criterion.centroid_logits, (z.detach(), y, criterion.center)
-    stats = _ops.centroid_stats(logits, options, backend)
-    of_rows = run.terms(*batch, *stats, *options.for_terms)[1]
-    of_rows[:, -2:] = 0.5  # the derivatives
-    totals = run.class_totals(*batch, of_rows, None, options.centroid_to_sample, -100)
-    gradient = run.centroid_grad(*batch, logits, *stats, of_rows, None, options.centroid_to_sample, -100, totals)
+    stats = _ops.table_of(logits, options, backend)
+    values, of_rows = run.terms(*batch, *stats, *options.for_terms)
+    coefficients = run.reduce(values, of_rows, y, stats.norms, None, None, *options.for_reduce)[1]
+    rows = of_rows, coefficients
+    totals = run.class_totals(*batch, *rows, None, options.centroid_to_sample, -100)
+    gradient = run.centroid_grad(*batch, logits, *stats, *rows, None, options.centroid_to_sample, -100, totals)
     results += [totals, gradient]
     for momentum, buffer in ((0.9, torch.zeros_like(logits)), (0.0, None)):
-        moved, stats = logits.detach().clone(), _ops.centroid_stats(logits, options, backend)
+        moved, stats = logits.detach().clone(), _ops.table_of(logits, options, backend)
         sgd = (0.1, momentum, 1e-3, momentum > 0)
         stepping = options.softmax, options.centroid_to_sample, -100, *sgd
-        run.centroid_step_(*batch, moved, buffer, *stats, of_rows, *stepping)
+        run.centroid_step_(*batch, moved, buffer, *stats, *rows, *stepping)
         results += [moved, *stats]
     update = (criterion.num_batches_tracked, 0.9)
     results.append(_ops.update_center_(criterion.center, update, z.detach(), y, classes, -100, backend))

@@ -124,15 +124,23 @@ inline const RowStats* row_stats_of(const Tensor& t, int64_t rows) {
   return reinterpret_cast<const RowStats*>(data<double>(t, "rows", {rows, kRowStats}));
 }
 
+inline const Coefficients* coefficients_in(const Tensor& t, int64_t rows) {
+  return reinterpret_cast<const Coefficients*>(data<double>(t, "coefficients", {rows, kCoefficients}));
+}
+
 enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
+
+inline void check_reduction(bool batch_ratio, int64_t reduction) {
+  STD_TORCH_CHECK(reduction == kNone || reduction == kMean || reduction == kSum, "ncmi_kernels: unknown reduction");
+  STD_TORCH_CHECK(!batch_ratio || reduction == kMean, "ncmi_kernels: ratio over the batch needs reduction mean");
+}
 
 // Of the operator loss: what no combination of its arguments may break.
 inline void check_loss_arguments(const Tensor& input, const std::optional<Tensor>& center,
                                  const std::optional<Tensor>& running_center,
                                  const std::optional<Tensor>& num_batches_tracked, const Tensor& log_activation,
                                  bool batch_ratio, int64_t reduction, bool with_grad) {
-  STD_TORCH_CHECK(reduction == kNone || reduction == kMean || reduction == kSum, "ncmi_kernels: unknown reduction");
-  STD_TORCH_CHECK(!batch_ratio || reduction == kMean, "ncmi_kernels: ratio over the batch needs reduction mean");
+  check_reduction(batch_ratio, reduction);
   STD_TORCH_CHECK(running_center.has_value() == num_batches_tracked.has_value() && !(center && running_center),
                   "ncmi_kernels: pass center, or running_center with num_batches_tracked");
   STD_TORCH_CHECK(

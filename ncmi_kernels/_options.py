@@ -1,7 +1,8 @@
 """The options of the loss, checked once."""
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from numbers import Integral, Real
 from typing import Any
 
@@ -30,6 +31,7 @@ class Options:
     batch_ratio: bool = field(init=False, repr=False)
     scalar_by_sample: bool = field(init=False, repr=False)  # ratio="sample" and one number for the batch
     for_terms: tuple[Any, ...] = field(init=False, repr=False)  # the last arguments of the operator `terms`
+    for_reduce: tuple[Any, ...] = field(init=False, repr=False)  # the last ones of `reduce`
     for_loss: tuple[Any, ...] = field(init=False, repr=False)  # those of `loss` before `with_grad`
 
     def __post_init__(self) -> None:
@@ -70,9 +72,18 @@ class Options:
             ("batch_ratio", batch_ratio),
             ("scalar_by_sample", not batch_ratio and self.reduction != "none"),
             ("for_terms", (*features, self.ignore_index)),
+            (
+                "for_reduce",
+                (centroid_to_sample, self.separation_focus > 0, batch_ratio, reduction, self.eps, self.ignore_index),
+            ),
             ("for_loss", (*features, batch_ratio, reduction, self.eps, self.ignore_index)),
         ):
             object.__setattr__(self, name, value)
+
+    @cache  # noqa: B019
+    def ignoring(self, index: int) -> "Options":
+        """The same with another ignore_index."""
+        return replace(self, ignore_index=index)
 
 
 OPTION_NAMES = tuple(option.name for option in fields(Options) if option.init)

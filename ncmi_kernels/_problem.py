@@ -20,9 +20,10 @@ class Problem(NamedTuple):
     weight: Tensor | None  # [C]
     options: Options
     backend: str
-    stats: Any  # what the backend knows of the centroids, if it does already
+    table: Any = None  # what the backend knows of the centroids, if it does already
     group: Group | None = None  # whose batches share the loss
     center_update: CenterUpdate | None = None  # moves `center`, a running one, before it is used
+    shards: Any = None  # how the classes are shared out over the group (sharded.Shards); None where all are here
 
 
 def problem_of(
@@ -33,14 +34,14 @@ def problem_of(
     weight: Tensor | None,
     options: Options,
     backend: str,
-    stats: Any = None,
+    table: Any = None,
     group: Group | None = None,
     center_update: CenterUpdate | None = None,
 ) -> tuple[Tensor, Tensor, Problem]:
     """Checked arguments as the loss takes them: features [N, M], centroid logits [C, M], and the rest."""
     rows, classes = flatten(input, target)
     rows, centroid_logits, center, weight = to_arithmetic_dtype(rows, centroid_logits, center, weight)
-    return rows, centroid_logits, Problem(classes, center, weight, options, backend, stats, group, center_update)
+    return rows, centroid_logits, Problem(classes, center, weight, options, backend, table, group, center_update)
 
 
 def flatten(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,9 @@ from ncmi_kernels._options import REDUCTIONS
 
 # Columns of the operators' `rows`, `coefficients` and `norms`: csrc/layout.h
 ROW_STATS, COEFFICIENTS, CLASS_STATS = 7, 4, 8
+SCALE, SHIFT, INVERSE_NORM, OWN_MEAN, ALL_MEAN = 0, 3, 4, 5, 6  # of rows
+CLASS_LOG_NORM = 0  # of a class's record in norms
+MEAN_LOG_NORM, CLASSES = 1, 2  # of the last one
 
 _BATCH = "Tensor input, Tensor target, Tensor? center"
 _TABLE = "Tensor log_activation, Tensor activation, Tensor reference, Tensor norms"
@@ -89,8 +92,8 @@ SCHEMAS = {
     "centroid_step_": (
         f"({_BATCH}, Tensor(a!) centroid_logits, Tensor(b!)? momentum_buffer, Tensor(c!) log_activation,"
         " Tensor(d!) activation, Tensor(e!) reference, Tensor(f!) norms, Tensor rows, Tensor coefficients,"
-        " bool softmax, bool centroid_to_sample, int ignore_index, float lr, float momentum, float weight_decay, bool nesterov)"
-        " -> ()"
+        " bool softmax, bool centroid_to_sample, int ignore_index,"
+        " float lr, float momentum, float weight_decay, bool nesterov) -> ()"
     ),
     #
     # The running centre: set to the mean of the rows at the first batch, then momentum * center +

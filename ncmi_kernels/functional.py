@@ -2,16 +2,14 @@
 
 import warnings
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ncmi_kernels import _backends, _distributed, _focus, _ops, reference
+from ncmi_kernels import _backends, _loss, _terms
 from ncmi_kernels._options import Options
 from ncmi_kernels._problem import (
-    Problem,
     check_batch,
     check_floating,
     check_parameters,
@@ -118,7 +116,7 @@ def ncmi_loss(
     check_parameters(centroid_logits, center, weight)
     check_batch(input, target, centroid_logits)
     resolved = _backends.resolve(backend, input)
-    result = loss(*problem_of(input, target, centroid_logits, center, weight, options, resolved))
+    result = _loss.loss(*problem_of(input, target, centroid_logits, center, weight, options, resolved)).loss
     return result.reshape(target.shape) if options.reduction == "none" else result
 
 
@@ -175,11 +173,7 @@ def ncmi_terms(
     resolved = _backends.resolve(backend, input)
     rows, logits, problem = problem_of(input, target, centroid_logits, center, None, options, resolved)
     check_range(problem.target, len(logits), None)
-    if resolved == "reference":
-        concentration, separated = reference.terms(rows, problem.target, logits, problem.center, options)
-    else:
-        path = _focus if options.separation_focus else _ops
-        concentration, separated = path.terms(rows, problem.target, logits, problem.center, options, resolved)
+    concentration, separated = _terms.terms(rows, logits, problem)
     return concentration.reshape(target.shape), separated.reshape(target.shape)
 
 
@@ -234,48 +228,6 @@ def nsf(input: Tensor, dim: int = -1) -> Tensor:
     check_floating("input", input)
     x = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
     return log_nsf(x, dim).exp().to(input.dtype)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Shared with the module.
-# ------------------------------------------------------------------------------------------------------------
-
-
-def loss(input: Tensor, centroid_logits: Tensor, problem: Problem, *, seen: list[Any] | None = None) -> Tensor:
-    """The loss of a problem, a scalar or [N]; `seen` as :func:`_ops.loss` has it."""
-    target, center, weight, options, backend, _, group, _ = problem
-    if options.separation_focus and backend != "reference":
-        return _focus.loss(input, centroid_logits, problem, seen=seen)
-    if group is not None:
-        return _distributed.loss(input, centroid_logits, problem, seen=seen)
-    if backend == "reference":
-        check_range(target, len(centroid_logits), options.ignore_index)
-        return reference.loss(input, target, centroid_logits, center, weight, options, means=seen)
-    return _ops.loss(input, centroid_logits, problem, seen=seen)
-
-
-def centroid_gradient(
-    input: Tensor, centroid_logits: Tensor, problem: Problem, seen_rows: _focus.Rows | None = None
-) -> tuple[Tensor, Tensor]:
-    """Without a graph: the gradient of :func:`loss` by `centroid_logits` [C, M], and means of terms [2].
-
-    The means are NaN where no row counts. With a group, the gradient of the loss of all processes' rows, the same bits
-    on each.
-    """
-    input, centroid_logits = input.detach(), centroid_logits.detach()
-    if problem.options.separation_focus and problem.backend != "reference":
-        grad, means = _focus.centroid_gradient(input, centroid_logits, problem, seen_rows)
-    elif problem.group is not None:
-        grad, means = _distributed.centroid_gradient(input, centroid_logits, problem)
-    elif problem.backend == "reference":
-        seen: list[Tensor] = []
-        with torch.enable_grad():
-            leaf = centroid_logits.requires_grad_()
-            grad = torch.autograd.grad(loss(input, leaf, problem, seen=seen), leaf)[0]
-        means = seen[0]
-    else:
-        grad, means = _ops.centroid_gradient(input, centroid_logits, problem)
-    return grad if problem.group is None else problem.group.all_reduce(grad), means
 
 
 @cache

@@ -8,10 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ncmi_kernels import _backends, _focus, _ops, _problem, functional, reference
+from ncmi_kernels import _backends, _loss, _ops, _problem, functional, reference
 from ncmi_kernels._group import Group
+from ncmi_kernels._loss import Result
+from ncmi_kernels._memo import Memo
 from ncmi_kernels._modes import concrete, forward_mode, jit_tracing, transforming
 from ncmi_kernels._options import OPTION_NAMES, Options, check_choice, check_fraction
+from ncmi_kernels._plain import SGD
 from ncmi_kernels._problem import CenterUpdate, problem_of
 from ncmi_kernels._watch import Watch
 
@@ -182,10 +185,10 @@ class NCMILoss(nn.Module):
             weight = weight.detach().to(device=self.center.device, dtype=dtype, copy=True)
         self.register_buffer("weight", weight)
         self.register_buffer("class_means", None)
-        self._stats_cache: tuple[Any, ...] | None = None
+        self._table = Memo()  # of fixed centroids
         self._last_terms: Tensor | None = None
-        self._keeps_rows = False
-        self._last_rows: tuple[Any, ...] | None = None
+        self._keeps_rows = False  # for steps of the centroids
+        self._last_result = Memo()  # with its rows
         self._watch = Watch()
         self.reset_parameters()
 
@@ -205,18 +208,17 @@ class NCMILoss(nn.Module):
         backend = _backends.resolve(self.backend, input)
         center, update, moved = self._center_for(center, input, target, logits, backend)
         if logits.requires_grad:
-            stats = None
-            if self._stats_cache is not None:  # fused optimisers move no version counter
-                self._stats_cache = None
+            table = None
+            self._table.forget()  # fused optimisers move no version counter
         else:
-            stats = self._fixed_stats(input, logits, backend)
+            table = self._fixed_table(input, logits, backend)
         group = self._group if self.training and self.options.reduction != "none" else None
-        problem = problem_of(input, target, logits, center, weight, self.options, backend, stats, group, update)
-        seen: list[Any] = []
-        result = functional.loss(*problem, seen=seen)
+        problem = problem_of(input, target, logits, center, weight, self.options, backend, table, group, update)
+        result = _loss.loss(*problem, with_rows=self._keeps_rows)
         self._commit_center(moved)
-        self._keep(seen, input, target, backend)
-        return result.reshape(target.shape) if self.options.reduction == "none" else result
+        self._keep(result, input, target, backend, group)
+        loss = result.loss
+        return loss.reshape(target.shape) if self.options.reduction == "none" else loss
 
     @property
     def last_terms(self) -> BatchTerms | None:
@@ -228,55 +230,46 @@ class NCMILoss(nn.Module):
         """
         return None if self._last_terms is None else BatchTerms(*self._last_terms)
 
-    def _keep(self, seen: list[Any], input: Tensor, target: Tensor, backend: str) -> None:
-        """Keep what was seen of a batch (:func:`_ops.loss`): for `last_terms`, and for the step of the centroids."""
-        if transforming() or forward_mode() or jit_tracing():
+    def _keep(self, result: Result, input: Tensor, target: Tensor, backend: str, group: Group | None) -> None:
+        """Keep what is known of a batch: for `last_terms`, and for the step of the centroids."""
+        means = result.means
+        if means is None or transforming() or forward_mode() or jit_tracing():
             return  # the tensors would outlive the transform
-        if not concrete(seen[0]):
-            if torch.compiler.is_exporting():
-                return
-            self._last_terms = seen[0]
-            self._last_rows = None
+        if not concrete(means):
+            if not torch.compiler.is_exporting():
+                self._last_terms = means
+                self._last_result.forget()
             return
-        self.__dict__["_last_terms"] = seen[0]  # past Module.__setattr__, which takes a microsecond
-        if self._last_rows is not None:
-            self._last_rows = None
-        if self._keeps_rows and seen[1:]:
-            state = self._state_of_rows(input, target, backend)
-            if state is not None:
-                # Kept alive, so that no other tensors get their addresses. Of a parameter without another tensor of the
-                # same memory, by which :meth:`_fixed_stats` would take it to be shared.
-                tensors = self._told_rows_apart_by(input, target)
-                alive = [t if isinstance(t, nn.Parameter) else t.detach() for t in tensors]
-                self._last_rows = state, seen[1], alive
+        self.__dict__["_last_terms"] = means  # past Module.__setattr__, which takes a microsecond
+        self._last_result.forget()
+        if result.rows is not None:
+            tensors = self._tensors_of_rows(input, target)
+            if not any(t.is_inference() or not concrete(t) for t in tensors):  # else no version counter tells
+                known = result._replace(loss=means)  # the loss has a graph
+                self._last_result.keep(known, tensors, self._settings_of_rows(backend, group))
         if self.training:
-            self._watch.look(seen[0], self.options, target)
+            self._watch.look(means, self.options, target)
 
-    def _told_rows_apart_by(self, input: Tensor, target: Tensor) -> list[Tensor]:
+    def _tensors_of_rows(self, input: Tensor, target: Tensor) -> tuple[Tensor, ...]:
         tensors = (input, target, self._tensor("centroid_logits"), self._tensor("center"), self._tensor("weight"))
-        return [t for t in tensors if t is not None]
+        return tuple(t for t in tensors if t is not None)
 
-    def _state_of_rows(self, input: Tensor, target: Tensor, backend: str) -> tuple[Any, ...] | None:
-        """What the statistics of a batch's rows depend on; None where no version counter would tell of a change."""
-        tensors = self._told_rows_apart_by(input, target)
-        if any(t.is_inference() or not concrete(t) for t in tensors):
-            return None
-        states = [(t.data_ptr(), t._version, t.shape, t.stride(), t.dtype) for t in tensors]
-        return states, self.options, self.center_momentum is None, backend
+    def _settings_of_rows(self, backend: str, group: Group | None) -> tuple[Any, ...]:
+        return self.options, self.center_momentum is None, backend, group
 
-    def _rows_of(self, input: Tensor, target: Tensor, backend: str) -> Any:
-        """The statistics of a batch's rows from the last forward pass, if that had this batch and nothing moved since.
+    def _known(self, input: Tensor, target: Tensor, backend: str) -> Result | None:
+        """What the last forward pass gave, if it had this batch and nothing moved since.
 
         The operators move no version counter of the centre; but what moves it is a forward pass, which is the last one.
         """
-        if self._last_rows is None or self._last_rows[0] != self._state_of_rows(input, target, backend):
-            return None
-        return self._last_rows[1]
+        tensors = self._tensors_of_rows(input, target)
+        known: Result | None = self._last_result.find(tensors, self._settings_of_rows(backend, self._group))
+        return known
 
     def _forget(self) -> None:
         """Drop what was computed of the centroids and kept, for changes that no version counter sees."""
-        self._stats_cache = None
-        self._last_rows = None
+        self._table.forget()
+        self._last_result.forget()
 
     @property
     def center_momentum(self) -> float | None:
@@ -324,11 +317,11 @@ class NCMILoss(nn.Module):
         _problem.check_batch(features, target, logits)
         center, weight = self._buffers_for(logits)
         backend = _backends.resolve(self.backend, features)
-        stats = None if logits.requires_grad else self._fixed_stats(features, logits, backend)
-        seen_rows = self._rows_of(features, target, backend) if self.options.separation_focus else None
+        table = None if logits.requires_grad else self._fixed_table(features, logits, backend)
+        known = self._known(features, target, backend)
         self._forget()  # what comes now is a step, perhaps of a fused optimiser, which moves no version counter
-        problem = problem_of(features, target, logits, center, weight, self.options, backend, stats, self._group)
-        grad, means = functional.centroid_gradient(*problem, seen_rows)
+        problem = problem_of(features, target, logits, center, weight, self.options, backend, table, self._group)
+        grad, means = _loss.centroid_gradient(*problem, known)
         return grad.to(logits.dtype), means
 
     def centroids(self) -> Tensor:
@@ -579,37 +572,29 @@ class NCMILoss(nn.Module):
                 self.center.copy_(moved.center)
                 self.num_batches_tracked.copy_(moved.batches)
 
-    def _fixed_stats(self, input: Tensor, logits: Tensor, backend: str) -> Any:
-        """The cached statistics of fixed centroids; None where they have to be computed.
+    def _fixed_table(self, input: Tensor, logits: Tensor, backend: str) -> Any:
+        """The table of fixed centroids, kept for as long as they stay; None where it has to be computed.
 
-        Keyed on the tensor, its memory (kept alive, so no other tensor can get the address) and its version
-        counter, which every in-place operation, optimiser step and load_state_dict moves. What moves none:
+        Every in-place operation, optimiser step and load_state_dict moves the version counter. What moves none:
 
-        - fused optimisers. They need a gradient: while there is one nothing is cached, and what gives one drops the
-          cache, a forward pass with centroids that require it and `centroid_gradient`.
+        - fused optimisers. They need a gradient: while there is one nothing is kept, and what gives one drops the
+          table, a forward pass with centroids that require it and `centroid_gradient`.
         - other tensors of the same memory, as `torch.nn.utils.vector_to_parameters` makes, and other processes after
-          `share_memory`. Nothing is cached while there are any.
+          `share_memory`. Nothing is kept while there are any.
         - writing through `.data` later, NumPy or a bare collective of torch.distributed, here as in autograd: `train()`
-          and `eval()` drop the cache for that.
+          and `eval()` drop the table for that.
         """
         options = self.options
-        if torch.compiler.is_compiling():  # a traced read of the cache would be guarded on versions
+        if torch.compiler.is_compiling():  # a traced read would be guarded on versions
             return None
-        cache = self._stats_cache
+        table = self._table.find((logits,), (id(logits), options, backend))
         if (
-            cache is not None
-            and cache[0] is logits
-            and cache[1] is options
-            and cache[2] == backend
-            and cache[3] == logits._version
-            and cache[4] == logits.data_ptr()
-            and cache[5] == logits.stride()
-            and cache[6] is logits.dtype
+            table is not None
             and (input.dtype is not torch.float64 or logits.dtype is torch.float64)
             and logits.grad is None
         ):
-            return cache[-1]
-        self._stats_cache = cache = None
+            return table
+        self._table.forget()
         if (
             transforming()
             or backend == "reference"
@@ -625,23 +610,20 @@ class NCMILoss(nn.Module):
         ):
             return None
         with torch.inference_mode(False):  # a graph could not save what was made in it
-            stats = (_focus if options.separation_focus else _ops).centroid_stats(logits, options, backend)
-        self._keep_stats(backend, stats)
-        return stats
+            table = _loss.way_of(options).table_of(logits, options, backend)
+        self._keep_table(table, backend)
+        return table
 
-    def _keep_stats(self, backend: str, stats: Any) -> None:
-        """Keep the statistics of the centroids as they are now."""
+    def _keep_table(self, table: Any, backend: str) -> None:
+        """Keep the table of the centroids as they are now."""
         logits = self._tensor("centroid_logits")
-        found = (logits, self.options, backend, logits._version, logits.data_ptr(), logits.stride(), logits.dtype)
-        self._stats_cache = (*found, logits.detach(), stats)
+        self._table.keep(table, (logits,), (id(logits), self.options, backend), logits.detach())
 
     def _check_one_loss(self) -> None:
         if self.options.reduction == "none":
             raise ValueError("reduction: got 'none', expected 'mean' or 'sum' where the centroids take a step")
 
-    def _step_in_one_pass(
-        self, features: Tensor, target: Tensor, momentum_buffer: Tensor | None, sgd: _ops.SGD
-    ) -> bool:
+    def _step_in_one_pass(self, features: Tensor, target: Tensor, momentum_buffer: Tensor | None, sgd: SGD) -> bool:
         """Move the centroids by a step of SGD, and what is known of them too; False where that takes a gradient."""
         backend = _backends.resolve(self.backend, features)
         logits = self._tensor("centroid_logits")
@@ -650,13 +632,13 @@ class NCMILoss(nn.Module):
                 return False
         if self._group is not None or self.options.separation_focus:
             return False
-        stats = self._fixed_stats(features, logits, backend)
-        if stats is None:
+        table = self._fixed_table(features, logits, backend)
+        if table is None:
             return False
         center, weight = self._buffers_for(logits)
-        rows, _, problem = problem_of(features, target, logits, center, weight, self.options, backend, stats)
-        _ops.centroid_step_(rows, logits, problem, self._rows_of(features, target, backend), momentum_buffer, sgd)
-        self._keep_stats(backend, stats)
+        rows, _, problem = problem_of(features, target, logits, center, weight, self.options, backend, table)
+        _loss.centroid_step_(rows, logits, problem, self._known(features, target, backend), momentum_buffer, sgd)
+        self._keep_table(table, backend)
         return True
 
     def train(self, mode: bool = True) -> "NCMILoss":
@@ -665,7 +647,7 @@ class NCMILoss(nn.Module):
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_stats_cache": None, "_last_terms": None, "_last_rows": None, "_watch": Watch()}
+        return {**self.__dict__, "_last_terms": None, "_watch": Watch()}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ncmi_kernels import _ops
 from ncmi_kernels._options import check_positive
+from ncmi_kernels._plain import SGD
 from ncmi_kernels._problem import check_batch
 from ncmi_kernels.modules import NCMILoss
 
@@ -186,7 +186,7 @@ class CentroidSGD(torch.optim.Optimizer):
     def _move(
         self, logits: Tensor, features: Tensor, target: Tensor, group: dict[str, Any], buffer: Tensor | None
     ) -> None:
-        sgd = _ops.SGD(float(group["lr"]), group["momentum"], group["weight_decay"], group["nesterov"])
+        sgd = SGD(float(group["lr"]), group["momentum"], group["weight_decay"], group["nesterov"])
         if self.criterion._step_in_one_pass(features, target, buffer if sgd.momentum else None, sgd):
             return
         step, means = self.criterion._step_gradient(features, target)

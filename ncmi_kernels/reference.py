@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ncmi_kernels._group import Group
 from ncmi_kernels._options import Options
 
 
@@ -205,7 +206,6 @@ def loss(
     options: Options,
     *,
     literal: bool = False,
-    means: list[Tensor] | None = None,
 ) -> Tensor:
     """The loss from [B, M] features: a scalar, or [B] for reduction "none".
 
@@ -213,24 +213,65 @@ def loss(
 
         ratio "sample": l_i = A_i / (G_i + eps), and mean = sum_i w_i l_i / W
         ratio "batch":  (sum_i w_i A_i / W) / (sum_i w_i G_i / W + eps)
+    """
+    return loss_and_means(input, target, centroid_logits, center, weight, options, literal=literal)[0]
 
-    To `means` is appended [2] float64, for any ratio and reduction: sum_i w_i A_i / W and sum_i w_i G_i / W, CMI and
-    Gamma of the batch, detached; NaN where no sample counts.
+
+def loss_and_means(
+    input: Tensor,
+    target: Tensor,
+    centroid_logits: Tensor,
+    center: Tensor | None,
+    weight: Tensor | None,
+    options: Options,
+    *,
+    literal: bool = False,
+    group: Group | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`loss`, and CMI and Gamma of the batch [2] float64: sum_i w_i A_i / W and sum_i w_i G_i / W, detached.
+
+    With a `group`, of the batches of all processes (but the losses of reduction "none"); gradients are multiplied by
+    their number, of which the average that DistributedDataParallel takes leaves the sum.
     """
     weighted = weighted_terms(input, target, centroid_logits, center, weight, options, literal=literal)
-    return reduce(*weighted, options, means=means)
+    return reduce(*weighted, options, group)
 
 
 def reduce(
-    concentration: Tensor, separation: Tensor, w: Tensor, options: Options, *, means: list[Tensor] | None = None
-) -> Tensor:
-    """:func:`loss` from what :func:`weighted_terms` gives."""
-    if means is not None:
-        terms_of_rows = torch.stack((concentration, separation)).detach().double()
-        means.append((terms_of_rows @ w.double()) / w.double().sum())
+    concentration: Tensor, separation: Tensor, w: Tensor, options: Options, group: Group | None = None
+) -> tuple[Tensor, Tensor]:
+    """:func:`loss_and_means` from what :func:`weighted_terms` gives."""
+    dtype = concentration.dtype
+    if group is not None:  # sums over very many rows
+        concentration, separation, w = concentration.double(), separation.double(), w.double()
+    sums = [w.sum(), (w * concentration).sum(), (w * separation).sum()]
+    if not options.batch_ratio:
+        each = w * (concentration / (separation + options.eps))
+        sums.append(each.sum())
+    if group is not None:
+        sums = list(_sums_of_all(torch.stack(sums), group))
+    weight, cmi, gamma = sums[:3]
+    means = torch.stack([cmi, gamma]).detach().double() / weight.detach().double()
     if options.batch_ratio:
-        return ((w * concentration).sum() / w.sum()) / ((w * separation).sum() / w.sum() + options.eps)
-    each = w * (concentration / (separation + options.eps))
-    if options.reduction == "none":
-        return each
-    return each.sum() / w.sum() if options.reduction == "mean" else each.sum()
+        loss = (cmi / weight) / (gamma / weight + options.eps)
+    elif options.reduction == "none":
+        loss = each
+    else:
+        loss = sums[3] / weight if options.reduction == "mean" else sums[3]
+    return loss.to(dtype), means
+
+
+def _sums_of_all(sums: Tensor, group: Group) -> Tensor:
+    """The sums over all processes; their gradients are this process's, times the number of processes."""
+    if sums.requires_grad:
+        sums.register_hook(_refuse_double_backward)
+    own = group.size * sums
+    return own + (group.all_reduce(sums.detach().clone()) - own.detach())
+
+
+def _refuse_double_backward(grad: Tensor) -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "create_graph: got True for a loss over several processes (process_group), expected False: double backward "
+            "is not supported there"
+        )

@@ -1,6 +1,7 @@
 """NCMI for very many classes: each process holds a part of the centroids, and [C, M] exists on none."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -8,10 +9,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ncmi_kernels import _backends, _ops, _problem, _schema, reference
+from ncmi_kernels import _backends, _loss, _ops, _plain, _problem, _schema, reference
 from ncmi_kernels._group import Group
 from ncmi_kernels._options import Options
-from ncmi_kernels._reduction import reduced, refuse_double_backward, row_weights
+from ncmi_kernels._problem import Problem, problem_of
 from ncmi_kernels.modules import INITIAL_LOGIT, NCMILoss
 
 NOBODY = -1  # the ignore_index of targets that were renumbered
@@ -152,32 +153,24 @@ class ShardedNCMILoss(NCMILoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of all processes' features [B, M] (or [M], [B, M, d1, ...]); targets [B] (or [], [B, d1, ...])."""
-        arguments = self._arguments(input, target)
+        backend = self._backend_for(input, target)
         center, weight = self._buffers_for(self.centroid_logits)
-        center, _, moved = self._center_for(center, input, target, self.centroid_logits, arguments.backend)
-        logits = _to_local(self.centroid_logits)
-        rows, classes = _problem.flatten(input, target)
-        rows, logits, center, weight = _problem.to_arithmetic_dtype(rows, logits, center, weight)
-        seen: list[Tensor] = []
-        result = _ShardedLoss.apply(rows, logits, classes, center, weight, arguments, seen)
+        center, _, moved = self._center_for(center, input, target, self.centroid_logits, backend)
+        result = _loss.loss(*self._problem(input, target, center, weight, backend))
         self._commit_center(moved)
-        self._keep(seen, input, target, arguments.backend)
-        return result.reshape(target.shape) if self.options.reduction == "none" else result
+        self._keep(result, input, target, backend, self._processes)
+        return result.loss.reshape(target.shape) if self.options.reduction == "none" else result.loss
 
     def centroid_gradient(self, features: Tensor, target: Tensor) -> Tensor:
         """As of :class:`NCMILoss` with a process group; a DTensor [C, M] like `centroid_logits`."""
         return super().centroid_gradient(features, target)
 
     def _step_gradient(self, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        arguments = self._arguments(features, target)
+        backend = self._backend_for(features, target)
         self._forget()
         center, weight = self._buffers_for(self.centroid_logits)
-        local = self._own(self.centroid_logits)
-        rows, classes = _problem.flatten(features, target)
-        rows, logits, center, weight = _problem.to_arithmetic_dtype(rows, local, center, weight)
-        _, means, lookup, step = _step(rows, logits, classes, center, weight, arguments)
-        grad = _centroid_grad(step, rows, logits, center, lookup, None, arguments)
-        return self._as_dtensor(grad.to(local.dtype)), means
+        grad, means = _loss.centroid_gradient(*self._problem(features, target, center, weight, backend))
+        return self._as_dtensor(grad.to(self.centroid_logits.dtype)), means
 
     def _step_in_one_pass(self, *args: Any) -> bool:
         return False
@@ -239,10 +232,10 @@ class ShardedNCMILoss(NCMILoss):
                 break
             features, target = batch or (local[:0], total[:0, 0].long())
             p, classes, kept = self._counted_probabilities(features, target)
-            lookup = Lookup(classes.masked_fill(~kept, NOBODY), NOBODY, self._rows_per_process, group)
-            sums = total.new_zeros((lookup.classes, self.feature_dim + 1))
+            lookup, present = Lookup.of(classes.masked_fill(~kept, NOBODY), NOBODY, self._rows_per_process, group)
+            sums = total.new_zeros((len(present), self.feature_dim + 1))
             counted = torch.cat([p, kept.double()[:, None]], dim=1)
-            lookup.give(sums.index_add_(0, lookup.target.masked_fill(~kept, 0), counted), total)
+            lookup.give(sums.index_add_(0, lookup.target.masked_fill(~kept, 0), counted), total, group)
         self.class_means = self._as_dtensor((total[:, :-1] / total[:, -1:].clamp(min=1)).to(local.dtype))
         return self.class_means
 
@@ -255,7 +248,8 @@ class ShardedNCMILoss(NCMILoss):
         # A process without rows cannot tell.
         return bool(self._processes.all_reduce(self._own(class_means).any().double()))
 
-    def _arguments(self, input: Tensor, target: Tensor) -> "_Arguments":
+    def _backend_for(self, input: Tensor, target: Tensor) -> str:
+        """The backend that runs; raises unless these arguments and settings can be computed."""
         _problem.check_batch(input, target, self.centroid_logits)
         _problem.check_range(target, self.num_classes, self.options.ignore_index)
         if self.options.separation_focus:
@@ -269,26 +263,30 @@ class ShardedNCMILoss(NCMILoss):
                 "backend: got 'reference', expected one with kernels: there is no reference for centroids on several "
                 "processes (ncmi_kernels.available_backends() tells what can run)"
             )
-        return _Arguments(
-            self.options,
-            backend,
-            self._processes,
-            self.num_classes,
-            self._rows_per_process,
-            None if self.centroid_logits.requires_grad else self._fixed_shard(input, backend),
-        )
+        return backend
 
-    def _fixed_shard(self, input: Tensor, backend: str) -> "_Shard":
-        """The statistics of fixed centroids, cached as `NCMILoss._fixed_stats` does."""
+    def _problem(
+        self, input: Tensor, target: Tensor, center: Tensor | None, weight: Tensor | None, backend: str
+    ) -> tuple[Tensor, Tensor, Problem]:
+        logits = _to_local(self.centroid_logits)
+        shard = None if logits.requires_grad else self._fixed_shard(input, backend)
+        rows, logits, problem = problem_of(
+            input, target, logits, center, weight, self.options, backend, shard, self._processes
+        )
+        return rows, logits, problem._replace(shards=Shards(self.num_classes, self._rows_per_process))
+
+    def _fixed_shard(self, input: Tensor, backend: str) -> "Shard":
+        """What is known of fixed centroids, kept as in `NCMILoss._fixed_table`."""
         logits = self.centroid_logits
         # Operations on the DTensor move its counter, those on what its to_local() gives that of the rows. The rows of a
         # detached DTensor count for themselves: writing through them cannot be seen, as through `.data`.
         local = _to_local(logits)
-        key = (self.options, backend, logits._version, local._version, local.data_ptr(), local.dtype, input.dtype)
-        if self._stats_cache is None or self._stats_cache[0] != key:
+        settings = self.options, backend, logits._version, input.dtype
+        shard: Shard | None = self._table.find((local,), settings)
+        if shard is None:
             wide = _problem.to_arithmetic_dtype(input, local, None, None)[1]
-            self._stats_cache = (key, local, _shard(wide, self.options, backend))
-        shard: _Shard = self._stats_cache[2]
+            shard = shard_of(wide, self.options, backend)
+            self._table.keep(shard, (local,), settings)
         return shard
 
 
@@ -298,76 +296,67 @@ def _to_local(table: Any) -> Tensor:
     return local
 
 
-class Lookup:
-    """The rows of the shards that a batch needs: which, from whom, and which rows here the others need.
+class Lookup(NamedTuple):
+    """The rows of the shards that a batch needs: which, from whom, and which rows here the others need."""
 
-    Attributes:
-        target: [B], renumbered among the classes that occur; `NOBODY` for ignored rows.
-        classes: their number; 1, a class that no row has, for a batch without rows that count.
-    """
+    target: Tensor  # [B], renumbered among the classes that occur; `NOBODY` for ignored rows
+    rows: Tensor  # of this process's centroids, those that are needed, process by process
+    counts: Tensor  # [2, processes], on the CPU: of the classes that occur those of each, and of `rows` those for each
 
-    def __init__(self, target: Tensor, ignore_index: int, rows_per_process: int, group: Group) -> None:
+    @classmethod
+    def of(cls, target: Tensor, ignore_index: int, rows_per_process: int, group: Group) -> tuple["Lookup", Tensor]:
+        """Of targets [B]; and the classes that occur, in order: class 0, which no row has, where none counts."""
         kept = target != ignore_index
         present, numbers = torch.unique(target[kept], return_inverse=True)
         if not len(present):
             present = present.new_zeros(1)
-        self.target = torch.full_like(target, NOBODY).masked_scatter_(kept, numbers)
-        self.classes = len(present)
+        renumbered = torch.full_like(target, NOBODY).masked_scatter_(kept, numbers)
         owner = present // rows_per_process
         asked = torch.bincount(owner, minlength=group.size)
         wanted = group.all_to_all(asked, [1] * group.size, [1] * group.size)
-        self._asked, self._wanted = torch.stack([asked, wanted]).tolist()
-        self._rows = group.all_to_all(present - owner * rows_per_process, self._asked, self._wanted)
-        self._group = group
+        counts = torch.stack([asked, wanted]).cpu()
+        rows = group.all_to_all(present - owner * rows_per_process, *counts.tolist())
+        return cls(renumbered, rows, counts), present
 
-    def fetch(self, local: Tensor) -> Tensor:
+    def fetch(self, local: Tensor, group: Group) -> Tensor:
         """The rows of the batch's classes, [classes, ...], from the shards `local`."""
-        return self._group.all_to_all(local[self._rows], self._wanted, self._asked)
+        asked, wanted = self.counts.tolist()
+        return group.all_to_all(local[self.rows], wanted, asked)
 
-    def give(self, rows: Tensor, local: Tensor) -> None:
+    def give(self, rows: Tensor, local: Tensor, group: Group) -> None:
         """Add rows [classes, ...] to the shards `local` that they belong to, in the order of the processes."""
-        received = self._group.all_to_all(rows, self._asked, self._wanted)
-        for index, part in zip(self._rows.split(self._wanted), received.split(self._wanted), strict=True):
+        asked, wanted = self.counts.tolist()
+        received = group.all_to_all(rows, asked, wanted)
+        for index, part in zip(self.rows.split(wanted), received.split(wanted), strict=True):
             local.index_add_(0, index, part)
 
 
-class _Shard(NamedTuple):
-    """What is known of this process's centroids: their statistics, None without any, and their part of the sums."""
+class Shard(NamedTuple):
+    """What is known of this process's centroids: their table, None without any, and their part of the sums."""
 
-    stats: _ops.CentroidStats | None
+    table: _ops.Table | None
     sums: Tensor  # float64, [M + 1] or [3 M + 1]
 
 
-class _Arguments(NamedTuple):
-    """What a step needs beside its tensors."""
-
-    options: Options
-    backend: str
-    group: Group
-    num_classes: int
-    rows_per_process: int
-    shard: _Shard | None  # where it is cached
-
-
-def _shard(logits: Tensor, options: Options, backend: str) -> _Shard:
+def shard_of(logits: Tensor, options: Options, backend: str) -> Shard:
     """Sums over the classes in float64, as the operator centroid_stats forms them.
 
     sample_to_centroid: of log a [M] and log_norm; centroid_to_sample: of q, q log a and q log_norm [M each], log_norm.
     """
     sums = logits.new_zeros(3 if options.centroid_to_sample else 1, logits.shape[1], dtype=torch.float64)
     if not len(logits):
-        return _Shard(None, torch.cat([sums.flatten(), sums.new_zeros(1)]))
-    stats = _ops.centroid_stats(logits, options, backend)
-    log_norms = stats.norms[:-1, :1]
+        return Shard(None, torch.cat([sums.flatten(), sums.new_zeros(1)]))
+    table = _ops.table_of(logits, options, backend)
+    log_norms = table.norms[:-1, :1]
     for begin in range(0, len(logits), BLOCK):
-        log_a = stats.log_activation[begin : begin + BLOCK].double()
+        log_a = table.log_activation[begin : begin + BLOCK].double()
         if options.centroid_to_sample:
             log_norm = log_norms[begin : begin + BLOCK]
-            q = stats.activation[begin : begin + BLOCK].double() * (-log_norm).exp()
+            q = table.activation[begin : begin + BLOCK].double() * (-log_norm).exp()
             sums += torch.stack([q.sum(dim=0), (q * log_a).sum(dim=0), (q * log_norm).sum(dim=0)])
         else:
             sums += log_a.sum(dim=0)
-    return _Shard(stats, torch.cat([sums.flatten(), log_norms.sum(dim=0)]))
+    return Shard(table, torch.cat([sums.flatten(), log_norms.sum(dim=0)]))
 
 
 def _of_all(
@@ -393,117 +382,93 @@ def _of_all(
     return torch.stack([exact, weight]).to(dtype), record
 
 
-class _Step(NamedTuple):
-    """What a forward pass knows of one batch against all classes. What is said of all classes is in both statistics."""
+@dataclass(frozen=True)
+class Shards:
+    """The way of a batch whose classes are shared out over the processes of a group: as :mod:`_plain`.
 
-    own_logits: Tensor  # [classes, M], of the classes that occur in the batch
-    rows: Tensor  # [B, 9], with the derivatives by the terms
-    own: _ops.CentroidStats  # of own_logits
-    shard: _ops.CentroidStats | None  # of this process's centroids; None without any
+    Rows are compared with those of the centroids that they need, under numbers of their own; what is said of all
+    classes comes of sums over all processes.
+    """
 
+    num_classes: int
+    rows_per_process: int
 
-def _step(
-    input: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    center: Tensor | None,
-    weight: Tensor | None,
-    arguments: _Arguments,
-) -> tuple[Tensor, Tensor, Lookup, _Step]:
-    """The loss, the means of the terms, and what the backward passes need."""
-    options, backend, group, num_classes, rows_per_process, shard = arguments
-    shard = shard or _shard(logits, options, backend)
-    sums = group.all_reduce(shard.sums.clone())
-    of_all, record = _of_all(sums, num_classes, logits.shape[1], logits.dtype, options)
+    class Rows(NamedTuple):
+        """As :class:`_plain.Rows`, and the classes that occur."""
 
-    def of_these(stats: _ops.CentroidStats) -> _ops.CentroidStats:
-        norms = torch.cat([stats.norms[:-1], record[None]])
-        return stats._replace(reference=of_all, norms=norms)
+        stats: Tensor
+        coefficients: Tensor
+        logits: Tensor  # [classes, M], of the classes that occur
+        target: Tensor  # these are the fields of Lookup
+        rows: Tensor
+        counts: Tensor
 
-    lookup = Lookup(target, options.ignore_index, rows_per_process, group)
-    own_logits = lookup.fetch(logits)
-    own = of_these(_ops.centroid_stats(own_logits, options, backend))
-    for_terms = (*options.for_terms[:-1], NOBODY)
-    values, rows = _ops.operators(backend).terms(input, lookup.target, center, *own, *for_terms)
-    counts, kept = row_weights(target, weight, options.ignore_index)
-    result, by_terms, means = reduced(values[0], values[1], counts, kept, options, group)
-    rows[:, -2:] = by_terms.T
-    step = _Step(own_logits, rows, own, None if shard.stats is None else of_these(shard.stats))
-    return result.to(logits.dtype), means, lookup, step
+    class Table(NamedTuple):
+        """As :class:`_ops.Table`, of the classes that occur, and of this process's. Both have `reference`."""
 
+        log_activation: Tensor
+        activation: Tensor
+        reference: Tensor
+        norms: Tensor
+        shard_log_activation: Tensor  # [classes here, M]
+        shard_activation: Tensor
+        shard_norms: Tensor
 
-def _input_grad(
-    step: _Step, input: Tensor, center: Tensor | None, lookup: Lookup, upstream: Tensor, arguments: _Arguments
-) -> Tensor:
-    """The gradient by `input` [B, M], times the number of processes where they share the loss."""
-    options = arguments.options
-    rows = step.rows
-    if options.reduction != "none":
-        rows = rows.clone()
-        rows[:, -2:] *= arguments.group.size
-    return _ops.operators(arguments.backend).input_grad(
-        input, lookup.target, center, *step.own, rows, upstream, options.centroid_to_sample, NOBODY
-    )
+        def of_shard(self) -> _ops.Table:
+            """That of this process's centroids."""
+            return _ops.Table(self.shard_log_activation, self.shard_activation, self.reference, self.shard_norms)
 
+    def forward(self, input: Tensor, logits: Tensor, problem: Problem, with_grad: bool = False) -> _plain.Found:
+        """As :func:`_plain.forward`, from this process's logits."""
+        target, _, weight, options, backend, shard, group, *_ = problem
+        assert group is not None
+        if not isinstance(shard, Shard):
+            shard = shard_of(logits, options, backend)
+        sums = group.all_reduce(shard.sums.clone())
+        reference, record = _of_all(sums, self.num_classes, logits.shape[1], logits.dtype, options)
+        lookup, present = Lookup.of(target, options.ignore_index, self.rows_per_process, group)
+        own_logits = lookup.fetch(logits, group)
 
-def _centroid_grad(
-    step: _Step,
-    input: Tensor,
-    logits: Tensor,
-    center: Tensor | None,
-    lookup: Lookup,
-    upstream: Tensor | None,
-    arguments: _Arguments,
-) -> Tensor:
-    """The gradient by this process's `logits`: the part of all rows, and each row's for its own class."""
-    run = _ops.operators(arguments.backend)
-    last = arguments.options.centroid_to_sample, NOBODY
-    batch = input, lookup.target, center
-    totals = arguments.group.all_reduce(run.class_totals(*batch, step.rows, upstream, *last))
-    nothing = torch.zeros_like(totals)
-    own = run.centroid_grad(*batch, step.own_logits, *step.own, step.rows, upstream, *last, nothing)
-    grad = torch.zeros_like(logits)
-    if step.shard is not None:
-        no_rows = input[:0], lookup.target[:0], center
-        grad = run.centroid_grad(*no_rows, logits, *step.shard, step.rows[:0], None, *last, totals)
-    lookup.give(own, grad)
-    return grad
+        def of_all(table: _ops.Table) -> _ops.Table:
+            return table._replace(reference=reference, norms=torch.cat([table.norms[:-1], record[None]]))
 
+        own = of_all(_ops.table_of(own_logits, options, backend))
+        here = own if shard.table is None else of_all(shard.table)
+        count = len(logits)
+        table = self.Table(*own, here.log_activation[:count], here.activation[:count], here.norms)
+        counted = None if weight is None else weight.index_select(0, present)
+        found = _plain.forward(input, own_logits, self._of_occurring(problem, lookup.target, own, counted))
+        stats, coefficients = found.rows
+        return found._replace(rows=self.Rows(stats, coefficients, own_logits, *lookup), table=table)
 
-class _ShardedLoss(torch.autograd.Function):
-    """The loss from features [B, M] and this process's centroid logits, in the dtype of the arithmetic."""
+    def input_grad(self, input: Tensor, problem: Problem, rows: Rows, upstream: Tensor | None) -> Tensor:
+        """As :func:`_plain.input_grad`."""
+        own = self._of_occurring(problem, rows.target, _ops.Table(*problem.table[:4]))
+        return _plain.input_grad(input, own, _plain.Rows(*rows[:2]), upstream)
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        logits: Tensor,
-        target: Tensor,
-        center: Tensor | None,
-        weight: Tensor | None,
-        arguments: _Arguments,
-        seen: list[Tensor],
+    def centroid_grad(
+        self, input: Tensor, logits: Tensor, problem: Problem, rows: Rows, upstream: Tensor | None
     ) -> Tensor:
-        result, means, lookup, step = _step(input, logits, target, center, weight, arguments)
-        seen.append(means)
-        others = step.own_logits, step.rows, *step.own, *(step.shard or ())
-        _ops.save(ctx, center, logits, input, target, weight, *others)
-        ctx.lookup, ctx.arguments = lookup, arguments._replace(shard=None)
-        return result
+        """As :func:`_plain.centroid_grad`, by this process's logits: the part of all rows of all processes."""
+        group = problem.group
+        assert group is not None
+        own = self._of_occurring(problem, rows.target, _ops.Table(*problem.table[:4]))
+        of_rows = _plain.Rows(*rows[:2])
+        totals = group.all_reduce(_plain.class_totals(input, own, of_rows, upstream))
+        nothing = torch.zeros_like(totals)
+        of_own = _plain.centroid_grad(input, rows.logits, own, of_rows, upstream, nothing)
+        grad = torch.zeros_like(logits)
+        if len(logits):
+            none = own._replace(target=rows.target[:0], table=problem.table.of_shard())
+            no_rows = _plain.Rows(rows.stats[:0], rows.coefficients[:0])
+            grad = _plain.centroid_grad(input[:0], logits, none, no_rows, None, totals)
+        Lookup(*rows[3:]).give(of_own, grad, group)
+        return grad
 
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("device_mesh")
-        (center, logits, input, target, weight, own_logits, rows, *kept), repeated = _ops.saved(ctx)
-        arguments, lookup = ctx.arguments, ctx.lookup
-        if repeated:
-            _, _, lookup, step = _step(input, logits, target, center, weight, arguments)
-        else:
-            shard = _ops.CentroidStats(*kept[4:]) if kept[4:] else None
-            step = _Step(own_logits, rows, _ops.CentroidStats(*kept[:4]), shard)
-        grad_input = grad_logits = None
-        if ctx.needs_input_grad[0]:
-            grad_input = _input_grad(step, input, center, lookup, upstream, arguments)
-        if ctx.needs_input_grad[1]:
-            grad_logits = _centroid_grad(step, input, logits, center, lookup, upstream, arguments)
-        return grad_input, grad_logits, None, None, None, None, None
+    def _of_occurring(
+        self, problem: Problem, target: Tensor, table: _ops.Table, weight: Tensor | None = None
+    ) -> Problem:
+        """The problem of the classes that occur in the batch, where rows that are ignored have `NOBODY`."""
+        options = problem.options.ignoring(NOBODY)
+        group = None if options.reduction == "none" else problem.group
+        return problem._replace(target=target, weight=weight, options=options, table=table, group=group, shards=None)

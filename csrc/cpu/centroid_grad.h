@@ -17,14 +17,14 @@ struct ColumnSums {
   double own[kColumnBlock], own_log[kColumnBlock], total[kColumnBlock];
 };
 
-// Adds a row's stretch: own += own_factor p, total += beta p; for centroid_to_sample own_log and total take
-// beta log a instead. Without `with_own` only total.
+// Adds a row's stretch: own += c.own p, total += c.other p; for centroid_to_sample own_log and total take
+// c.other log a instead. Without `with_own` only total.
 template <bool centroid_to_sample, bool with_own, class T>
 struct AddRow {
   ColumnSums<T>& sums;
   int64_t n;
   const RowStats& row;
-  double own_factor, separation_grad;
+  const Coefficients& c;
 
   template <Kind kind>
   void operator()() const {
@@ -33,7 +33,7 @@ struct AddRow {
     if constexpr (is_near(kind) && !centroid_to_sample) {
       T* __restrict own = sums.own_excess;
       T* __restrict total = sums.total_excess;
-      const T own_share = T(0.5 * own_factor * row.inverse_norm), total_share = T(0.5 * separation_grad * row.inverse_norm);
+      const T own_share = T(0.5 * c.own * row.inverse_norm), total_share = T(0.5 * c.other * row.inverse_norm);
       NCMI_SIMD()
       for (int64_t k = 0; k < n; ++k) {
         const T excess = near<kind>(x[k] * s).excess;
@@ -44,14 +44,14 @@ struct AddRow {
       double* __restrict own = sums.own;
       double* __restrict own_log = sums.own_log;
       double* __restrict total = sums.total;
-      const double own_share = own_factor * row.inverse_norm, total_share = separation_grad * row.inverse_norm;
+      const double own_share = c.own * row.inverse_norm, total_share = c.other * row.inverse_norm, by_log = c.other;
       NCMI_SIMD()
       for (int64_t k = 0; k < n; ++k) {
         const Activation<T> a = activate<kind>(x[k], s, shift);
         if constexpr (with_own) own[k] += own_share * double(a.value);
         if constexpr (centroid_to_sample) {
-          if constexpr (with_own) own_log[k] += separation_grad * double(a.log);
-          total[k] += separation_grad * double(a.log);
+          if constexpr (with_own) own_log[k] += by_log * double(a.log);
+          total[k] += by_log * double(a.log);
         } else {
           total[k] += total_share * double(a.value);
         }
@@ -60,14 +60,15 @@ struct AddRow {
   }
 };
 
-// At the end of a class whose rows were not all near: grad = sum_i own_factor_i (p_ik - q_ck), and for
-// centroid_to_sample own_separation = sum_i beta_i (log a_ik - log a_ck).
+// At the end of a class whose rows were not all near: grad = sum_i own_i (p_ik - q_ck), and for
+// centroid_to_sample own_separation = sum_i other_i (log a_ik - log a_ck).
 template <bool centroid_to_sample, class T>
 struct FinishClass {
   const ColumnSums<T>& sums;  // with the logits of the class in x
   int64_t n;
   T shift;
-  double inverse_norm, excess_base, own_factor_sum, separation_grad_sum;
+  double inverse_norm;
+  const ClassSums& of_class;
   T* __restrict grad;
   T* __restrict own_separation;
 
@@ -77,15 +78,16 @@ struct FinishClass {
     const T* __restrict own_excess = sums.own_excess;
     const double* __restrict own = sums.own;
     const double* __restrict own_log = sums.own_log;
+    const double excess_base = of_class.excess_base, own_sum = of_class.own, other_sum = of_class.other;
     for_logits<kind>(x, n, [&]<Kind as>(int64_t begin, int64_t m) __attribute__((always_inline)) {
       const T s = argument_scale<as, T>(1.0);
       NCMI_SIMD()
       for (int64_t k = begin; k < begin + m; ++k) {
         const Activation<T> a = activate<as>(x[k], s, shift);
         const double p_sum = own[k] + (excess_base + double(own_excess[k]));
-        grad[k] = T(p_sum - own_factor_sum * (double(a.value) * inverse_norm));
+        grad[k] = T(p_sum - own_sum * (double(a.value) * inverse_norm));
         if constexpr (centroid_to_sample)
-          own_separation[k] = T(own_log[k] - separation_grad_sum * double(a.log));
+          own_separation[k] = T(own_log[k] - other_sum * double(a.log));
       }
     });
   }
@@ -107,7 +109,7 @@ void centroid_sums_range(const CentroidGradArgs<T>& args, int64_t column_begin, 
   const Centroids<T>& q = args.centroids;
   for (int64_t begin = column_begin; begin < column_end; begin += kColumnBlock) {
     const int64_t n = min(kColumnBlock, column_end - begin);
-    double total_base = 0;  // sum over near rows of beta / 2 S, for the 1 in 1 + t
+    double total_base = 0;  // sum over near rows of other / 2 S, for the 1 in 1 + t
     int64_t unflushed = 0;
     for (int64_t k = 0; k < n; ++k) sums.total[k] = sums.total_excess[k] = 0;
     for (int64_t c = 0; c < q.classes; ++c) {
@@ -125,9 +127,9 @@ void centroid_sums_range(const CentroidGradArgs<T>& args, int64_t column_begin, 
         const RowStats& row = args.rows[i];
         load(args.input, i, begin, n, args.center, sums.x);
         with_kind<T>(kind_of(row.kind),
-                     AddRow<centroid_to_sample, true, T>{sums, n, row, args.own_factor[i], args.separation_grad[i]});
+                     AddRow<centroid_to_sample, true, T>{sums, n, row, args.coefficients[i]});
         if (is_near(kind_of(row.kind)) && !centroid_to_sample)
-          total_base += 0.5 * args.separation_grad[i] * row.inverse_norm;
+          total_base += 0.5 * args.coefficients[i].other * row.inverse_norm;
         if (++unflushed == kRowsPerFlush) {
           flush_totals(sums, n);
           unflushed = 0;
@@ -140,8 +142,7 @@ void centroid_sums_range(const CentroidGradArgs<T>& args, int64_t column_begin, 
       load(args.logits, c, begin, n, static_cast<const T*>(nullptr), sums.x);
       with_kind<T>(kind_of(q.of[c].kind),
                    FinishClass<centroid_to_sample, T>{
-                       sums, n, T(q.of[c].shift), exp(-q.of[c].log_norm), of_class.excess_base, of_class.own_factor,
-                       of_class.separation_grad, own,
+                       sums, n, T(q.of[c].shift), exp(-q.of[c].log_norm), of_class, own,
                        centroid_to_sample ? args.own_separation + of_class.slot * q.columns + begin : nullptr});
     }
     flush_totals(sums, n);
@@ -162,10 +163,9 @@ void totals_range(const TotalsArgs<T>& args, int64_t column_begin, int64_t colum
       if (args.target[i] == args.target.ignore_index) continue;
       const RowStats& row = args.rows[i];
       load(args.input, i, begin, n, args.center, sums.x);
-      with_kind<T>(kind_of(row.kind),
-                   AddRow<centroid_to_sample, false, T>{sums, n, row, 0, args.separation_grad[i]});
+      with_kind<T>(kind_of(row.kind), AddRow<centroid_to_sample, false, T>{sums, n, row, args.coefficients[i]});
       if (is_near(kind_of(row.kind)) && !centroid_to_sample)
-        total_base += 0.5 * args.separation_grad[i] * row.inverse_norm;
+        total_base += 0.5 * args.coefficients[i].other * row.inverse_norm;
     }
     flush_totals(sums, n);
     for (int64_t k = 0; k < n; ++k) args.totals[begin + k] = sums.total[k] + total_base;
@@ -196,8 +196,8 @@ void class_sums(const CentroidGradArgs<T>& args, ClassSums* result) {
   for (int64_t c = 0; c < args.centroids.classes; ++c) {
     const bool has_rows = args.class_begin[c] != args.class_begin[c + 1];
     ClassSums of_class{.slot = args.own_is_grad ? c : used,
-                       .own_factor = 0,
-                       .separation_grad = 0,
+                       .own = 0,
+                       .other = 0,
                        .excess_base = 0,
                        .has_rows = has_rows,
                        .all_near = !args.centroids.centroid_to_sample};
@@ -205,18 +205,18 @@ void class_sums(const CentroidGradArgs<T>& args, ClassSums* result) {
     for (int64_t j = args.class_begin[c]; j < args.class_begin[c + 1]; ++j) {
       const int64_t i = args.order[j];
       const bool near = is_near(kind_of(args.rows[i].kind));
-      of_class.own_factor += args.own_factor[i];
-      of_class.separation_grad += args.separation_grad[i];
+      of_class.own += args.coefficients[i].own;
+      of_class.other += args.coefficients[i].other;
       if (near && !args.centroids.centroid_to_sample)
-        of_class.excess_base += 0.5 * args.own_factor[i] * args.rows[i].inverse_norm;
+        of_class.excess_base += 0.5 * args.coefficients[i].own * args.rows[i].inverse_norm;
       of_class.all_near = of_class.all_near && near;
     }
     result[c] = of_class;
   }
 }
 
-// sample_to_centroid: slope (-own - (1/C) sum_i beta_i (p_ik - q_ck)), own = sum over the rows of the class of
-// own_factor_i (p_ik - q_ck).
+// sample_to_centroid: slope (-own - (1/C) sum_i other_i (p_ik - q_ck)), own = sum over the rows of the class of
+// own_i (p_ik - q_ck).
 enum class Own { kNothing, kExcess, kFinished };
 
 template <class T>
@@ -224,7 +224,7 @@ struct GradFromSample {
   const T* __restrict x;
   int64_t n;
   T shift;
-  double inverse_norm, inverse_classes, separation_grad_sum;
+  double inverse_norm, inverse_classes, other_sum;
   const ClassSums& of_class;
   const T* own;  // of the class; not read where it has no rows; may be grad
   double level;
@@ -233,10 +233,10 @@ struct GradFromSample {
 
   template <Kind kind, Own sums>
   void loop() const {
-    // own + all = (excess_base + own_excess) - own_factor q + (1/C) (total - beta q), or with own finished without it.
-    const double own_factor = sums == Own::kExcess ? of_class.own_factor : 0;
+    // own + all = (excess_base + own_excess) - own_sum q + (1/C) (total - other_sum q), or with own finished without it.
+    const double own_sum = sums == Own::kExcess ? of_class.own : 0;
     const double base = level + (sums == Own::kExcess ? of_class.excess_base : 0);
-    const double q_factor = (own_factor + inverse_classes * separation_grad_sum) * inverse_norm;
+    const double q_factor = (own_sum + inverse_classes * other_sum) * inverse_norm;
     // Near the centre q = (1 + t) / 2 S: what cancels is constant along the row, and the rest, small with a small error,
     // need not be double.
     const T near_base = T(base - 0.5 * q_factor), near_factor = T(0.5 * q_factor);
@@ -265,13 +265,13 @@ struct GradFromSample {
 };
 
 // centroid_to_sample: slope (-own + (1/C) q (s - sum_k q s)), s_ck = sum over rows of other classes of
-// beta_i (log q_ck - log p_ik), up to what is constant along the row.
+// other_i (log q_ck - log p_ik), up to what is constant along the row.
 template <class T>
 struct GradFromCentroid {
   const T* __restrict x;
   int64_t n;
   T shift;
-  double inverse_norm, inverse_classes, separation_grad_sum;
+  double inverse_norm, inverse_classes, other_sum;
   const double* __restrict totals;
   const T* own;  // of the class, and may be grad; null where it has no rows, as own_separation is
   const T* __restrict own_separation;
@@ -281,7 +281,7 @@ struct GradFromCentroid {
   void loop() const {
     // Copies, which a loop that writes numbers of their type does not read again.
     const T row_shift = shift;
-    const double q_factor = inverse_norm, by_log = separation_grad_sum;
+    const double q_factor = inverse_norm, by_log = other_sum;
     const T share = T(inverse_classes * inverse_norm);
     const auto s_at = [&](int64_t k, T log) __attribute__((always_inline)) {
       const double s = by_log * double(log) - totals[k];
@@ -330,12 +330,11 @@ void grad_of_class(const CentroidGradArgs<T>& args, int64_t c, const T* x, T* gr
   const double inverse_norm = exp(-q.of[c].log_norm), inverse_classes = 1.0 / q.all().classes;
   const T* own = of_class.has_rows ? args.own + of_class.slot * n : nullptr;
   if (q.centroid_to_sample)
-    with_kind<T>(kind, GradFromCentroid<T>{x, n, shift, inverse_norm, inverse_classes, args.separation_grad_sum,
-                                           args.totals, own, own ? args.own_separation + of_class.slot * n : nullptr,
+    with_kind<T>(kind, GradFromCentroid<T>{x, n, shift, inverse_norm, inverse_classes, args.other_sum, args.totals, own, own ? args.own_separation + of_class.slot * n : nullptr,
                                            grad});
   else
-    with_kind<T>(kind, GradFromSample<T>{x, n, shift, inverse_norm, inverse_classes, args.separation_grad_sum, of_class,
-                                         own, args.level, args.variation, grad});
+    with_kind<T>(kind, GradFromSample<T>{x, n, shift, inverse_norm, inverse_classes, args.other_sum, of_class, own,
+                                         args.level, args.variation, grad});
 }
 
 template <class T>

@@ -11,7 +11,8 @@ namespace {
 template <bool centroid_to_sample, class T>
 struct GradRow {
   const RowStats& stats;
-  double own_inverse_norm, inverse_classes, concentration_grad, separation_grad;
+  const Coefficients& c;
+  double own_inverse_norm;  // centroid_to_sample only
 
   // Of `n` <= kWide columns, into grad; adds its product with x to dot.
   template <Kind kind>
@@ -24,23 +25,20 @@ struct GradRow {
     const T s = argument_scale<kind, T>(stats.scale), shift = T(stats.shift);
     if constexpr (centroid_to_sample) {
       const T inverse_norm = T(stats.inverse_norm), q_factor = T(own_inverse_norm);
-      const T own_mean = T(stats.own_mean), inverse_c = T(inverse_classes);
-      const T alpha = T(concentration_grad * stats.scale), beta = T(separation_grad * stats.scale);
+      const T own = T(stats.scale * c.own), constant = T(stats.scale * c.constant);
+      const T other = T(stats.scale * c.other), share = T(stats.scale * c.share);
       NCMI_SIMD()
       for (int64_t k = 0; k < n; ++k) {
         const Activation<T> a = activate<kind>(x[k], s, shift);
-        const T p = a.value * inverse_norm;
-        const T g = alpha * concentration_gradient(a.slope * p, a.log - own_log[k], own_mean) +
-                    beta * separation_gradient_centroid(a.slope, p, q_mean[k], own_activation[k] * q_factor, inverse_c);
+        const T g = centroid_gradient(a.slope, a.value * inverse_norm, a.log - own_log[k], q_mean[k],
+                                      own_activation[k] * q_factor, own, constant, other, share);
         grad[k] = g;
         dot.lane[k] += x[k] * g;
       }
     } else {
-      const SampleGradient g = sample_gradient(concentration_grad, separation_grad, inverse_classes, stats.own_mean,
-                                               stats.all_mean);
       // near: the factor 1/4 of (1 - t^2) / 4 goes into the coefficients
       const double factor = (is_near(kind) ? 0.25 : 1.0) * stats.scale * stats.inverse_norm;
-      const T by_all = T(factor * g.by_all), by_gap = T(factor * g.by_gap), constant = T(factor * g.constant);
+      const T own_and_other = T(factor * (c.own + c.other)), own = T(factor * c.own), constant = T(factor * c.constant);
       NCMI_SIMD()
       for (int64_t k = 0; k < n; ++k) {
         T value_slope, log;
@@ -53,8 +51,8 @@ struct GradRow {
           value_slope = a.value_slope;
           log = a.log;
         }
-        const T at = sample_gradient_at(value_slope, log - reference[k], reference[k] - own_log[k], by_all, by_gap,
-                                        constant);
+        const T at = sample_gradient(value_slope, log - reference[k], reference[k] - own_log[k], own_and_other, own,
+                                     constant);
         grad[k] = at;
         dot.lane[k] += x[k] * at;
       }
@@ -89,15 +87,14 @@ struct GradRow {
   }
 };
 
-// d loss / d z of a row, from its centred features x, by the derivatives of the loss by its terms.
+// d loss / d z of a row of class y, from its centred features x.
 template <bool centroid_to_sample, class Out, class T>
-NCMI_INLINE void grad_of_row(const Centroids<T>& q, const Row<T>& row, const RowStats& stats, int64_t y,
-                             double concentration_grad, double separation_grad, Ahead ahead, T* __restrict grad,
+NCMI_INLINE void grad_of_row(const Centroids<T>& q, const Row<T>& row, const RowStats& stats,
+                             const Coefficients& coefficients, int64_t y, Ahead ahead, T* __restrict grad,
                              Out* __restrict out) {
   ahead.add(out, sizeof(Out));
   const int64_t n = q.columns;
-  const GradRow<centroid_to_sample, T> of_row{stats, centroid_to_sample ? exp(-q.of[y].log_norm) : 1.0,
-                                              1.0 / q.all().classes, concentration_grad, separation_grad};
+  const GradRow<centroid_to_sample, T> of_row{stats, coefficients, centroid_to_sample ? exp(-q.of[y].log_norm) : 1.0};
   const T* __restrict x = row.x;
   const double dot = with_kind<T>(kind_of(stats.kind), [&]<Kind kind>() {
     return of_row.template whole_row<kind>(row, n, grad, ahead);
@@ -128,8 +125,9 @@ void input_grad_range(const InputGradArgs<T>& args, int64_t row_begin, int64_t r
     load(args.input, i, 0, n, args.center, x);
     Ahead ahead;
     if (i + 1 < row_end) fetch_row(args.input, args.target, i + 1, q, ahead);
-    grad_of_row<centroid_to_sample>(q, own_rows.with(x, y), stats, y, args.concentration_grad[i],
-                                    args.separation_grad[i], ahead, grad, out);
+    Row<T> row = own_rows.with(x, y);
+    if (args.row_reference) (centroid_to_sample ? row.q_mean : row.reference) = args.row_reference + i * n;
+    grad_of_row<centroid_to_sample>(q, row, stats, args.coefficients[i], y, ahead, grad, out);
   }
 }
 

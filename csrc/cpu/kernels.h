@@ -1,7 +1,7 @@
 // What the CPU operators (ops_cpu.cpp) call: loops over a range of rows, classes or columns, on raw pointers.
 //
 // The loops in the headers beside this one are compiled once for each instruction set (kernels_impl.h) and reached
-// through a table, so that one binary runs everywhere. No header of csrc/cpu includes a C++ library template: an inline
+// through a table, so that one binary runs everywhere. No header of csrc/cpu but host.h includes a C++ library template: an inline
 // function instantiated under AVX-512 flags could otherwise be the copy that the linker keeps for every caller.
 #pragma once
 
@@ -23,8 +23,9 @@ struct TermsArgs {
   double* concentration;   // [B] A
   double* separation;      // [B] G
   RowStats* rows;          // [B]
-  // For the gradient of sum_i row_weight_i A_i / (G_i + eps) in the same pass, while a row is in cache.
+  // For the gradient of sum_i row_weight_i A_i / (G_i + eps) / weight_sum in the same pass, while a row is in cache.
   const double* row_weight;  // [B]
+  double weight_sum;
   double eps;
   T* grad;                 // [B, M] contiguous, or null
 };
@@ -36,8 +37,8 @@ struct InputGradArgs {
   const T* center;                   // [M] or null
   Centroids<T> centroids;
   const RowStats* rows;              // [B]
-  const double* concentration_grad;  // [B] d loss / d A_i
-  const double* separation_grad;     // [B] d loss / d G_i
+  const Coefficients* coefficients;  // [B]
+  const T* row_reference;            // [B, M], in the place of the centroids' reference or mean; or null
   void* grad;                        // [B, M] contiguous
   Dtype grad_dtype;
 };
@@ -64,12 +65,11 @@ struct CentroidStatsArgs {
 
 // The sums over the rows of a class that have no columns, and what its sums by column hold.
 struct ClassSums {
-  int64_t slot;            // the row of CentroidGradArgs::own that holds the sums by column
-  double own_factor;
-  double separation_grad;  // beta
-  double excess_base;      // sum over near rows of own_factor / 2 S
+  int64_t slot;        // the row of CentroidGradArgs::own that holds the sums by column
+  double own, other;   // sums of these coefficients
+  double excess_base;  // sum over near rows of own / 2 S
   bool has_rows;
-  bool all_near;           // then they hold the excess alone (centroid_grad.h, ColumnSums)
+  bool all_near;       // then they hold the excess alone (centroid_grad.h, ColumnSums)
 };
 
 template <class T>
@@ -79,8 +79,7 @@ struct CentroidGradArgs {
   Centroids<T> centroids;
   Matrix logits;                     // [C, M] xi
   const RowStats* rows;              // [B]
-  const double* own_factor;          // [B] what multiplies p_i - q_y: alpha, or for sample_to_centroid alpha - beta / C
-  const double* separation_grad;     // [B] beta = d loss / d G_i
+  const Coefficients* coefficients;  // [B]
   const int64_t* order;              // rows by class, ignored rows left out
   const int64_t* class_begin;        // [C + 1] into order
   const ClassSums* class_sums;       // [C]
@@ -88,8 +87,8 @@ struct CentroidGradArgs {
   T* own_separation;                 // [S, M] likewise; centroid_to_sample only
   bool own_is_grad;                  // S = C: a row for every class, that of the gradient itself
   double* totals;                    // [M] workspace
-  double separation_grad_sum;        // sum_i d loss / d G_i
-  // totals / C of sample_to_centroid, as level + variation: sum_i beta_i p_ik hardly depends on k, nor does what it is
+  double other_sum;                  // sum_i other_i
+  // totals / C of sample_to_centroid, as level + variation: sum_i other_i p_ik hardly depends on k, nor does what it is
   // compared with, so that in T their difference would be mostly rounding.
   double level;
   const T* variation;                // [M]
@@ -98,14 +97,14 @@ struct CentroidGradArgs {
 // The sums over all rows that the gradient of every centroid has.
 template <class T>
 struct TotalsArgs {
-  Matrix input;                   // [B, M]
-  Targets target;                 // [B]
-  const T* center;                // [M] or null
-  int64_t row_count;              // B
-  const RowStats* rows;           // [B]
-  const double* separation_grad;  // [B] beta = d loss / d G_i
+  Matrix input;                      // [B, M]
+  Targets target;                    // [B]
+  const T* center;                   // [M] or null
+  int64_t row_count;                 // B
+  const RowStats* rows;              // [B]
+  const Coefficients* coefficients;  // [B]
   bool centroid_to_sample;
-  double* totals;                 // [M]
+  double* totals;                    // [M]
 };
 
 // `scratch` is [columns] elements, for terms and input_grad [4, columns]. centroid_sums begins at a multiple of kWide.

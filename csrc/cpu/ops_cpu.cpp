@@ -1,5 +1,5 @@
-// The CPU implementations of the operators (ncmi_kernels/_schema.py declares them): tensors to pointers, checks, work
-// shared out over threads.
+// The CPU implementations of the operators (ncmi_kernels/_schema.py declares them), those by row: tensors to pointers,
+// checks, work shared out over threads. ops_centroids.cpp has the others.
 //
 // Only LibTorch's stable ABI is used, and no part of the CPython API: one binary serves every torch from 2.12 on
 // and every Python that those run on. The library is loaded with torch.ops.load_library.
@@ -7,22 +7,10 @@
 // Every output element has one owner and every sum one order, whatever the number of threads: the same bits each
 // run, on one thread or many.
 
-#include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdlib>
-#include <exception>
-#include <limits>
-#include <numeric>
-#include <optional>
-#include <stdexcept>
-#include <string>
-#include <tuple>
-#include <utility>
-#include <vector>
 
-#include "../tensors.h"
-#include "kernels.h"
+#include "host.h"
 
 namespace ncmi::cpu {
 
@@ -50,251 +38,43 @@ const KernelTable& kernels() {
 
 namespace {
 
-// -------------------------------------------------------------------------------------------------------------
-// Tensors
-// -------------------------------------------------------------------------------------------------------------
-
-Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return empty_on(aoti_torch_device_type_cpu(), 0, sizes, dtype);
-}
-
-// A vector of numbers. Vector(n) leaves them uninitialised.
+// The gradient of the ratio by sample, where it is made with the terms.
 template <class T>
-struct Allocator {
-  using value_type = T;
-  Allocator() = default;
-  template <class U>
-  Allocator(const Allocator<U>&) {}
-  T* allocate(size_t n) {
-    void* memory = ::operator new(n * sizeof(T), std::nothrow);
-    if (!memory) throw OutOfMemory(static_cast<int64_t>(n * sizeof(T)));
-    return static_cast<T*>(memory);
-  }
-  void deallocate(T* memory, size_t) { ::operator delete(memory); }
-  template <class U>
-  void construct(U* p) {
-    ::new (static_cast<void*>(p)) U;
-  }
-  friend bool operator==(const Allocator&, const Allocator&) { return true; }
-};
-template <class T>
-using Vector = std::vector<T, Allocator<T>>;
-
-// Targets of the rows of input [B, M], each checked to be a class or ignore_index, and so that rows may follow what the
-// statistics say of its centroid.
-Targets targets(const Tensor& t, int64_t rows, int64_t ignore_index, int64_t classes, const ClassStats* of = nullptr,
-                int64_t columns = 0) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long, "ncmi_kernels: target must be int64");
-  check_shape(t, "target", {rows});
-  const Targets target{.data = static_cast<const int64_t*>(memory_of(t, "target")),
-                       .stride = t.stride(0),
-                       .ignore_index = ignore_index};
-  for (int64_t i = 0; i < rows; ++i) {
-    const int64_t y = target[i];
-    if (y == ignore_index) continue;
-    if (y < 0 || y >= classes)  // surfaces as an IndexError, as in cross_entropy
-      throw std::out_of_range("target: value " + std::to_string(y) + " at row " + std::to_string(i) +
-                              " is out of range, expected a class in [0, " + std::to_string(classes) +
-                              ") or ignore_index (" + std::to_string(ignore_index) + ")");
-    STD_TORCH_CHECK(!of || (of[y].lone >= -1 && of[y].lone < double(columns)),
-                    "ncmi_kernels: norms are not those of centroid_stats");
-  }
-  return target;
-}
-
-template <class T>
-const Kernels<T>& kernels_for() {
-  if constexpr (std::is_same_v<T, float>) {
-    return kernels().f32;
-  } else {
-    return kernels().f64;
-  }
-}
-
-// -------------------------------------------------------------------------------------------------------------
-// Threads
-// -------------------------------------------------------------------------------------------------------------
-
-constexpr int64_t kElementsPerThread = 8192;  // about 10 us of work: below that a second thread does not pay
-
-// Calls f(begin, end) for parts of [0, size). What it throws keeps its type, which torch's own would not leave it.
-template <class F>
-void parallel(int64_t size, int64_t grain, const F& f) {
-  std::exception_ptr error;
-  std::atomic_flag failed;
-  torch::stable::parallel_for(0, size, grain, [&](int64_t begin, int64_t end) {
-    try {
-      f(begin, end);
-    } catch (...) {
-      if (!failed.test_and_set()) error = std::current_exception();
-    }
-  });
-  if (error) std::rethrow_exception(error);
-}
-
-template <class F>
-void parallel_rows(int64_t rows, int64_t columns, const F& f) {
-  parallel(rows, std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, columns)), f);
-}
-
-// Over columns, in units of a cache line of floats so that no two threads write to one.
-template <int64_t unit = 16, class F>
-void parallel_columns(int64_t columns, int64_t rows, const F& f) {
-  const int64_t units = ceil_div(columns, unit);
-  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / (unit * std::max<int64_t>(1, rows)));
-  parallel(units, grain, [&](int64_t begin, int64_t end) { f(begin * unit, std::min(columns, end * unit)); });
-}
-
-// -------------------------------------------------------------------------------------------------------------
-// Operators
-// -------------------------------------------------------------------------------------------------------------
-
-int64_t rows_of(const Tensor& input) {
-  STD_TORCH_CHECK(input.dim() == 2, "ncmi_kernels: input must have 2 dimensions");
-  return input.size(0);
-}
-
-template <class T>
-Centroids<T> centroids(const Tensor& log_activation, const Tensor& activation, const Tensor& reference,
-                       const Tensor& norms, bool centroid_to_sample) {
-  STD_TORCH_CHECK(log_activation.dim() == 2, "ncmi_kernels: log_activation must have 2 dimensions");
-  const int64_t classes = log_activation.size(0), columns = log_activation.size(1);
-  STD_TORCH_CHECK(columns > 0, "ncmi_kernels: log_activation must have columns");
-  return {.classes = classes,
-          .columns = columns,
-          .centroid_to_sample = centroid_to_sample,
-          .log_activation = data<T>(log_activation, "log_activation", {classes, columns}),
-          .activation = data<T>(activation, "activation", {centroid_to_sample ? classes : 0, columns}),
-          .reference = data<T>(reference, "reference", {2, columns}),
-          .of = reinterpret_cast<const ClassStats*>(data<double>(norms, "norms", {classes + 1, kClassStats}))};
-}
-
-// The outputs of centroid_stats, with the workspace of the kernels that fill them in for logits [C, M].
-template <class T>
-class StatsOf {
- public:
-  StatsOf(const Matrix& logits, int64_t classes, int64_t columns, bool softmax, bool centroid_to_sample, T* log_activation,
-          T* activation, T* reference, ClassStats* of)
-      : workspace_(2 * columns),
-        // At most 64 chunks, so that their sums stay small beside [C, M], and none too small to be worth a thread.
-        classes_per_chunk_(std::max<int64_t>(32, ceil_div(classes, 64))),
-        chunks_(ceil_div(classes, classes_per_chunk_)),
-        sums_(chunks_ * chunk_sums(centroid_to_sample) * columns),
-        scratch_(chunks_ * columns),
-        args_{.logits = logits,
-              .classes = classes,
-              .columns = columns,
-              .softmax = softmax,
-              .centroid_to_sample = centroid_to_sample,
-              .log_activation = log_activation,
-              .activation = centroid_to_sample ? activation : nullptr,
-              .of = of,
-              .reference = reference,
-              .classes_per_chunk = classes_per_chunk_,
-              .chunk_sums = sums_.data(),
-              .residual = workspace_.data(),
-              .weighted_log_norm = workspace_.data() + columns} {}
-
-  // `rows` fills in what belongs to the classes of some chunks: f(args, chunk_begin, chunk_end, scratch). Nothing here
-  // needs memory that the constructor has not got: a step must not end in the middle.
-  template <class F>
-  void compute(const F& rows) {
-    parallel_rows(chunks_, classes_per_chunk_ * args_.columns, [&](int64_t begin, int64_t end) {
-      rows(args_, begin, end, scratch_.data() + begin * args_.columns);
-    });
-    parallel_columns(args_.columns, chunks_, [&](int64_t begin, int64_t end) {
-      kernels_for<T>().centroid_columns(args_, begin, end);
-    });
-    finish();
-  }
-
- private:
-  // `reference` was rounded to T. What that lost enters the mean under p; taken under the mean centroid instead
-  // it goes into a constant. The two differ where p is far from the centroids, and there the terms are large.
-  void finish() {
-    const int64_t columns = args_.columns;
-    const T* compared = args_.reference;
-    const T* q_mean = compared + columns;
-    double weight_sum = 0, lost = 0, constant = 0;
-    if (args_.centroid_to_sample) {
-      for (int64_t k = 0; k < columns; ++k) {
-        weight_sum += double(q_mean[k]);
-        lost += double(q_mean[k]) * args_.residual[k];
-        constant += args_.weighted_log_norm[k];
-      }
-    } else {
-      const double largest = double(*std::max_element(compared, compared + columns));
-      double total = 0;
-      for (int64_t k = 0; k < columns; ++k) {
-        const double w = std::exp(double(compared[k]) - largest);
-        total += w;
-        lost += w * args_.residual[k];
-      }
-      weight_sum = 1;
-      lost /= total;
-      constant = std::accumulate(args_.of, args_.of + args_.classes, 0.0,
-                                 [](double sum, const ClassStats& c) { return sum + c.log_norm; }) /
-                 double(args_.classes);
-    }
-    *reinterpret_cast<AllStats*>(args_.of + args_.classes) = {
-        .weight_sum = weight_sum, .weighted_log_norm = constant - lost, .classes = double(args_.classes), .unused = {}};
-  }
-
-  Vector<double> workspace_;
-  const int64_t classes_per_chunk_, chunks_;
-  Vector<double> sums_;
-  Vector<T> scratch_;
-  const CentroidStatsArgs<T> args_;
+struct WithGrad {
+  const double* row_weight = nullptr;  // [B]
+  double weight_sum = 1;
+  double eps = 0;
+  T* grad = nullptr;  // [B, M]
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_stats(const Tensor& logits, bool softmax,
-                                                          bool centroid_to_sample) {
-  const Matrix xi = matrix(logits, "centroid_logits");
-  const int64_t classes = logits.size(0), columns = logits.size(1);
-  STD_TORCH_CHECK(classes > 0 && columns > 0, "ncmi_kernels: centroid_logits must not be empty");
-  return with_arithmetic_type(logits.scalar_type(), "centroid_logits", [&]<class T>() {
-    Tensor log_activation = empty({classes, columns}, kScalarType<T>);
-    Tensor activation = empty({centroid_to_sample ? classes : 0, columns}, kScalarType<T>);
-    Tensor reference = empty({2, columns}, kScalarType<T>);
-    Tensor norms = empty({classes + 1, kClassStats}, ScalarType::Double);
-    StatsOf<T> stats(xi, classes, columns, softmax, centroid_to_sample, output<T>(log_activation), output<T>(activation),
-                     output<T>(reference), output<ClassStats>(norms));
-    stats.compute([](const CentroidStatsArgs<T>& args, int64_t begin, int64_t end, T* scratch) {
-      kernels_for<T>().centroid_rows(args, begin, end, scratch);
-    });
-    return std::make_tuple(log_activation, activation, reference, norms);
-  });
-}
-
-// Concentration and separation of every row [2, B], and the rows' statistics [B, kRowStats].
+// Concentration and separation of every row, to values [2, B]; returns the rows' statistics [B, kRowStats].
 template <class T>
-std::tuple<Vector<double>, Tensor> compute_terms(const Tensor& input, const Targets& target,
-                                                      const std::optional<Tensor>& center, const Centroids<T>& q,
-                                                      const Features& features, const double* row_weight = nullptr,
-                                                      double eps = 0, T* grad = nullptr) {
+Tensor compute_terms(const Tensor& input, const Targets& target, const std::optional<Tensor>& center,
+                     const Centroids<T>& q, const Features& features, double* values,
+                     const WithGrad<T>& with_grad = {}) {
   const Matrix z = matrix(input, "input");
   const int64_t rows = input.size(0), columns = q.columns;
   check_shape(input, "input", {rows, columns});
   STD_TORCH_CHECK(z.dtype != Dtype::kFloat64 || kIsDouble<T>,
                   "ncmi_kernels: float64 input needs float64 centroid_logits");
-  Vector<double> values(2 * rows);
   Tensor stats = empty({rows, kRowStats}, ScalarType::Double);
   const TermsArgs<T> args{.input = z,
                           .target = target,
                           .center = data<T>(center, "center", {columns}),
                           .features = features,
                           .centroids = q,
-                          .concentration = values.data(),
-                          .separation = values.data() + rows,
+                          .concentration = values,
+                          .separation = values + rows,
                           .rows = output<RowStats>(stats),
-                          .row_weight = row_weight,
-                          .eps = eps,
-                          .grad = grad};
+                          .row_weight = with_grad.row_weight,
+                          .weight_sum = with_grad.weight_sum,
+                          .eps = with_grad.eps,
+                          .grad = with_grad.grad};
   parallel_rows(rows, columns, [&](int64_t begin, int64_t end) {
     Vector<T> scratch(4 * columns);
     kernels_for<T>().terms(args, begin, end, scratch.data());
   });
-  return {std::move(values), stats};
+  return stats;
 }
 
 std::tuple<Tensor, Tensor> terms(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
@@ -306,65 +86,110 @@ std::tuple<Tensor, Tensor> terms(const Tensor& input, const Tensor& target, cons
     const int64_t rows = rows_of(input);
     const Targets y = targets(target, rows, ignore_index, q.classes, q.of, q.columns);
     const Features features{.inverse_temperature = 1.0 / temperature, .l2_normalize = l2_normalize, .softmax = softmax};
-    const auto [values, stats] = compute_terms<T>(input, y, center, q, features);
-    Tensor result = empty({2, rows}, kScalarType<T>);
-    std::transform(values.begin(), values.end(), output<T>(result), [](double v) { return T(v); });
-    return std::make_tuple(result, stats);
+    Tensor values = empty({2, rows}, ScalarType::Double);
+    const Tensor stats = compute_terms<T>(input, y, center, q, features, output<double>(values));
+    return std::make_tuple(values, stats);
   });
 }
 
-// What each row counts for: its class weight, for kMean over the sum of all; 0 for an ignored row.
-template <class T>
-Vector<double> row_weights(const Targets& target, int64_t rows, const T* class_weight, int64_t reduction) {
-  Vector<double> weight(rows, 0.0);
-  double sum = 0;
-  for (int64_t i = 0; i < rows; ++i) {
-    if (target[i] == target.ignore_index) continue;
-    weight[i] = class_weight ? double(class_weight[target[i]]) : 1.0;
-    sum += weight[i];
-  }
-  if (reduction == kMean)
-    for (int64_t i = 0; i < rows; ++i)
-      if (target[i] != target.ignore_index) weight[i] /= sum;
-  return weight;
-}
+// How terms become a loss.
+struct Reducing {
+  bool batch_ratio;
+  int64_t reduction;
+  double eps;
+  double classes;
+  bool centroid_to_sample, focus;
+};
 
-// The rows' terms to the loss (one value, or [B] for kNone), its derivatives by them, and their means [2].
-template <class T>
-void reduce(const double* concentration, const double* separation, const Targets& target,
-            const Vector<double>& weight, bool batch_ratio, int64_t reduction, double eps, T* loss,
-            RowStats* stats, double* means) {
-  const int64_t rows = static_cast<int64_t>(weight.size());
+// What the rows weigh [B], 0 where ignored, and together.
+struct RowWeights {
+  Vector<double> of;
+  double sum = 0;
+
+  template <class T>
+  RowWeights(const Targets& target, int64_t rows, const T* class_weight) : of(rows) {
+    for (int64_t i = 0; i < rows; ++i) {
+      of[i] = target[i] == target.ignore_index ? 0.0 : class_weight ? double(class_weight[target[i]]) : 1.0;
+      sum += of[i];
+    }
+  }
+};
+
+struct Reduced {
+  double loss;
+  double means[2], sums[4];
+};
+
+// The rows' terms to the loss, their means, and the coefficients of their gradients. `given` sums take the place of the
+// rows' own. `row_loss` [B] only for kNone, which has no other loss.
+template <class Loss>
+Reduced reduce_rows(const double* concentration, const double* separation, const RowStats* stats,
+                    const RowWeights& weights, const Targets& target, const double* given, const Reducing& by,
+                    Coefficients* coefficients, Loss* row_loss) {
+  const int64_t rows = static_cast<int64_t>(weights.of.size());
   const auto counts = [&](int64_t i) { return target[i] != target.ignore_index; };
-  double a = 0, g = 0, weight_sum = 0, total = 0;
-  bool any = false;
+  Reduced result{.loss = 0, .means = {}, .sums = {weights.sum, 0, 0, 0}};
+  double* sums = result.sums;
   for (int64_t i = 0; i < rows; ++i) {
     if (!counts(i)) continue;
-    a += weight[i] * concentration[i];
-    g += weight[i] * separation[i];
-    weight_sum += weight[i];
-    any = true;
+    const double w = weights.of[i];
+    sums[1] += w * concentration[i];
+    sums[2] += w * separation[i];
+    if (!by.batch_ratio) sums[3] += w * ratio(concentration[i], separation[i], by.eps).value;
   }
-  means[0] = a / weight_sum;
-  means[1] = g / weight_sum;
-  const Ratio of_batch = ratio(a, g, eps);
+  if (given) std::copy(given, given + 4, sums);
+  result.means[0] = sums[1] / sums[0];
+  result.means[1] = sums[2] / sums[0];
+  const Ratio of_batch = ratio(result.means[0], result.means[1], by.eps);
+  const double total = by.reduction == kMean ? sums[0] : 1.0;  // no sample that counts: 0 / 0, as cross_entropy
+  result.loss = by.batch_ratio ? of_batch.value : sums[3] / total;
   for (int64_t i = 0; i < rows; ++i) {
-    double value = 0, by_concentration = 0, by_separation = 0;
+    double value = 0;
+    coefficients[i] = {};
     if (counts(i)) {
-      const Ratio r = batch_ratio ? of_batch : ratio(concentration[i], separation[i], eps);
-      value = weight[i] * r.value;
-      by_concentration = weight[i] * r.d_concentration;
-      by_separation = weight[i] * r.d_separation;
+      const Ratio r = by.batch_ratio ? of_batch : ratio(concentration[i], separation[i], by.eps);
+      const double w = weights.of[i] / total;
+      value = w * r.value;
+      coefficients[i] = coefficients_of(stats[i], w * r.d_concentration, w * r.d_separation, by.classes,
+                                        by.centroid_to_sample, by.focus);
     }
-    stats[i].by_concentration = by_concentration;
-    stats[i].by_separation = by_separation;
-    total += value;
-    if (reduction == kNone) loss[i] = T(value);
+    if (by.reduction == kNone) row_loss[i] = Loss(value);
   }
-  if (batch_ratio) total = of_batch.value;
-  // No sample that counts: 0 / 0, as cross_entropy.
-  if (reduction == kMean && !any) total = std::numeric_limits<double>::quiet_NaN();
-  if (reduction != kNone) *loss = T(total);
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> reduce(const Tensor& terms, const Tensor& row_stats, const Tensor& target,
+                                                  const Tensor& norms, const std::optional<Tensor>& weight,
+                                                  const std::optional<Tensor>& totals, bool centroid_to_sample,
+                                                  bool focus, bool batch_ratio, int64_t reduction, double eps,
+                                                  int64_t ignore_index) {
+  check_reduction(batch_ratio, reduction);
+  STD_TORCH_CHECK(norms.dim() == 2 && norms.size(0) > 0, "ncmi_kernels: norms must have 2 dimensions");
+  STD_TORCH_CHECK(terms.dim() == 2, "ncmi_kernels: terms must have 2 dimensions");
+  const int64_t rows = terms.size(1), classes = norms.size(0) - 1;
+  const double* values = data<double>(terms, "terms", {2, rows});
+  const ClassStats* of = reinterpret_cast<const ClassStats*>(data<double>(norms, "norms", {classes + 1, kClassStats}));
+  const Targets y = targets(target, rows, ignore_index, classes);
+  const auto weights = weight && weight->scalar_type() == ScalarType::Double
+                           ? RowWeights(y, rows, data<double>(weight, "weight", {classes}))
+                           : RowWeights(y, rows, data<float>(weight, "weight", {classes}));
+  const bool scalar = reduction != kNone;
+  Tensor loss = scalar ? empty({}, ScalarType::Double) : empty({rows}, ScalarType::Double);
+  Tensor coefficients = empty({rows, kCoefficients}, ScalarType::Double);
+  Tensor means = empty({2}, ScalarType::Double), sums = empty({4}, ScalarType::Double);
+  const Reduced reduced =
+      reduce_rows(values, values + rows, row_stats_of(row_stats, rows), weights, y, data<double>(totals, "totals", {4}),
+                  {.batch_ratio = batch_ratio,
+                   .reduction = reduction,
+                   .eps = eps,
+                   .classes = reinterpret_cast<const AllStats*>(of + classes)->classes,
+                   .centroid_to_sample = centroid_to_sample,
+                   .focus = focus},
+                  output<Coefficients>(coefficients), output<double>(loss));
+  if (scalar) *output<double>(loss) = reduced.loss;
+  std::copy(reduced.means, reduced.means + 2, output<double>(means));
+  std::copy(reduced.sums, reduced.sums + 4, output<double>(sums));
+  return {loss, coefficients, means, sums};
 }
 
 // A running centre [M] and its count of batches, which a batch of rows moves: when all that may fail is done.
@@ -426,7 +251,7 @@ Tensor update_center_(const Tensor& center, const Tensor& num_batches_tracked, c
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss(
     const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
     const std::optional<Tensor>& running_center, const std::optional<Tensor>& num_batches_tracked, double momentum,
     const Tensor& log_activation, const Tensor& activation, const Tensor& reference, const Tensor& norms,
@@ -439,45 +264,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss(
     const int64_t rows = rows_of(input);
     check_shape(input, "input", {rows, q.columns});
     const Targets y = targets(target, rows, ignore_index, q.classes, q.of, q.columns);
-    const T* class_weight = data<T>(weight, "weight", {q.classes});
     std::optional<RunningCenter<T>> running;
     if (running_center) running.emplace(*running_center, *num_batches_tracked, input, y, momentum);
     const Tensor moved = running ? running->moved() : empty({0}, kScalarType<T>);
-    const Vector<double> row_weight = row_weights(y, rows, class_weight, reduction);
+    const RowWeights weights(y, rows, data<T>(weight, "weight", {q.classes}));
     Tensor grad = with_grad ? empty({rows, q.columns}, kScalarType<T>) : empty({0}, kScalarType<T>);
-    const Features features{.inverse_temperature = 1.0 / temperature, .l2_normalize = l2_normalize, .softmax = softmax};
-    auto [values, stats] =
-        compute_terms<T>(input, y, running ? std::optional<Tensor>(moved) : center, q, features, row_weight.data(), eps,
-                         with_grad ? output<T>(grad) : nullptr);
+    Vector<double> values(2 * rows);
+    Tensor stats = compute_terms<T>(
+        input, y, running ? std::optional<Tensor>(moved) : center, q,
+        {.inverse_temperature = 1.0 / temperature, .l2_normalize = l2_normalize, .softmax = softmax}, values.data(),
+        {.row_weight = weights.of.data(),
+         .weight_sum = reduction == kMean ? weights.sum : 1.0,
+         .eps = eps,
+         .grad = with_grad ? output<T>(grad) : nullptr});
     Tensor result = reduction == kNone ? empty({rows}, kScalarType<T>) : empty({}, kScalarType<T>);
+    Tensor coefficients = empty({rows, kCoefficients}, ScalarType::Double);
     Tensor means = empty({2}, ScalarType::Double);
-    reduce<T>(values.data(), values.data() + rows, y, row_weight, batch_ratio, reduction, eps, output<T>(result),
-              output<RowStats>(stats), output<double>(means));
+    const Reduced reduced = reduce_rows(values.data(), values.data() + rows, output<RowStats>(stats), weights, y, nullptr,
+                                        {.batch_ratio = batch_ratio,
+                                         .reduction = reduction,
+                                         .eps = eps,
+                                         .classes = q.all().classes,
+                                         .centroid_to_sample = centroid_to_sample,
+                                         .focus = false},
+                                        output<Coefficients>(coefficients), output<T>(result));
+    if (reduction != kNone) *output<T>(result) = T(reduced.loss);
+    std::copy(reduced.means, reduced.means + 2, output<double>(means));
     if (running) running->commit();
-    return std::make_tuple(result, stats, moved, grad, means);
+    return std::make_tuple(result, stats, coefficients, moved, grad, means);
   });
-}
-
-// The derivatives of the loss by the terms [2, B], times the upstream gradient (a scalar or [B], or none).
-Vector<double> with_upstream(const RowStats* stats, const std::optional<Tensor>& upstream, int64_t rows) {
-  Vector<double> result(2 * rows);
-  for (int64_t i = 0; i < rows; ++i) {
-    result[i] = stats[i].by_concentration;
-    result[rows + i] = stats[i].by_separation;
-  }
-  if (!upstream) return result;
-  const bool by_row = upstream->dim() == 1;
-  STD_TORCH_CHECK(by_row ? upstream->size(0) == rows : upstream->dim() == 0,
-                  "ncmi_kernels: upstream must be a scalar or [B]");
-  const int64_t stride = by_row ? upstream->stride(0) : 0;
-  with_arithmetic_type(upstream->scalar_type(), "upstream", [&]<class T>() {
-    const T* up = static_cast<const T*>(memory_of(*upstream, "upstream"));
-    for (int64_t i = 0; i < rows; ++i) {
-      result[i] *= double(up[i * stride]);
-      result[rows + i] *= double(up[i * stride]);
-    }
-  });
-  return result;
 }
 
 // In place: a gradient of the loss to one of what comes after it. What is 0, as that of an ignored row, stays 0 times
@@ -499,8 +314,9 @@ void scale_(const Tensor& grad, const Tensor& upstream) {
 
 Tensor input_grad(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
                   const Tensor& log_activation, const Tensor& activation, const Tensor& reference,
-                  const Tensor& norms, const Tensor& row_stats, const std::optional<Tensor>& upstream,
-                  bool centroid_to_sample, int64_t ignore_index) {
+                  const Tensor& norms, const Tensor& row_stats, const Tensor& coefficients,
+                  const std::optional<Tensor>& upstream, bool centroid_to_sample, int64_t ignore_index,
+                  const std::optional<Tensor>& row_reference) {
   const Matrix z = matrix(input, "input");
   const int64_t rows = input.size(0), columns = input.size(1);
   Tensor grad = empty({rows, columns}, input.scalar_type());
@@ -509,15 +325,14 @@ Tensor input_grad(const Tensor& input, const Tensor& target, const std::optional
     check_shape(input, "input", {rows, q.columns});
     STD_TORCH_CHECK((z.dtype == Dtype::kFloat64) == kIsDouble<T>,
                     "ncmi_kernels: float64 input and float64 centroid_logits go together");
-    const RowStats* stats = row_stats_of(row_stats, rows);
-    const Vector<double> c = with_upstream(stats, upstream, rows);
+    const ScaledCoefficients scaled(coefficients, upstream, rows);
     const InputGradArgs<T> args{.input = z,
                                 .target = targets(target, rows, ignore_index, q.classes, q.of, q.columns),
                                 .center = data<T>(center, "center", {columns}),
                                 .centroids = q,
-                                .rows = stats,
-                                .concentration_grad = c.data(),
-                                .separation_grad = c.data() + rows,
+                                .rows = row_stats_of(row_stats, rows),
+                                .coefficients = scaled.data(),
+                                .row_reference = data<T>(row_reference, "row_reference", {rows, columns}),
                                 .grad = grad.data_ptr(),
                                 .grad_dtype = z.dtype};
     parallel_rows(rows, columns, [&](int64_t begin, int64_t end) {
@@ -528,179 +343,17 @@ Tensor input_grad(const Tensor& input, const Tensor& target, const std::optional
   return grad;
 }
 
-// What a batch says of the centroids: its rows by class, and their sums by column.
-template <class T>
-class BatchSums {
- public:
-  // `own_grad`: the gradient [C, M], where the sums of the classes are to be kept in it; else they get their own memory.
-  BatchSums(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center, const Tensor& logits,
-            const Centroids<T>& q, const Tensor& row_stats, const std::optional<Tensor>& upstream, int64_t ignore_index,
-            const std::optional<Tensor>& given_totals, T* own_grad)
-      : class_begin_(q.classes + 1, 0), order_(rows_of(input)), totals_(q.columns), class_sums_(q.classes) {
-    const Matrix z = matrix(input, "input"), xi = matrix(logits, "centroid_logits");
-    const int64_t rows = input.size(0);
-    const Targets y = targets(target, rows, ignore_index, q.classes);
-    check_shape(input, "input", {rows, q.columns});
-    check_shape(logits, "centroid_logits", {q.classes, q.columns});
-    const RowStats* stats = row_stats_of(row_stats, rows);
-    factors_ = with_upstream(stats, upstream, rows);
-
-    // Rows by class, in the order of the batch.
-    for (int64_t i = 0; i < rows; ++i)
-      if (y[i] != ignore_index) ++class_begin_[y[i] + 1];
-    std::partial_sum(class_begin_.begin(), class_begin_.end(), class_begin_.begin());
-    Vector<int64_t> next(class_begin_.begin(), class_begin_.end() - 1);
-    for (int64_t i = 0; i < rows; ++i)
-      if (y[i] != ignore_index) order_[next[y[i]]++] = i;
-    double separation_grad_sum = 0;
-    double *own_factor = factors_.data(), *separation_grad = own_factor + rows;
-    for (int64_t i = 0; i < rows; ++i) {
-      if (y[i] == ignore_index) continue;
-      separation_grad_sum += separation_grad[i];
-      // The own class enters the mean over classes of KL(p || q_v) too, and is taken out again here.
-      if (!q.centroid_to_sample) own_factor[i] -= separation_grad[i] / q.all().classes;
-    }
-
-    const double* given = data<double>(given_totals, "totals", {q.columns + 1});
-    const int64_t present = own_grad ? q.classes : std::min(rows, q.classes);
-    if (!own_grad) own_.resize(present * q.columns);
-    if (q.centroid_to_sample) own_separation_.resize(present * q.columns);
-    args_ = {.input = z,
-             .center = data<T>(center, "center", {q.columns}),
-             .centroids = q,
-             .logits = xi,
-             .rows = stats,
-             .own_factor = own_factor,
-             .separation_grad = separation_grad,
-             .order = order_.data(),
-             .class_begin = class_begin_.data(),
-             .class_sums = class_sums_.data(),
-             .own = own_grad ? own_grad : own_.data(),
-             .own_separation = own_separation_.data(),
-             .own_is_grad = own_grad != nullptr,
-             .totals = totals_.data(),
-             .separation_grad_sum = given ? given[q.columns] : separation_grad_sum,
-             .level = 0,
-             .variation = nullptr};
-    kernels_for<T>().class_sums(args_, class_sums_.data());
-    parallel_columns<kWide>(q.columns, rows,
-                            [&](int64_t begin, int64_t end) { kernels_for<T>().centroid_sums(args_, begin, end); });
-    if (given) std::copy(given, given + q.columns, totals_.begin());
-    if (q.centroid_to_sample) return;
-    const double inverse_classes = 1.0 / q.all().classes;
-    args_.level = args_.separation_grad_sum / double(q.columns) * inverse_classes;
-    variation_.resize(q.columns);
-    for (int64_t k = 0; k < q.columns; ++k) variation_[k] = T(totals_[k] * inverse_classes - args_.level);
-    args_.variation = variation_.data();
-  }
-  BatchSums(const BatchSums&) = delete;  // args_ points into it
-
-  const CentroidGradArgs<T>& args() const { return args_; }
-  bool has_rows() const { return class_begin_.back() > 0; }
-
- private:
-  Vector<double> factors_;
-  Vector<int64_t> class_begin_, order_;
-  Vector<double> totals_;
-  Vector<ClassSums> class_sums_;
-  Vector<T> own_, own_separation_, variation_;
-  CentroidGradArgs<T> args_;
-};
-
-Tensor centroid_grad(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
-                     const Tensor& centroid_logits, const Tensor& log_activation, const Tensor& activation,
-                     const Tensor& reference, const Tensor& norms, const Tensor& row_stats,
-                     const std::optional<Tensor>& upstream, bool centroid_to_sample, int64_t ignore_index,
-                     const std::optional<Tensor>& totals) {
-  return with_arithmetic_type(centroid_logits.scalar_type(), "centroid_logits", [&]<class T>() {
-    const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample);
-    Tensor grad = empty({q.classes, q.columns}, kScalarType<T>);
-    const BatchSums<T> sums(input, target, center, centroid_logits, q, row_stats, upstream, ignore_index,
-                            totals, output<T>(grad));
-    parallel_rows(q.classes, q.columns, [&](int64_t begin, int64_t end) {
-      Vector<T> scratch(q.columns);
-      kernels_for<T>().centroid_grad(sums.args(), begin, end, output<T>(grad), scratch.data());
-    });
-    return grad;
-  });
-}
-
-void centroid_step_(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
-                    const Tensor& centroid_logits, const std::optional<Tensor>& momentum_buffer,
-                    const Tensor& log_activation, const Tensor& activation, const Tensor& reference,
-                    const Tensor& norms, const Tensor& row_stats, bool softmax, bool centroid_to_sample,
-                    int64_t ignore_index, double lr, double momentum, double weight_decay, bool nesterov) {
-  with_arithmetic_type(centroid_logits.scalar_type(), "centroid_logits", [&]<class T>() {
-    const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample);
-    const int64_t columns = q.columns;
-    const StepArgs<T> step{
-        .logits = const_cast<T*>(data<T>(centroid_logits, "centroid_logits", {q.classes, columns})),
-        .momentum_buffer = const_cast<T*>(data<T>(momentum_buffer, "momentum_buffer", {q.classes, columns})),
-        .lr = lr,
-        .momentum = momentum,
-        .weight_decay = weight_decay,
-        .nesterov = nesterov};
-    const BatchSums<T> sums(input, target, center, centroid_logits, q, row_stats, std::nullopt, ignore_index,
-                            std::nullopt, nullptr);
-    // A row whose terms are not finite has derivatives that are not: such a batch moves nothing, for good, as the
-    // centre; nor does one without rows, whose loss is 0 / 0.
-    if (!sums.has_rows() || !std::isfinite(sums.args().separation_grad_sum)) return;
-    // In place: what a class's gradient needs of its own statistics is read before they are overwritten, and it needs
-    // none of other classes; what it needs of all of them, their number, does not change.
-    StatsOf<T> stats(matrix(centroid_logits, "centroid_logits"), q.classes, columns, softmax, centroid_to_sample,
-                     const_cast<T*>(q.log_activation), const_cast<T*>(q.activation), const_cast<T*>(q.reference),
-                     const_cast<ClassStats*>(q.of));
-    stats.compute([&](const CentroidStatsArgs<T>& args, int64_t begin, int64_t end, T* scratch) {
-      kernels_for<T>().centroid_step(sums.args(), step, args, begin, end, scratch);
-    });
-  });
-}
-
-Tensor class_totals(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
-                    const Tensor& row_stats, const std::optional<Tensor>& upstream, bool centroid_to_sample,
-                    int64_t ignore_index) {
-  const Matrix z = matrix(input, "input");
-  const int64_t rows = input.size(0), columns = input.size(1);
-  const Targets y = targets(target, rows, ignore_index, std::numeric_limits<int64_t>::max());
-  const RowStats* stats = row_stats_of(row_stats, rows);
-  const Vector<double> c = with_upstream(stats, upstream, rows);
-  Tensor result = empty({columns + 1}, ScalarType::Double);
-  double* totals = output<double>(result);
-  totals[columns] = 0;
-  for (int64_t i = 0; i < rows; ++i)
-    if (y[i] != ignore_index) totals[columns] += c[rows + i];
-  const auto sum = [&]<class T>() {
-    const TotalsArgs<T> args{.input = z,
-                             .target = y,
-                             .center = data<T>(center, "center", {columns}),
-                             .row_count = rows,
-                             .rows = stats,
-                             .separation_grad = c.data() + rows,
-                             .centroid_to_sample = centroid_to_sample,
-                             .totals = totals};
-    parallel_columns(columns, rows, [&](int64_t begin, int64_t end) { kernels_for<T>().totals(args, begin, end); });
-  };
-  if (z.dtype == Dtype::kFloat64)
-    sum.template operator()<double>();
-  else
-    sum.template operator()<float>();
-  return result;
-}
-
 std::string cpu_capability() { return kernels().name; }
 
 }  // namespace
 }  // namespace ncmi::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(ncmi_kernels, CPU, m) {
-  m.impl("centroid_stats", TORCH_BOX(&ncmi::cpu::centroid_stats));
   m.impl("terms", TORCH_BOX(&ncmi::cpu::terms));
+  m.impl("reduce", TORCH_BOX(&ncmi::cpu::reduce));
   m.impl("loss", TORCH_BOX(&ncmi::cpu::loss));
   m.impl("scale_", TORCH_BOX(&ncmi::cpu::scale_));
   m.impl("input_grad", TORCH_BOX(&ncmi::cpu::input_grad));
-  m.impl("centroid_grad", TORCH_BOX(&ncmi::cpu::centroid_grad));
-  m.impl("centroid_step_", TORCH_BOX(&ncmi::cpu::centroid_step_));
-  m.impl("class_totals", TORCH_BOX(&ncmi::cpu::class_totals));
   m.impl("update_center_", TORCH_BOX(&ncmi::cpu::update_center_));
 }
 

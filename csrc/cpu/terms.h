@@ -49,14 +49,13 @@ void terms_range(const TermsArgs<T>& args, int64_t row_begin, int64_t row_end, T
                     .shift = double(shift),
                     .inverse_norm = of_row.inverse_norm,
                     .own_mean = of_row.own_mean,
-                    .all_mean = of_row.all_mean,
-                    .by_concentration = 0,
-                    .by_separation = 0};
+                    .all_mean = of_row.all_mean};
     if (out) {
       const Ratio r = ratio(of_row.concentration, of_row.separation, args.eps);
-      const double w = args.row_weight[i];
-      grad_of_row<centroid_to_sample>(q, row, args.rows[i], y, w * r.d_concentration, w * r.d_separation, Ahead(),
-                                      x + n, out);
+      const double w = args.row_weight[i] / args.weight_sum;
+      const Coefficients c = coefficients_of(args.rows[i], w * r.d_concentration, w * r.d_separation,
+                                             q.all().classes, centroid_to_sample, false);
+      grad_of_row<centroid_to_sample>(q, row, args.rows[i], c, y, Ahead(), x + n, out);
     }
   }
 }

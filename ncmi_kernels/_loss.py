@@ -1,0 +1,179 @@
+"""The loss: one autograd Function, whatever the backend and the way through it."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ncmi_kernels import _focus, _ops, _plain, reference
+from ncmi_kernels._modes import jit_tracing, mapped_backward, plain_backward, transforming
+from ncmi_kernels._options import Options
+from ncmi_kernels._problem import Problem, check_range
+from ncmi_kernels._terms import grads_by_autograd, save, saved, transformable_loss
+
+
+class Result(NamedTuple):
+    """The loss of a batch, and what is to be known of it without a graph."""
+
+    loss: Tensor  # [], or [N] for reduction "none"
+    means: Tensor | None  # [2] float64, CMI and Gamma: NaN where no row counts. None within a transform
+    rows: Any = None  # what a step of the centroids may use again, where that was asked for
+
+
+def way_of(options: Options, shards: Any = None) -> Any:
+    """What has `forward`, `input_grad` and `centroid_grad`, and their `Rows` and `Table`, for these options."""
+    if shards is not None:
+        return shards
+    return _focus if options.separation_focus else _plain
+
+
+class _Loss(torch.autograd.Function):
+    """The loss of a problem, the means of its terms, and if asked for what the way found of the rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, centroid_logits: Tensor, problem: Problem, with_rows: bool
+    ) -> tuple[Tensor, ...]:
+        options, shards = problem.options, problem.shards
+        compiling = torch.compiler.is_compiling()
+        # By sample the gradient of a row is known once the row is: made in this pass, it needs no second one. Half
+        # precisions wait for the upstream gradient, which may be what keeps them from underflow.
+        with_grad = (
+            options.scalar_by_sample
+            and not compiling
+            and ctx.needs_input_grad[0]
+            and input.dtype is centroid_logits.dtype
+        )
+        found = way_of(options, shards).forward(input, centroid_logits, problem, with_grad)
+        batch = input, problem.target, problem.weight
+        save(ctx, found.center, centroid_logits, *batch, found.grad, *found.rows, *found.table)
+        ctx.options, ctx.backend, ctx.group, ctx.shards = options, problem.backend, problem.group, shards
+        ctx.spent = False  # whether a backward pass has taken over the gradient that the forward pass made
+        if not compiling:
+            ctx.set_materialize_grads(False)
+        outputs = (found.means, *found.rows) if with_rows else (found.means,)
+        ctx.mark_non_differentiable(*[each for each in outputs if each is not None])
+        return found.loss, *outputs
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return None, None, None, None
+        options, group, shards = ctx.options, ctx.group, ctx.shards
+        way = way_of(options, shards)
+        (center, centroid_logits, input, target, weight, grad, *kept), repeated = saved(ctx)
+        count = len(way.Rows._fields)
+        rows, table = way.Rows(*kept[:count]), way.Table(*kept[count:])
+        problem = Problem(target, center, weight, options, ctx.backend, table, group, None, shards)
+        wanted = ctx.needs_input_grad
+        if not plain_backward(upstream):
+            if group is not None:
+                raise RuntimeError(
+                    "create_graph: got True for a loss over several processes (process_group, device_mesh), expected "
+                    "False: double backward is not supported there, nor are several upstream gradients at once"
+                )
+            by_reference = mapped_backward(upstream)
+            return (
+                *grads_by_autograd(
+                    lambda: transformable_loss(input, centroid_logits, problem, by_reference),
+                    (input, centroid_logits),
+                    wanted[:2],
+                    upstream,
+                ),
+                None,
+                None,
+            )
+        if repeated:
+            found = way.forward(input, centroid_logits, problem, grad is not None)
+            rows, grad = found.rows, found.grad
+        grad_input = grad_centroids = None
+        if wanted[0]:
+            # Of the average that DistributedDataParallel takes over the processes, the sum is left.
+            alone = group is None or options.reduction == "none"
+            shared = upstream if alone else upstream * group.size
+            if grad is None:
+                grad_input = way.input_grad(input, problem, rows, shared)
+            else:
+                grad_input = way.input_grad(input, problem, rows, None) if ctx.spent else grad
+                ctx.spent = True
+                _ops.operators(ctx.backend).scale_(grad_input, upstream)
+        if wanted[1]:
+            grad_centroids = way.centroid_grad(input, centroid_logits, problem, rows, upstream)
+        return grad_input, grad_centroids, None, None
+
+
+def loss(input: Tensor, centroid_logits: Tensor, problem: Problem, *, with_rows: bool = False) -> Result:
+    """The loss of features [N, M] and centroid logits [C, M]. A table that the problem lacks is computed.
+
+    With a group, the loss over the batches of all processes, and gradients times their number. `with_rows`: for
+    :func:`centroid_gradient` and the step of the centroids.
+    """
+    target, center, weight, options, backend, _, group, update, shards = problem
+    if backend == "reference":
+        check_range(target, len(centroid_logits), options.ignore_index)
+        value, means = reference.loss_and_means(input, target, centroid_logits, center, weight, options, group=group)
+        return Result(value, means)
+    if transforming() or jit_tracing():
+        assert update is None
+        if group is not None:
+            raise RuntimeError(
+                "process_group: got several processes inside a torch.func transform, expected None: a transform cannot "
+                "communicate"
+            )
+        return Result(transformable_loss(input, centroid_logits, problem), None)
+    graph = torch.is_grad_enabled() and (input.requires_grad or centroid_logits.requires_grad)
+    compiling = torch.compiler.is_compiling()
+    way = way_of(options, shards)
+    if not (graph or compiling):
+        found = way.forward(input, centroid_logits, problem)
+        return Result(found.loss, found.means, found.rows if with_rows else None)
+    value, means, *rows = _Loss.apply(input, centroid_logits, problem, with_rows and not compiling)
+    return Result(value, means, way.Rows(*rows) if rows else None)
+
+
+def centroid_gradient(
+    input: Tensor, centroid_logits: Tensor, problem: Problem, known: Result | None = None
+) -> tuple[Tensor, Tensor]:
+    """Without a graph: the gradient of :func:`loss` by `centroid_logits` [C, M], and means of terms [2].
+
+    The means are NaN where no row counts. With a group, the gradient of the loss of all processes' rows, the same bits
+    on each. `known` is what :func:`loss` gave, with rows, of the same batch at the same centroids and centre.
+    """
+    input, centroid_logits = input.detach(), centroid_logits.detach()
+    group = problem.group
+    if problem.backend == "reference":
+        with torch.enable_grad():
+            leaf = centroid_logits.requires_grad_()
+            value, means, _ = loss(input, leaf, problem)
+            grad = torch.autograd.grad(value, leaf)[0]
+        assert means is not None
+        if group is not None:
+            grad = group.all_reduce(grad / group.size)
+        return grad, means
+    way = way_of(problem.options, problem.shards)
+    if known is None or known.means is None:
+        found = way.forward(input, centroid_logits, problem)
+        rows, means, problem = found.rows, found.means, problem._replace(table=found.table)
+    else:
+        rows, means = known.rows, known.means
+        if problem.table is None:
+            problem = problem._replace(table=way.table_of(centroid_logits, problem.options, problem.backend))
+    grad = way.centroid_grad(input, centroid_logits, problem, rows, None)
+    return grad if group is None or problem.shards is not None else group.all_reduce(grad), means
+
+
+def centroid_step_(
+    input: Tensor,
+    centroid_logits: Tensor,
+    problem: Problem,
+    known: Result | None,
+    momentum_buffer: Tensor | None,
+    sgd: _plain.SGD,
+) -> None:
+    """:func:`_plain.centroid_step_`; no graph uses the old table unnoticed, as all see that the centroids changed."""
+    rows = _plain.forward(input, centroid_logits, problem).rows if known is None else known.rows
+    _plain.centroid_step_(input, centroid_logits, problem, rows, momentum_buffer, sgd)
+    # The operators pass the dispatcher's layers that would do it.
+    torch.autograd.graph.increment_version(centroid_logits)
+    if momentum_buffer is not None:
+        torch.autograd.graph.increment_version(momentum_buffer)

@@ -1,0 +1,138 @@
+"""The way of a batch through the operators: forward, and each backward pass.
+
+:mod:`_focus` and :class:`sharded.Shards` have the same three functions for what takes more than these calls.
+"""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ncmi_kernels._ops import Table, operators, table_of
+from ncmi_kernels._problem import Problem
+
+__all__ = ["Table", "table_of"]  # as the other ways have them
+
+
+class Rows(NamedTuple):
+    """What the backward passes need to know of a batch; outputs of the operator loss."""
+
+    stats: Tensor  # [B, 7] float64
+    coefficients: Tensor | None  # [B, 4] float64; None where there are only terms
+
+
+class Found(NamedTuple):
+    """What a forward pass finds."""
+
+    loss: Tensor  # [], or [B] for reduction "none"
+    means: Tensor  # [2] float64, of the terms
+    rows: Any  # Rows, or those of another way
+    table: Any  # Table, likewise
+    center: Tensor | None  # the centre of the batch, where that was moved the new one
+    grad: Tensor | None = None  # of the input, for an upstream gradient of 1, where the same pass made it
+
+
+def forward(input: Tensor, centroid_logits: Tensor, problem: Problem, with_grad: bool = False) -> Found:
+    """The loss, and what its backward passes need; `with_grad` for a ratio by sample alone."""
+    target, center, weight, options, backend, table, group, update, _ = problem
+    if table is None:
+        table = table_of(centroid_logits, options, backend)
+    run = operators(backend)
+    if group is not None:
+        terms, stats = run.terms(input, target, center, *table, *options.for_terms)
+        loss, coefficients, means = reduce(terms, stats, problem._replace(table=table))
+        return Found(loss.to(centroid_logits.dtype), means, Rows(stats, coefficients), table, center)
+    moving = (center, None, None, 0.0) if update is None else (None, center, *update)
+    loss, stats, coefficients, moved, grad, means = run.loss(
+        input, target, *moving, *table, weight, *options.for_loss, with_grad
+    )
+    if update is not None:
+        center = moved
+    return Found(loss, means, Rows(stats, coefficients), table, center, grad if with_grad else None)
+
+
+def terms(input: Tensor, problem: Problem) -> tuple[Tensor, Rows]:
+    """Terms [2, B] float64, and what is known of the rows: no coefficients yet."""
+    target, center, _, options, backend, table, *_ = problem
+    values, stats = operators(backend).terms(input, target, center, *table, *options.for_terms)
+    return values, Rows(stats, None)
+
+
+class Reduced(NamedTuple):
+    """What the terms of the rows come to; all float64."""
+
+    loss: Tensor  # [] or [B]
+    coefficients: Tensor  # [B, 4]
+    means: Tensor  # [2]
+
+
+def reduce(terms: Tensor, stats: Tensor, problem: Problem) -> Reduced:
+    """The loss of terms [2, B] and statistics [B, 7]; with a group, of the rows of all its processes."""
+    target, _, weight, options, backend, table, group, *_ = problem
+    run = operators(backend).reduce
+    batch = terms, stats, target, table.norms, weight
+    loss, coefficients, means, sums = run(*batch, None, *options.for_reduce)
+    if group is not None:
+        loss, coefficients, means, _ = run(*batch, group.all_reduce(sums), *options.for_reduce)
+    return Reduced(loss, coefficients, means)
+
+
+def input_grad(input: Tensor, problem: Problem, rows: Rows, upstream: Tensor | None) -> Tensor:
+    """d loss / d input [B, M] for an upstream gradient, None for 1."""
+    target, center, _, options, backend, table, *_ = problem
+    run = operators(backend).input_grad
+    return run(input, target, center, *table, *rows, upstream, options.centroid_to_sample, options.ignore_index)
+
+
+def centroid_grad(
+    input: Tensor,
+    centroid_logits: Tensor,
+    problem: Problem,
+    rows: Rows,
+    upstream: Tensor | None,
+    totals: Tensor | None = None,
+) -> Tensor:
+    """d loss / d centroid_logits [C, M], of a group the part of this process's rows; `totals` as of the operator."""
+    target, center, _, options, backend, table, *_ = problem
+    run = operators(backend).centroid_grad
+    last = options.centroid_to_sample, options.ignore_index, totals
+    return run(input, target, center, centroid_logits, *table, *rows, upstream, *last)
+
+
+def class_totals(input: Tensor, problem: Problem, rows: Rows, upstream: Tensor | None) -> Tensor:
+    """What the gradients of all centroids have of all rows, [M + 1] float64."""
+    target, center, _, options, backend, *_ = problem
+    run = operators(backend).class_totals
+    return run(input, target, center, *rows, upstream, options.centroid_to_sample, options.ignore_index)
+
+
+class SGD(NamedTuple):
+    """The numbers of a step of torch.optim.SGD, in the order that the operator centroid_step_ takes them."""
+
+    lr: float
+    momentum: float
+    weight_decay: float
+    nesterov: bool
+
+
+def centroid_step_(
+    input: Tensor, centroid_logits: Tensor, problem: Problem, rows: Rows, momentum_buffer: Tensor | None, sgd: SGD
+) -> None:
+    """Move `centroid_logits` [C, M] against :func:`centroid_grad`, in place; `momentum_buffer` goes with a momentum.
+
+    The problem's table, which is that of the centroids, becomes that of the new ones. A batch with terms that are not
+    finite moves nothing.
+    """
+    target, center, _, options, backend, table, *_ = problem
+    operators(backend).centroid_step_(
+        input,
+        target,
+        center,
+        centroid_logits,
+        momentum_buffer,
+        *table,
+        *rows,
+        options.softmax,
+        options.centroid_to_sample,
+        options.ignore_index,
+        *sgd,
+    )

@@ -1,0 +1,290 @@
+"""Concentration and separation as autograd sees them; and the loss from them, where torch.func transforms it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ncmi_kernels import _focus, _plain, reference
+from ncmi_kernels._modes import forward_mode, jit_tracing, mapped_backward, plain_backward, transforming
+from ncmi_kernels._ops import operators, table_of
+from ncmi_kernels._options import Options
+from ncmi_kernels._problem import Problem
+from ncmi_kernels._schema import ALL_MEAN, CLASSES, OWN_MEAN
+
+
+def grads_by_autograd(
+    function: Callable[[], Any], inputs: Sequence[Tensor], wanted: Sequence[bool], upstream: Any
+) -> tuple[Tensor | None, ...]:
+    """For a backward pass that is no plain one: the gradients of `function`, each where it is wanted, else None."""
+    create_graph = torch.is_grad_enabled()
+    leaves = [each for each, needed in zip(inputs, wanted, strict=False) if needed]
+    with torch.enable_grad():
+        found = iter(torch.autograd.grad(function(), leaves, upstream, create_graph=create_graph))
+    return tuple(next(found) if needed else None for needed in wanted)
+
+
+def save(ctx: Any, *tensors: Any) -> None:
+    """Save what a backward pass needs, for :func:`saved`: autograd lets go of it after that pass, and hooks see it.
+
+    The first two are the centre, or None, and the centroid logits.
+    """
+    ctx.save_for_backward(*tensors)
+    if torch.compiler.is_compiling():
+        return
+    logits = tensors[1]
+    if type(logits) in (Tensor, Parameter) and not logits.is_inference():
+        ctx.before = tensors[0], logits._version, logits.data_ptr()
+    else:  # no version, or as of a fake tensor no address
+        ctx.before = tensors[0], None, None
+
+
+def saved(ctx: Any) -> tuple[Sequence[Any], bool]:
+    """What :func:`save` was given, and whether it is of a forward pass that was repeated at another centre.
+
+    torch.utils.checkpoint without re-entrance repeats a forward pass when its tensors are asked for. By then others may
+    have moved the running centre: that of before is the one to use, and what was found of the rows is to be found
+    again.
+
+    Raises:
+        RuntimeError: the centroids of the repeated pass were modified. (Of others autograd's own error tells.)
+    """
+    tensors = ctx.saved_tensors
+    if torch.compiler.is_compiling():
+        return tensors, False
+    center, version, address = ctx.before
+    if version is not None:
+        logits = tensors[1]
+        if logits._version != version and logits.data_ptr() == address:  # else a copy of theirs
+            raise RuntimeError(
+                "centroid_logits: modified by an inplace operation since the forward pass, expected the backward pass "
+                "first"
+            )
+    if tensors[0] is center or center is None or torch.equal(tensors[0], center):
+        return tensors, False
+    return (center, *tensors[1:]), True
+
+
+class _Terms(torch.autograd.Function):
+    """Concentration and separation, of the arguments of :func:`terms`."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, centroid_logits: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+        options = problem.options
+        way = _focus if options.separation_focus else _plain
+        table = way.table_of(centroid_logits, options, problem.backend)
+        problem = problem._replace(table=table)
+        values, rows = way.terms(input, problem)
+        save(ctx, problem.center, centroid_logits, input, problem.target, *rows, *table)
+        ctx.options, ctx.backend = options, problem.backend
+        dtype = centroid_logits.dtype
+        return values[0].to(dtype, copy=True), values[1].to(dtype, copy=True)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (center, centroid_logits, input, target, *kept), repeated = saved(ctx)
+        options, backend = ctx.options, ctx.backend
+        way = _focus if options.separation_focus else _plain
+        count = len(way.Rows._fields)
+        rows, table = way.Rows(*kept[:count]), way.Table(*kept[count:])
+        problem = Problem(target, center, None, options, backend, table)
+        wanted = ctx.needs_input_grad[:2]
+        if plain_backward(*upstream):
+            if repeated:
+                _, rows = way.terms(input, problem)
+            rows = rows._replace(coefficients=coefficients_of(rows.stats, upstream, table.norms, options))
+            return (
+                way.input_grad(input, problem, rows, None) if wanted[0] else None,
+                way.centroid_grad(input, centroid_logits, problem, rows, None) if wanted[1] else None,
+                None,
+            )
+        if options.separation_focus:
+            grads = grads_by_autograd(
+                lambda: reference.terms(input, target, centroid_logits, center, options),
+                (input, centroid_logits),
+                wanted,
+                upstream,
+            )
+        elif forward_mode() or mapped_backward(*upstream):
+            grads = _pull_by_reference(input, target, centroid_logits, center, options, upstream)
+        else:
+            grads = _TermsGrad.apply(*upstream, input, target, centroid_logits, center, options, backend, wanted)
+        return *grads, None
+
+
+def coefficients_of(stats: Tensor, upstream: tuple[Tensor, ...], norms: Tensor, options: Options) -> Tensor:
+    """The coefficients [B, 4] of rows, as the operator reduce has them, for gradients [B] of both terms."""
+    by_concentration, by_separation = (each.double() for each in upstream)
+    own_mean, all_mean = stats[:, OWN_MEAN], stats[:, ALL_MEAN]
+    classes = norms[-1, CLASSES]
+    other, share = by_separation, by_separation / classes
+    if options.separation_focus:
+        other, share = by_separation * (1 - 1 / classes), torch.zeros_like(share)
+    if options.centroid_to_sample:
+        own, constant = by_concentration, by_concentration * own_mean
+    else:
+        own, share = by_concentration - share, torch.zeros_like(share)
+        constant = own * own_mean + other * all_mean
+    return torch.stack([own, other, share, constant], dim=1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The same for what transforms the computation: torch.func, create_graph. Values and first derivatives come from the
+# kernels, further ones from the reference. In this style, which torch.func wants, the Functions above would take twice
+# the time for a small batch.
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _map_slices(
+    function: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...], rowwise: int, one_batch: bool
+) -> tuple[tuple[Tensor | None, ...], tuple[int | None, ...]]:
+    """vmap's rule of the Functions below; the first `rowwise` arguments, and the outputs, have a row a sample.
+
+    The slices of the mapped dimension make `one_batch` where only those arguments are mapped, else they are batches.
+    """
+    size = info.batch_size
+    outputs: list[Tensor | None]
+    if one_batch:
+        moved = [
+            arg.expand(size, *arg.shape) if dim is None else arg.movedim(dim, 0)
+            for arg, dim in zip(args[:rowwise], in_dims, strict=False)
+        ]
+        whole = function.apply(*(arg.flatten(0, 1) for arg in moved), *args[rowwise:])
+        outputs = [None if output is None else output.unflatten(0, moved[0].shape[:2]) for output in whole]
+    else:
+        if size == 0:
+            raise ValueError("vmap: got a dimension of size 0, expected at least 1 where centroids or centres differ")
+        slices = [
+            function.apply(
+                *(arg.select(dim, i) if isinstance(dim, int) else arg for arg, dim in zip(args, in_dims, strict=True))
+            )
+            for i in range(size)
+        ]
+        outputs = [None if each[0] is None else torch.stack(each) for each in zip(*slices, strict=True)]
+    return tuple(outputs), tuple(None if output is None else 0 for output in outputs)
+
+
+def _pull_by_reference(
+    input: Tensor,
+    target: Tensor,
+    centroid_logits: Tensor,
+    center: Tensor | None,
+    options: Options,
+    upstream: tuple[Tensor, ...],
+) -> tuple[Tensor, Tensor]:
+    """The gradients of input and centroid logits for those of the terms, differentiable and mappable in every way."""
+    pull: Any = torch.func.vjp(lambda z, xi: reference.terms(z, target, xi, center, options), input, centroid_logits)[1]
+    return pull(upstream)
+
+
+class _TransformableTerms(torch.autograd.Function):
+    """Concentration and separation, of the arguments of :func:`terms`."""
+
+    @staticmethod
+    def forward(
+        input: Tensor, target: Tensor, centroid_logits: Tensor, center: Tensor | None, options: Options, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        table = table_of(centroid_logits, options, backend)
+        values, _ = operators(backend).terms(input, target, center, *table, *options.for_terms)
+        dtype = centroid_logits.dtype
+        return values[0].to(dtype, copy=True), values[1].to(dtype, copy=True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:4])
+        ctx.options, ctx.backend = inputs[4:]
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        input, target, centroid_logits, center = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+        if forward_mode() or mapped_backward(*upstream):
+            grad_input, grad_centroids = _pull_by_reference(
+                input, target, centroid_logits, center, ctx.options, upstream
+            )
+        else:
+            grad_input, grad_centroids = _TermsGrad.apply(
+                *upstream, input, target, centroid_logits, center, ctx.options, ctx.backend, wanted
+            )
+        return grad_input, None, grad_centroids, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        one_batch = in_dims[2] is None and in_dims[3] is None
+        return _map_slices(_TransformableTerms, info, in_dims, args, 2, one_batch)
+
+
+class _TermsGrad(torch.autograd.Function):
+    """The gradients of both terms for the gradients of these, [B] each; differentiable."""
+
+    @staticmethod
+    def forward(
+        upstream_concentration: Tensor,
+        upstream_separation: Tensor,
+        input: Tensor,
+        target: Tensor,
+        centroid_logits: Tensor,
+        center: Tensor | None,
+        options: Options,
+        backend: str,
+        wanted: tuple[bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        problem = Problem(target, center, None, options, backend, table_of(centroid_logits, options, backend))
+        stats = _plain.terms(input, problem)[1].stats
+        upstream = upstream_concentration, upstream_separation
+        rows = _plain.Rows(stats, coefficients_of(stats, upstream, problem.table.norms, options))
+        return (
+            _plain.input_grad(input, problem, rows, None) if wanted[0] else None,
+            _plain.centroid_grad(input, centroid_logits, problem, rows, None) if wanted[1] else None,
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, Tensor | None]) -> None:
+        ctx.save_for_backward(*inputs[:6])
+        ctx.options, ctx.wanted = inputs[6], inputs[8]
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        concentration, separation, input, target, centroid_logits, center = ctx.saved_tensors
+
+        def grads(concentration: Tensor, separation: Tensor, input: Tensor, centroid_logits: Tensor) -> Any:
+            upstream_of_terms = concentration, separation
+            both = _pull_by_reference(input, target, centroid_logits, center, ctx.options, upstream_of_terms)
+            return tuple(grad for grad, is_wanted in zip(both, ctx.wanted, strict=True) if is_wanted)
+
+        pull: Any = torch.func.vjp(grads, concentration, separation, input, centroid_logits)[1]
+        grad_concentration, grad_separation, grad_input, grad_centroids = pull(
+            tuple(grad for grad, is_wanted in zip(upstream, ctx.wanted, strict=True) if is_wanted)
+        )
+        return grad_concentration, grad_separation, grad_input, None, grad_centroids, None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        one_batch = in_dims[4] is None and in_dims[5] is None and not args[-1][1]
+        return _map_slices(_TermsGrad, info, in_dims, args, 4, one_batch)
+
+
+def transformable_loss(input: Tensor, centroid_logits: Tensor, problem: Problem, by_reference: bool = False) -> Tensor:
+    """The loss for a transform of torch.func, or to be differentiated more than once; of a focus by the reference."""
+    target, center, weight, options, backend, *_ = problem
+    if by_reference or forward_mode() or options.separation_focus:
+        return reference.loss(input, target, centroid_logits, center, weight, options)
+    kept = target != options.ignore_index
+    classes = target.masked_fill(~kept, 0)
+    # An ignored row may hold NaN, which zero times anything would keep.
+    input = torch.where(kept[:, None], input, 0)
+    concentration, separation = _TransformableTerms.apply(input, classes, centroid_logits, center, options, backend)
+    return reference.reduce(*reference.weigh(concentration, separation, kept, classes, weight), options)[0]
+
+
+def terms(input: Tensor, centroid_logits: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+    """Concentration [B] and separation [B] of [B, M] features, of which none is ignored."""
+    target, center, _, options, backend, *_ = problem
+    focus = options.separation_focus
+    if backend == "reference" or (focus and (transforming() or jit_tracing())):
+        return reference.terms(input, target, centroid_logits, center, options)
+    if transforming():
+        return _TransformableTerms.apply(input, target, centroid_logits, center, options, backend)
+    return _Terms.apply(input, centroid_logits, problem)
