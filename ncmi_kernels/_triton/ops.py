@@ -13,24 +13,27 @@ from torch import Tensor
 from torch.library import Library
 
 from ncmi_kernels import _schema
+from ncmi_kernels._ops import Table
 from ncmi_kernels._options import REDUCTIONS
+from ncmi_kernels._plain import SGD
 from ncmi_kernels._triton import launches
+from ncmi_kernels._triton.arguments import Batch, Features, Moving, Reduced, Reducing, Rows
+from ncmi_kernels._triton.batch import TERMS
 from ncmi_kernels._triton.checks import (
     ARITHMETIC,
     DOUBLE,
     INT64,
     check,
     check_batch,
-    check_centroids,
     check_matrix,
-    check_reduction,
+    check_reducing,
     check_rows,
+    check_table,
     check_target,
     require,
 )
 
 NAMESPACE = "ncmi_kernels_triton"
-REDUCTIONS_AND_TERMS = (*REDUCTIONS, "terms")
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -39,9 +42,7 @@ def _on(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device)
 
 
-def centroid_stats(
-    centroid_logits: Tensor, softmax: bool, centroid_to_sample: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def centroid_stats(centroid_logits: Tensor, softmax: bool, centroid_to_sample: bool) -> Table:
     """Logits [C, M] to log_activation [C, M], activation [C or 0, M], reference [2, M], norms [C + 1, 8] float64."""
     classes, columns = check_matrix("centroid_logits", centroid_logits, ARITHMETIC)
     require(classes > 0, "centroid_logits must not be empty")
@@ -49,11 +50,10 @@ def centroid_stats(
     activation = centroid_logits.new_empty((classes if centroid_to_sample else 0, columns))
     reference = centroid_logits.new_empty((2, columns))
     norms = centroid_logits.new_empty((classes + 1, _schema.CLASS_STATS), dtype=torch.float64)
+    table = Table(log_activation, activation, reference, norms)
     with _on(centroid_logits):
-        launches.centroid_stats(
-            centroid_logits, softmax, centroid_to_sample, log_activation, activation, reference, norms
-        )
-    return log_activation, activation, reference, norms
+        launches.centroid_stats(centroid_logits, softmax, centroid_to_sample, table)
+    return table
 
 
 def terms(
@@ -71,42 +71,16 @@ def terms(
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
     """Concentration and separation [2, B], and the rows' statistics [B, 7], float64."""
-    classes = log_activation.shape[0]
-    check_centroids(input, log_activation, activation, reference, norms, centroid_to_sample)
-    check_batch(input, target, center, log_activation.dtype, classes, ignore_index)
+    batch = Batch(input, target, center, ignore_index)
+    table = Table(log_activation, activation, reference, norms)
+    features = Features(temperature, l2_normalize, softmax, centroid_to_sample)
+    check_table(input, table, centroid_to_sample)
+    rows, _ = check_batch(batch, log_activation.dtype, log_activation.shape[0])
     with _on(input):
-        result = norms.new_empty((2, target.shape[0]))
-        stats, sums = launches.terms(
-            input=input,
-            target=target,
-            center=center,
-            log_activation=log_activation,
-            activation=activation,
-            reference=reference,
-            norms=norms,
-            temperature=temperature,
-            l2_normalize=l2_normalize,
-            softmax=softmax,
-            centroid_to_sample=centroid_to_sample,
-            ignore_index=ignore_index,
-        )
-        reduction = REDUCTIONS_AND_TERMS.index("terms")
-        launches.finish(
-            target=target,
-            norms=norms,
-            weight=None,
-            terms=sums,
-            stats=stats,
-            coefficients=None,
-            result=result,
-            means=None,
-            eps=0.0,
-            ignore_index=ignore_index,
-            centroid_to_sample=centroid_to_sample,
-            batch_ratio=False,
-            reduction=reduction,
-            given=False,
-        )
+        result = norms.new_empty((2, rows))
+        stats, sums = launches.terms(batch, table, features)
+        no_loss = Reducing(None, False, TERMS, 0.0, centroid_to_sample)
+        launches.finish(target, ignore_index, norms, no_loss, sums, stats, Reduced(result))
     return result, stats
 
 
@@ -123,7 +97,7 @@ def reduce(
     reduction: int,
     eps: float,
     ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Reduced:
     """The loss [] or [B] of terms [2, B], the rows' coefficients [B, 4], means [2] and sums [4], float64."""
     (count, _), (records, _) = check_matrix("rows", rows, DOUBLE), check_matrix("norms", norms, DOUBLE)
     classes = records - 1
@@ -134,31 +108,14 @@ def reduce(
     check_target(target, terms, count, classes, ignore_index)
     check("weight", weight, terms, ARITHMETIC, (classes,))
     check("totals", totals, terms, DOUBLE, (4,))
-    check_reduction(batch_ratio, reduction)
+    by = Reducing(weight, batch_ratio, reduction, eps, centroid_to_sample, focus)
+    check_reducing(by)
     with _on(terms):
         loss = norms.new_empty((count,) if REDUCTIONS[reduction] == "none" else ())
         coefficients = norms.new_empty((count, _schema.COEFFICIENTS))
-        means, sums = norms.new_empty((2,)), norms.new_empty((4,))
-        launches.finish(
-            target=target,
-            norms=norms,
-            weight=weight,
-            terms=terms,
-            stats=rows,
-            coefficients=coefficients,
-            result=loss,
-            means=means,
-            eps=eps,
-            ignore_index=ignore_index,
-            centroid_to_sample=centroid_to_sample,
-            batch_ratio=batch_ratio,
-            reduction=reduction,
-            given=True,
-            focus=focus,
-            totals=totals,
-            sums=sums,
-        )
-    return loss, coefficients, means, sums
+        reduced = Reduced(loss, coefficients, norms.new_empty((2,)), norms.new_empty((4,)))
+        launches.finish(target, ignore_index, norms, by, terms, rows, reduced, given=True, totals=totals)
+    return reduced
 
 
 def update_center_(
@@ -172,10 +129,11 @@ def update_center_(
 ) -> Tensor:
     """Move `center` [M] towards the mean of the rows of `input` [B, M] that count; returns a copy of it."""
     require(center.dtype in ARITHMETIC, "center must be float32, float64")
-    check_batch(input, target, center, center.dtype, num_classes, ignore_index)
+    batch = Batch(input, target, center, ignore_index)
+    check_batch(batch, center.dtype, num_classes)
     check("num_batches_tracked", num_batches_tracked, input, INT64, ())
     with _on(input):
-        sums, counts, _ = launches.column_sums(input, target, None, ignore_index, num_classes, True, False)
+        sums, counts, _ = launches.column_sums(batch, num_classes, None, True, False)
         assert sums is not None
         return launches.move_center(sums, counts, center, num_batches_tracked, momentum, True)[0]
 
@@ -206,13 +164,15 @@ def loss(
     d loss / d input or [0], means [2].
     """  # noqa: D205
     dtype, classes = log_activation.dtype, log_activation.shape[0]
-    check_centroids(input, log_activation, activation, reference, norms, centroid_to_sample)
-    rows, columns = check_batch(
-        input, target, center if running_center is None else running_center, dtype, classes, ignore_index
-    )
+    batch = Batch(input, target, center if running_center is None else running_center, ignore_index)
+    table = Table(log_activation, activation, reference, norms)
+    features = Features(temperature, l2_normalize, softmax, centroid_to_sample)
+    by = Reducing(weight, batch_ratio, reduction, eps, centroid_to_sample)
+    check_table(input, table, centroid_to_sample)
+    rows, columns = check_batch(batch, dtype, classes)
     check("weight", weight, input, (dtype,), (classes,))
     check("num_batches_tracked", num_batches_tracked, input, INT64, ())
-    check_reduction(batch_ratio, reduction)
+    check_reducing(by)
     scalar, mean = REDUCTIONS[reduction] != "none", REDUCTIONS[reduction] == "mean"
     require(
         (running_center is None) == (num_batches_tracked is None) and (center is None or running_center is None),
@@ -227,60 +187,29 @@ def loss(
         result = log_activation.new_empty(() if scalar else (rows,))
         coefficients = norms.new_empty((rows, _schema.COEFFICIENTS))
         means = norms.new_empty((2,))
-        nothing = log_activation.new_empty((0,))
-        grad = log_activation.new_empty((rows, columns)) if with_grad else None
-        weight_sums = moved = None
+        moved_center = grad = log_activation.new_empty((0,))
+        weight_sums = moving = None
         if running_center is not None or normalized:
-            moving = running_center is not None
             sums, counts, weight_sums = launches.column_sums(
-                input, target, weight, ignore_index, classes, moving, normalized
+                batch, classes, weight, running_center is not None, normalized
             )
             if running_center is not None:
                 assert num_batches_tracked is not None
                 assert sums is not None
                 # Until the last launch only a copy: a call that fails has moved nothing.
                 moved = launches.move_center(sums, counts, running_center, num_batches_tracked, momentum, False)
-                center = moved[0]
-        stats, row_sums = launches.terms(
-            input=input,
-            target=target,
-            center=center,
-            log_activation=log_activation,
-            activation=activation,
-            reference=reference,
-            norms=norms,
-            temperature=temperature,
-            l2_normalize=l2_normalize,
-            softmax=softmax,
-            centroid_to_sample=centroid_to_sample,
-            ignore_index=ignore_index,
-            weight=weight,
-            weight_sums=weight_sums,
-            eps=eps,
-            coefficients=coefficients,
-            grad=grad,
-        )
-        launches.finish(
-            target=target,
-            norms=norms,
-            weight=weight,
-            terms=row_sums,
-            stats=stats,
-            coefficients=None if with_grad else coefficients,
-            result=result,
-            means=means,
-            eps=eps,
-            ignore_index=ignore_index,
-            centroid_to_sample=centroid_to_sample,
-            batch_ratio=batch_ratio,
-            reduction=reduction,
-            given=with_grad,
-            center=running_center,
-            batches=num_batches_tracked,
-            moved=moved,
-        )
-    moved_center = nothing if moved is None else moved[0]
-    return result, stats, coefficients, moved_center, nothing if grad is None else grad, means
+                moving = Moving(running_center, num_batches_tracked, *moved)
+                moved_center = moving.moved_center
+                batch = batch._replace(center=moved_center)
+        if with_grad:
+            grad = log_activation.new_empty((rows, columns))
+            stats, row_sums = launches.terms(batch, table, features, by, weight_sums, coefficients, grad)
+            reduced = Reduced(result, None, means)
+        else:
+            stats, row_sums = launches.terms(batch, table, features)
+            reduced = Reduced(result, coefficients, means)
+        launches.finish(target, ignore_index, norms, by, row_sums, stats, reduced, given=with_grad, moving=moving)
+    return result, stats, coefficients, moved_center, grad, means
 
 
 def scale_(grad: Tensor, upstream: Tensor) -> None:
@@ -309,10 +238,12 @@ def input_grad(
     row_reference: Tensor | None = None,
 ) -> Tensor:
     """d loss / d input [B, M], in the dtype of `input`; `upstream` is None, a scalar or [B]."""
-    classes = log_activation.shape[0]
-    check_centroids(input, log_activation, activation, reference, norms, centroid_to_sample)
-    count, columns = check_batch(input, target, center, log_activation.dtype, classes, ignore_index)
-    check_rows(input, rows, coefficients, upstream)
+    batch = Batch(input, target, center, ignore_index)
+    table = Table(log_activation, activation, reference, norms)
+    of_rows = Rows(rows, coefficients, upstream)
+    check_table(input, table, centroid_to_sample)
+    count, columns = check_batch(batch, log_activation.dtype, log_activation.shape[0])
+    check_rows(input, of_rows)
     check("row_reference", row_reference, input, (log_activation.dtype,), (count, columns))
     require(
         (input.dtype is torch.float64) == (log_activation.dtype is torch.float64),
@@ -321,22 +252,7 @@ def input_grad(
     grad = torch.empty((count, columns), dtype=input.dtype, device=input.device)
     if count:
         with _on(input):
-            launches.input_grad(
-                input=input,
-                target=target,
-                center=center,
-                log_activation=log_activation,
-                activation=activation,
-                reference=reference,
-                norms=norms,
-                rows=rows,
-                coefficients=coefficients,
-                upstream=upstream,
-                centroid_to_sample=centroid_to_sample,
-                ignore_index=ignore_index,
-                row_reference=row_reference,
-                grad=grad,
-            )
+            launches.input_grad(batch, table, of_rows, centroid_to_sample, row_reference, grad)
     return grad
 
 
@@ -357,28 +273,18 @@ def centroid_grad(
     totals: Tensor | None = None,
 ) -> Tensor:
     """d loss / d centroid_logits [C, M]; `totals` [M + 1] float64 are for the sums over all rows, as class_totals."""
-    check_centroids(input, log_activation, activation, reference, norms, centroid_to_sample)
+    batch = Batch(input, target, center, ignore_index)
+    table = Table(log_activation, activation, reference, norms)
+    of_rows = Rows(rows, coefficients, upstream)
     classes, columns = log_activation.shape
-    check_batch(input, target, center, log_activation.dtype, classes, ignore_index)
-    check_rows(input, rows, coefficients, upstream)
+    check_table(input, table, centroid_to_sample)
+    check_batch(batch, log_activation.dtype, classes)
+    check_rows(input, of_rows)
     check("centroid_logits", centroid_logits, input, (log_activation.dtype,), (classes, columns), strided=True)
     check("totals", totals, input, DOUBLE, (columns + 1,))
     grad = torch.empty((classes, columns), dtype=centroid_logits.dtype, device=centroid_logits.device)
     with _on(input):
-        launches.centroid_grad(
-            input=input,
-            target=target,
-            center=center,
-            centroid_logits=centroid_logits,
-            norms=norms,
-            rows=rows,
-            coefficients=coefficients,
-            upstream=upstream,
-            centroid_to_sample=centroid_to_sample,
-            ignore_index=ignore_index,
-            totals=totals,
-            grad=grad,
-        )
+        launches.centroid_grad(batch, centroid_logits, norms, of_rows, centroid_to_sample, totals, grad)
     return grad
 
 
@@ -403,34 +309,20 @@ def centroid_step_(
     nesterov: bool,
 ) -> None:
     """A step of SGD on contiguous `centroid_logits` and `momentum_buffer` [C, M]; the statistics follow."""
-    check_centroids(input, log_activation, activation, reference, norms, centroid_to_sample)
-    check_batch(input, target, center, log_activation.dtype, log_activation.shape[0], ignore_index)
-    check_rows(input, rows, coefficients, None)
+    batch = Batch(input, target, center, ignore_index)
+    table = Table(log_activation, activation, reference, norms)
+    of_rows = Rows(rows, coefficients, None)
+    check_table(input, table, centroid_to_sample)
+    check_batch(batch, log_activation.dtype, log_activation.shape[0])
+    check_rows(input, of_rows)
     for name, tensor in (("centroid_logits", centroid_logits), ("momentum_buffer", momentum_buffer)):
         check(name, tensor, input, (log_activation.dtype,), tuple(log_activation.shape))
     with _on(input):
+        sgd = SGD(lr, momentum, weight_decay, nesterov)
         launches.centroid_grad(
-            input=input,
-            target=target,
-            center=center,
-            centroid_logits=centroid_logits,
-            norms=norms,
-            rows=rows,
-            coefficients=coefficients,
-            upstream=None,
-            centroid_to_sample=centroid_to_sample,
-            ignore_index=ignore_index,
-            totals=None,
-            grad=None,
-            momentum_buffer=momentum_buffer,
-            lr=lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
+            batch, centroid_logits, norms, of_rows, centroid_to_sample, momentum_buffer=momentum_buffer, sgd=sgd
         )
-        launches.centroid_stats(
-            centroid_logits, softmax, centroid_to_sample, log_activation, activation, reference, norms
-        )
+        launches.centroid_stats(centroid_logits, softmax, centroid_to_sample, table)
 
 
 def class_totals(
@@ -445,8 +337,9 @@ def class_totals(
 ) -> Tensor:
     """What each class's gradient has of all rows, [M + 1] float64: the sums of other p or other log a, and of other."""
     dtype = torch.float64 if input.dtype is torch.float64 else torch.float32
-    count, columns = check_batch(input, target, center, dtype, 2**63 - 1, ignore_index)
-    check_rows(input, rows, coefficients, upstream)
+    batch, of_rows = Batch(input, target, center, ignore_index), Rows(rows, coefficients, upstream)
+    count, columns = check_batch(batch, dtype, 2**63 - 1)
+    check_rows(input, of_rows)
     # Chunks of the rows that count, the others last, for classes.
     ignored, order = torch.sort((target == ignore_index).to(torch.int32), stable=True)
     chunk_rows = max(launches.SMALLEST_CHUNK, -(-count // launches.LARGEST_CHUNKS))
@@ -454,9 +347,7 @@ def class_totals(
     begin = torch.minimum(begin, (ignored == 0).sum())
     totals = rows.new_empty((columns + 1,))
     with _on(input):
-        sums, factor_sums = launches.class_sums(
-            input, center, rows, coefficients, upstream, order, begin, dtype, centroid_to_sample, False
-        )
+        sums, factor_sums = launches.class_sums(batch, of_rows, order, begin, dtype, centroid_to_sample, False)
         launches.fold(sums[1], totals)
         totals[columns] = factor_sums[1].sum()
     return totals
