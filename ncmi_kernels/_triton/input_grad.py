@@ -36,22 +36,24 @@ def _grad_factors(
     """What `_grad_stretch` multiplies by, formed in double: numbers [ROWS, 1] of `dtype`."""
     own, other, share, constant = coefficients
     inverse_norm = share_of(inverse_norm, shift, KIND)
-    by_p = scale * inverse_norm
     if CENTROID_TO_SAMPLE:
+        # Rounding 1 / S moves all of p by a share of it, which is much beside p - q: the constant takes it back.
+        rounded_norm = inverse_norm.to(dtype)
+        moved = 1.0 - inverse_norm / rounded_norm.to(tl.float64)
         return (
-            (by_p * own).to(dtype)[:, None],
-            (by_p * constant).to(dtype)[:, None],
-            inverse_norm.to(dtype)[:, None],
+            rounded_norm[:, None],
+            (scale * own).to(dtype)[:, None],
+            (scale * (constant + share + other * moved)).to(dtype)[:, None],
             (scale * other).to(dtype)[:, None],
             (scale * share * tl.exp(-own_log_norm)).to(dtype)[:, None],
-            (by_p * share).to(dtype)[:, None],
         )
     else:
         # Near a minimum own + other is small beside either.
+        factor = scale * inverse_norm
         return (
-            (by_p * (own + other)).to(dtype)[:, None],
-            (by_p * own).to(dtype)[:, None],
-            (by_p * constant).to(dtype)[:, None],
+            (factor * (own + other)).to(dtype)[:, None],
+            (factor * own).to(dtype)[:, None],
+            (factor * constant).to(dtype)[:, None],
         )
 
 
@@ -74,11 +76,12 @@ def _grad_stretch(
         x = tl.where(inside[None, :], x, shift)
     value, log, slope, value_slope = activate(x, scale, shift, KIND, FAST)
     if CENTROID_TO_SAMPLE:
-        # (1 - sigma) {p [own (log a - log a_y) - constant] + other (p - q) + share (q_y - p)}
-        own, constant, inverse_norm, other, share_of_own, share = factors
+        # (1 - sigma) {p [own (log a - log a_y) - constant - share] + other (p - q) + share q_y}
+        inverse_norm, own, constant, other, share = factors
         own_activation = load_rows(activation + at, y * M, k, inside, EVEN)
-        by_q = other * (inverse_norm * value - compared) + (share_of_own * own_activation - share * value)
-        grad = value_slope * (own * (log - own_log) - constant) + slope * by_q
+        p = inverse_norm * value
+        above = tl.fma(inverse_norm, value, -compared)
+        grad = slope * (p * (own * (log - own_log) - constant) + other * above + share * own_activation)
     else:
         # (1 - sigma) p [own (log a - log a_y) + other (log a - reference) - constant], with log a - log a_y as
         # (log a - reference) + (reference - log a_y).

@@ -150,9 +150,10 @@ def coefficients_of(
     FOCUS: tl.constexpr,
 ):  # fmt: skip
     """Own, other, share and constant of rows, from the derivatives of the loss by their terms, as in csrc/rows.h."""
+    inverse_classes = 1.0 / all_classes
     zero = tl.full(own_mean.shape, 0.0, tl.float64)
-    share = zero if FOCUS else by_separation / all_classes
-    other = by_separation * (1.0 - 1.0 / all_classes) if FOCUS else by_separation
+    share = zero if FOCUS else by_separation * inverse_classes
+    other = by_separation * (1.0 - inverse_classes) if FOCUS else by_separation
     if CENTROID_TO_SAMPLE:
         return by_concentration, other, share, by_concentration * own_mean
     else:
