@@ -237,7 +237,7 @@ class CentroidStatistics(nn.Module):
         """The statistics; of the batch only the place counts."""
         logits, options = self.criterion.centroid_logits, self.criterion.options
         backend = ncmi_kernels._backends.resolve(None, z)
-        return ncmi_kernels._ops.table_of(logits, options, backend)
+        return ncmi_kernels._plain.table_of(logits, options, backend)
 
 
 class CentroidStep(nn.Module):

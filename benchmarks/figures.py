@@ -12,16 +12,17 @@ import argparse
 import csv
 import hashlib
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import ncmi_accuracy as checkpoints
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
+from scipy.stats import spearmanr
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "experiments"))
 import bench_scaling
@@ -31,7 +32,10 @@ from records import markdown, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "benchmarks" / "experiments" / "README.md")
+PAGES = tuple(
+    ROOT / name
+    for name in ("README.md", "docs/benchmarks.md", "benchmarks/README.md", "benchmarks/experiments/README.md")
+)
 BLOCK = re.compile(r"(<!-- table: (?P<name>[a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 FINGERPRINT = "ncmi_kernels.fingerprint"
 
@@ -92,36 +96,32 @@ def _time(row: Row) -> str:
     return f"{float(row['median_us']):.0f} ({float(row['ratio_to_cross_entropy']):.2f})"
 
 
-LOSS_SPEEDS = (
-    "bench_loss_avx512_intel.csv",
-    "bench_loss_amx_intel.csv",
-    "bench_loss_avx512.csv",
-    "bench_loss_avx2.csv",
-)
-
-
-def loss_speed_range() -> str:
-    """The range over shapes and threads on each machine, forward and backward, with fixed one-hot centroids."""
+def test_accuracy() -> str:
+    """Experiment 1 in short: test accuracy in percent by data set and loss."""
+    losses = ("cross-entropy", "NCMI", "NCMI, focus")
     lines = []
-    for name in LOSS_SPEEDS:
-        measured = [row for row in rows(f"cpu/{name}") if row["mode"] == "forward+backward"]
-        cases = [
-            {row["implementation"]: row for row in group}
-            for group in report.grouped(measured, "B", "C", "M", "threads").values()
-        ]
-        to_cross_entropy = (
-            [float(case[path]["ratio_to_cross_entropy"]) for case in cases] for path in ("ncmi batch", "ncmi sample")
-        )
-        eager = [float(case["collapsed eager"]["median_us"]) / float(case["ncmi batch"]["median_us"]) for case in cases]
-        ranges = [f"{min(ratios):.2f} to {max(ratios):.2f}" for ratios in to_cross_entropy]
-        lines.append([f"{machine(measured)} (`{name}`)", *ranges, f"{min(eager):.0f} to {max(eager):.0f}"])
-    header = (
-        "machine",
-        '`ratio="batch"` / cross_entropy',
-        '`ratio="sample"` / cross_entropy',
-        'collapsed eager / `ratio="batch"`',
-    )
-    return markdown(header, lines)
+    measured = sorted(report.of(rows("experiments.csv"), "compare"), key=lambda row: row["dataset"])
+    for (dataset,), group in report.grouped(measured, "dataset").items():
+        cells = report.grouped(group, "setting")
+        lines.append([dataset, *(report.spread(cells[(loss,)], "accuracy", 2) for loss in losses)])
+    return markdown(("test accuracy, %", *losses), lines)
+
+
+def speed_ratios() -> str:
+    """Forward and backward in short, on two threads: the ratio to cross_entropy, or to it with a linear head."""
+    shapes = report.grouped((row for row in _loss_speeds() if row["threads"] == "2"), "B", "C", "M")
+    cells = [{row["implementation"]: row for row in group} for group in shapes.values()]
+    lines = [[shown, *(f"{float(cell[name][column]):.2f}" for cell in cells)] for shown, name, column in RATIOS]
+    return markdown(("B, C, M", *(", ".join(shape) for shape in shapes)), lines)
+
+
+RATIOS = (  # as the page has it, the implementation, the column
+    ("NCMI / cross_entropy", "ncmi batch", "ratio_to_cross_entropy"),
+    ('NCMI, `ratio="sample"` / cross_entropy', "ncmi sample", "ratio_to_cross_entropy"),
+    ("NCMI, centroids learnt / cross_entropy", "ncmi batch + centroids", "ratio_to_cross_entropy"),
+    ("NCMI in plain PyTorch / cross_entropy", "collapsed eager", "ratio_to_cross_entropy"),
+    ("NCMI with `separation_focus` / linear head and cross_entropy", WITH_PRODUCTS[1], "ratio_to_head"),
+)
 
 
 def training_step() -> str:
@@ -185,13 +185,19 @@ def sharded_bytes() -> str:
 
 
 def ncmi_accuracy() -> str:
-    """NCMI and accuracy of the checkpoints of training runs, and their rank correlation."""
-    lines = rows("cpu/ncmi_accuracy.csv")
-    found = checkpoints.series(checkpoints.read(lines))
-    ((data,),) = report.grouped(lines, "data")
-    (runs, *_) = found.values()
-    about = f"{data}, {len(runs)} seeds, {len(runs[0])} checkpoints a run; {machine(lines)}"
-    cells = [[", ".join(key), *checkpoints.summary(runs)] for key, runs in found.items()]
+    """NCMI and accuracy of the checkpoints of training runs, and their rank correlation: means over the runs."""
+    measured = rows("cpu/ncmi_accuracy.csv")
+    lines = []
+    for key, group in report.grouped(measured, "loss", "distribution").items():
+        runs = [
+            [(float(row["accuracy"]), float(row["ncmi"])) for row in run]
+            for run in report.grouped(group, "seed").values()
+        ]
+        ends = [statistics.mean(run[at][column] for run in runs) for column in (0, 1) for at in (0, -1)]
+        ranks = [statistics.mean(spearmanr(run[half:]).statistic for run in runs) for half in (0, len(runs[0]) // 2)]
+        digits = (".1f", ".1f", ".3g", ".3g", ".2f", ".2f")
+        lines.append([", ".join(key), *(f"{value:{d}}" for value, d in zip((*ends, *ranks), digits, strict=True))])
+    about = f"{measured[0]['data']}, {len(runs)} seeds, {len(runs[0])} checkpoints a run; {machine(measured)}"
     header = (
         "loss, distribution",
         "accuracy first, %",
@@ -201,13 +207,7 @@ def ncmi_accuracy() -> str:
         "rank correlation",
         "of the later half",
     )
-    return f"`python benchmarks/ncmi_accuracy.py` ({about}):\n\n" + markdown(header, cells)
-
-
-def draw_ncmi_accuracy() -> Figure:
-    """The error over NCMI."""
-    lines = rows("cpu/ncmi_accuracy.csv")
-    return checkpoints.draw(checkpoints.read(lines), checkpoints.title(lines[0]["data"]))
+    return f"`python benchmarks/ncmi_accuracy.py` ({about}):\n\n" + markdown(header, lines)
 
 
 def gradients() -> str:
@@ -226,31 +226,28 @@ def gradients() -> str:
     return markdown(header, lines)
 
 
-def _experiment(table: Callable[[list[Row]], str]) -> str:
-    return table(rows("experiments.csv"))
-
-
-def _drawn_experiment(draw: Callable[[list[Row]], Figure]) -> Figure:
-    return draw(rows("experiments.csv"))
+def _of_experiments(make: Callable[[list[Row]], Any]) -> Any:
+    """A table or a figure that is made of the experiments."""
+    return make(rows("experiments.csv"))
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "test-accuracy": test_accuracy,
+    "speed-ratios": speed_ratios,
     "loss-speed": loss_speed,
     "focus-speed": focus_speed,
-    "loss-speed-range": loss_speed_range,
     "training-step": training_step,
     "centroid-step": centroid_step,
     "accuracy": accuracy,
     "sharded-bytes": sharded_bytes,
     "ncmi-accuracy": ncmi_accuracy,
     "gradients": gradients,
-    **{name: partial(_experiment, table) for name, table in report.TABLES.items()},
+    **{name: partial(_of_experiments, table) for name, table in report.TABLES.items()},
 }
 FIGURES: dict[str, Callable[[], Figure]] = {
     "cpu/step.png": lambda: bench_step.draw(read_rows(RESULTS / "cpu/bench_step.csv", bench_step.Row)),
     "cpu/scaling.png": lambda: bench_scaling.draw(read_rows(RESULTS / "cpu/bench_scaling.csv", bench_scaling.Row)),
-    "cpu/ncmi_accuracy.png": draw_ncmi_accuracy,
-    **{f"figures/{name}.png": partial(_drawn_experiment, draw) for name, draw in report.FIGURES.items()},
+    **{f"figures/{name}.png": partial(_of_experiments, draw) for name, draw in report.FIGURES.items()},
 }
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ncmi_kernels import NCMILoss, _ops, ncmi_terms
+from ncmi_kernels import NCMILoss, _ops, _plain, ncmi_terms
 from ncmi_kernels._schema import SCHEMAS, Operators
 
 # B, C, M for their edges, where those of cases.py are for their speed: less than a warp, more than one, rows of several
@@ -60,18 +60,18 @@ def run_case(
     results += [concentration, separated, *torch.autograd.grad((concentration + separated).sum(), z)]
     run, options = _ops.operators(backend), criterion.options
     logits, batch = criterion.centroid_logits, (z.detach(), y, criterion.center)
-    stats = _ops.table_of(logits, options, backend)
+    stats = _plain.table_of(logits, options, backend)
     values, of_rows = run.terms(*batch, *stats, *options.for_terms)
-    coefficients = run.reduce(values, of_rows, y, stats.norms, None, None, *options.for_reduce)[1]
-    rows = of_rows, coefficients
-    totals = run.class_totals(*batch, *rows, None, options.centroid_to_sample, -100)
-    gradient = run.centroid_grad(*batch, logits, *stats, *rows, None, options.centroid_to_sample, -100, totals)
-    results += [totals, gradient]
+    reduced = run.reduce(values, of_rows, y, stats.norms, None, None, *options.for_reduce)
+    known, last = (of_rows, reduced[1]), (options.centroid_to_sample, -100)
+    totals = run.class_totals(*batch, *known, None, *last)
+    results += [*reduced, totals, run.centroid_grad(*batch, logits, *stats, *known, None, *last, totals)]
+    results.append(run.input_grad(*batch, *stats, *known, None, *last, torch.rand(rows, columns).to(logits)))
     for momentum, buffer in ((0.9, torch.zeros_like(logits)), (0.0, None)):
-        moved, stats = logits.detach().clone(), _ops.table_of(logits, options, backend)
+        moved, stats = logits.detach().clone(), _plain.table_of(logits, options, backend)
         sgd = (0.1, momentum, 1e-3, momentum > 0)
         stepping = options.softmax, options.centroid_to_sample, -100, *sgd
-        run.centroid_step_(*batch, moved, buffer, *stats, *rows, *stepping)
+        run.centroid_step_(*batch, moved, buffer, *stats, *known, *stepping)
         results += [moved, *stats]
     update = (criterion.num_batches_tracked, 0.9)
     results.append(_ops.update_center_(criterion.center, update, z.detach(), y, classes, -100, backend))

@@ -4,7 +4,7 @@
 // CPU kernels inline these functions into loops that the compiler vectorises for several instruction sets; a
 // device compiler can inline the same ones into its kernels.
 //
-// Notation (arXiv 2601.02543, README "What is computed"): f is a centred, scaled feature, sigma the logistic
+// Notation (arXiv 2601.02543, docs/maths.md): f is a centred, scaled feature, sigma the logistic
 // function, p = sigma(f) / S with S = sum_k sigma(f_k) the normalised sigmoid (NSF), q_y the own-class centroid.
 #pragma once
 
@@ -289,8 +289,8 @@ NCMI_INLINE Ratio ratio(double concentration, double separation, double eps) {
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// Gradients with respect to f_j, before the upstream gradient and the chain rule of scaling, by the Coefficients of a row
-// (layout.h) times the same factor.
+// Gradients with respect to f_j, before the upstream gradient and the chain rule of scaling, by the Coefficients of a
+// row (layout.h) times the same factor.
 // ---------------------------------------------------------------------------------------------------------
 
 // Sample to centroid: (1 - sigma_j) p_j [own (log a_j - log a_j(xi_y)) + other (log a_j - reference_j) - constant].

@@ -133,4 +133,51 @@ NCMI_INLINE Coefficients coefficients_of(const RowStats& row, double by_concentr
   return {own, other, 0.0, own * row.own_mean + other * row.all_mean};
 }
 
+// The gradient of a row by z, but for what the chain rule of its length takes away.
+template <bool centroid_to_sample, Kind kind, class T>
+struct RowGradient {
+  T s, shift, own, constant;
+  T own_and_other;                                 // sample_to_centroid
+  T other, share, inverse_norm, own_inverse_norm;  // centroid_to_sample
+
+  // `inverse_norm_of_own`: 1 / sum_k a(xi_y)_k; centroid_to_sample only.
+  NCMI_INLINE_MEMBER RowGradient(const RowStats& row, const Coefficients& c, double inverse_norm_of_own)
+      : s(argument_scale<kind, T>(row.scale)), shift(T(row.shift)) {
+    // For sample_to_centroid it also takes a to p, and near has the 1/4 of (1 - t^2) / 4.
+    const double factor = row.scale * (centroid_to_sample ? 1.0 : (is_near(kind) ? 0.25 : 1.0) * row.inverse_norm);
+    own = T(factor * c.own);
+    constant = T(factor * c.constant);
+    if constexpr (centroid_to_sample) {
+      other = T(factor * c.other);
+      share = T(factor * c.share);
+      inverse_norm = T(row.inverse_norm);
+      own_inverse_norm = T(inverse_norm_of_own);
+    } else {
+      own_and_other = T(factor * (c.own + c.other));
+    }
+  }
+
+  // At x of a column. `reference`: what log a is compared with there, or for centroid_to_sample p.
+  template <bool fast = false>
+  NCMI_INLINE_MEMBER T at(T x, T own_log, [[maybe_unused]] T own_activation, T reference) const {
+    if constexpr (centroid_to_sample) {
+      const Activation<T> a = activate<kind, fast>(x, s, shift);
+      return centroid_gradient(a.slope, a.value * inverse_norm, a.log - own_log, reference,
+                               own_activation * own_inverse_norm, own, constant, other, share);
+    } else {
+      T value_slope, log;
+      if constexpr (is_near(kind)) {
+        const NearSlope a = near_slope<kind>(x * s);
+        value_slope = a.slope;
+        log = a.log;
+      } else {
+        const Activation<T> a = activate<kind, fast>(x, s, shift);
+        value_slope = a.value_slope;
+        log = a.log;
+      }
+      return sample_gradient(value_slope, log - reference, reference - own_log, own_and_other, own, constant);
+    }
+  }
+};
+
 }  // namespace ncmi

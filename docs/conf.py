@@ -9,7 +9,6 @@ from typing import Any
 from docutils import nodes
 from docutils.utils.math import latex2mathml
 from sphinx.application import Sphinx
-from sphinx.errors import ExtensionError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -49,53 +48,26 @@ html_static_path = ["static"]
 html_css_files = ["style.css"]
 html_copy_source = False
 
-# Where the repository's pages are on the site.
-PAGES = {
-    "README.md": "index.md",
-    "CONTRIBUTING.md": "contributing.md",
-    "CHANGELOG.md": "changelog.md",
-    "benchmarks/README.md": "measuring.md",
-    "benchmarks/experiments/README.md": "experiments.md",
+# Pages that are files of the repository.
+FILES = {
+    "contributing": "CONTRIBUTING.md",
+    "changelog": "CHANGELOG.md",
+    "measuring": "benchmarks/README.md",
+    "experiments": "benchmarks/experiments/README.md",
 }
-# A line that is only this link; who reads the page as Markdown follows it.
-INCLUDE = re.compile(r"^\[(?P<file>\S+\.md)(?:: (?P<heading>.+))?\]\(\.\./(?P=file)(?:#\S+)?\)$", re.MULTILINE)
-LINK = re.compile(r"(?P<before>\]\()(?!\w+:|#)(?P<path>[^)\s#]+)(?P<after>(?:#[^)\s]+)?\))")
+PAGES = {file: f"{page}.md" for page, file in FILES.items()}
+LINK = re.compile(r"(?<=\]\()(?!\w+:|#)[^)\s#]+")
 
 
-def section(text: str, heading: str | None) -> str | None:
-    """The section of a Markdown file, with its heading, or all of it; None if there is no such section."""
-    if heading is None:
-        return text
-    found: list[str] = []
-    level, fenced = 0, False
-    for line in text.splitlines():
-        fenced ^= line.startswith("```")
-        marks = 0 if fenced else len(line) - len(line.lstrip("#"))
-        if marks and level and marks <= level:
-            break
-        if marks and line[marks:].strip() == heading:
-            level = marks
-        if level:
-            found.append(line)
-    return "\n".join(found) if found else None
-
-
-def included(file: str, heading: str | None) -> str:
-    """What a page includes of a file of the repository, with the file's links as the page has to write them."""
-    text = section((ROOT / file).read_text(), heading)
-    if text is None:
-        raise ExtensionError(f"include: got heading {heading!r}, which {file} does not have")
+def read(app: Sphinx, page: str, source: list[str]) -> None:
+    """Put a file in the place of its page. Links lead from file to file in the repository, from page to page here."""
+    file = FILES.get(page, f"docs/{page}.md")
 
     def link(found: re.Match[str]) -> str:
-        path = posixpath.normpath(posixpath.join(posixpath.dirname(file), found["path"]))
-        return found["before"] + PAGES.get(path, posixpath.relpath(path, "docs")) + found["after"]
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(file), found[0]))
+        return PAGES.get(path, posixpath.relpath(path, "docs"))
 
-    return LINK.sub(link, text)
-
-
-def include(app: Sphinx, page: str, source: list[str]) -> None:
-    """Put sections of the repository's Markdown files in the place of `[FILE: HEADING](../FILE#heading)`."""
-    source[0] = INCLUDE.sub(lambda found: included(found["file"], found["heading"]), source[0])
+    source[0] = LINK.sub(link, (ROOT / file).read_text())
 
 
 def mathml(writer: Any, node: nodes.Element) -> None:
@@ -112,5 +84,5 @@ def mathml(writer: Any, node: nodes.Element) -> None:
 def setup(app: Sphinx) -> None:
     """What Sphinx calls."""
     pictures.draw(DOCS / "build" / "pictures")
-    app.connect("source-read", include)
+    app.connect("source-read", read)
     app.add_html_math_renderer("mathml", inline_renderers=(mathml, None), block_renderers=(mathml, None))

@@ -1,4 +1,4 @@
-"""The pictures of "What is computed", drawn at each build: python docs/pictures.py DIRECTORY."""
+"""The pictures of docs/maths.md, drawn at each build: python docs/pictures.py DIRECTORY."""
 
 import sys
 from pathlib import Path

@@ -19,7 +19,7 @@ from ncmi_kernels._schema import ALL_MEAN, CLASS_LOG_NORM, INVERSE_NORM, MEAN_LO
 
 
 class Table(NamedTuple):
-    """:class:`_ops.Table`, and logarithms relative to what the classes share, hence small."""
+    """:class:`_plain.Table`, and logarithms relative to what the classes share, hence small."""
 
     log_activation: Tensor  # [C, M]
     activation: Tensor  # [C, M], or [0, M] for sample_to_centroid
@@ -33,7 +33,7 @@ class Table(NamedTuple):
 def table_of(centroid_logits: Tensor, options: Options, backend: str) -> Table:
     """The table of centroid logits [C, M], float32 or float64. Not differentiable: the autograd Functions are."""
     with torch.no_grad(), reference.no_autocast(centroid_logits.device):
-        table = _ops.table_of(centroid_logits, options, backend)
+        table = _plain.table_of(centroid_logits, options, backend)
         log_norm = table.norms[:-1, CLASS_LOG_NORM, None]
         above_mean = (log_norm - table.norms[-1, MEAN_LOG_NORM]).to(table.log_activation.dtype)
         relative = table.log_activation - table.reference[0] - above_mean

@@ -8,6 +8,7 @@ from torch import Tensor
 from ncmi_kernels import _focus, _ops, _plain, reference
 from ncmi_kernels._modes import jit_tracing, mapped_backward, plain_backward, transforming
 from ncmi_kernels._options import Options
+from ncmi_kernels._plain import SGD
 from ncmi_kernels._problem import Problem, check_range
 from ncmi_kernels._terms import grads_by_autograd, save, saved, transformable_loss
 
@@ -168,7 +169,7 @@ def centroid_step_(
     problem: Problem,
     known: Result | None,
     momentum_buffer: Tensor | None,
-    sgd: _plain.SGD,
+    sgd: SGD,
 ) -> None:
     """:func:`_plain.centroid_step_`; no graph uses the old table unnoticed, as all see that the centroids changed."""
     rows = _plain.forward(input, centroid_logits, problem).rows if known is None else known.rows
@@ -177,3 +178,22 @@ def centroid_step_(
     torch.autograd.graph.increment_version(centroid_logits)
     if momentum_buffer is not None:
         torch.autograd.graph.increment_version(momentum_buffer)
+
+
+def sgd_(logits: Tensor, grad: Tensor, means: Tensor, momentum_buffer: Tensor | None, sgd: SGD) -> None:
+    """A step of torch.optim.SGD by a gradient, in place; none by one that is not finite, or of terms that are not.
+
+    Nothing here waits for a device.
+    """
+    total: Any = grad.sum()
+    if hasattr(total, "full_tensor"):
+        total = total.full_tensor()
+    usable = total.isfinite() & means.isfinite().all()
+    step = grad
+    if sgd.weight_decay:
+        step = step.add(logits, alpha=sgd.weight_decay)
+    if momentum_buffer is not None:
+        average = momentum_buffer.mul(sgd.momentum).add_(step)
+        step = step.add(average, alpha=sgd.momentum) if sgd.nesterov else average
+        momentum_buffer.copy_(torch.where(usable, average, momentum_buffer))
+    logits.copy_(torch.where(usable, logits.add(step, alpha=-sgd.lr), logits))

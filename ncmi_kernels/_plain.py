@@ -7,10 +7,24 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ncmi_kernels._ops import Table, operators, table_of
+from ncmi_kernels import _ops
+from ncmi_kernels._options import Options
 from ncmi_kernels._problem import Problem
 
-__all__ = ["Table", "table_of"]  # as the other ways have them
+
+class Table(NamedTuple):
+    """What rows are compared with: the outputs of the operator centroid_stats."""
+
+    log_activation: Tensor  # [C, M]
+    activation: Tensor  # [C, M], or [0, M] for sample_to_centroid
+    reference: Tensor  # [2, M]
+    norms: Tensor  # [C + 1, 8] float64: a record a class, then one of all
+
+
+def table_of(centroid_logits: Tensor, options: Options, backend: str) -> Table:
+    """The table of centroid logits [C, M], float32 or float64. Not differentiable: the autograd Functions are."""
+    stats = _ops.operators(backend).centroid_stats
+    return Table(*stats(centroid_logits.detach(), options.softmax, options.centroid_to_sample))
 
 
 class Rows(NamedTuple):
@@ -36,7 +50,7 @@ def forward(input: Tensor, centroid_logits: Tensor, problem: Problem, with_grad:
     target, center, weight, options, backend, table, group, update, _ = problem
     if table is None:
         table = table_of(centroid_logits, options, backend)
-    run = operators(backend)
+    run = _ops.operators(backend)
     if group is not None:
         terms, stats = run.terms(input, target, center, *table, *options.for_terms)
         loss, coefficients, means = reduce(terms, stats, problem._replace(table=table))
@@ -53,7 +67,7 @@ def forward(input: Tensor, centroid_logits: Tensor, problem: Problem, with_grad:
 def terms(input: Tensor, problem: Problem) -> tuple[Tensor, Rows]:
     """Terms [2, B] float64, and what is known of the rows: no coefficients yet."""
     target, center, _, options, backend, table, *_ = problem
-    values, stats = operators(backend).terms(input, target, center, *table, *options.for_terms)
+    values, stats = _ops.operators(backend).terms(input, target, center, *table, *options.for_terms)
     return values, Rows(stats, None)
 
 
@@ -68,7 +82,7 @@ class Reduced(NamedTuple):
 def reduce(terms: Tensor, stats: Tensor, problem: Problem) -> Reduced:
     """The loss of terms [2, B] and statistics [B, 7]; with a group, of the rows of all its processes."""
     target, _, weight, options, backend, table, group, *_ = problem
-    run = operators(backend).reduce
+    run = _ops.operators(backend).reduce
     batch = terms, stats, target, table.norms, weight
     loss, coefficients, means, sums = run(*batch, None, *options.for_reduce)
     if group is not None:
@@ -79,7 +93,7 @@ def reduce(terms: Tensor, stats: Tensor, problem: Problem) -> Reduced:
 def input_grad(input: Tensor, problem: Problem, rows: Rows, upstream: Tensor | None) -> Tensor:
     """d loss / d input [B, M] for an upstream gradient, None for 1."""
     target, center, _, options, backend, table, *_ = problem
-    run = operators(backend).input_grad
+    run = _ops.operators(backend).input_grad
     return run(input, target, center, *table, *rows, upstream, options.centroid_to_sample, options.ignore_index)
 
 
@@ -93,7 +107,7 @@ def centroid_grad(
 ) -> Tensor:
     """d loss / d centroid_logits [C, M], of a group the part of this process's rows; `totals` as of the operator."""
     target, center, _, options, backend, table, *_ = problem
-    run = operators(backend).centroid_grad
+    run = _ops.operators(backend).centroid_grad
     last = options.centroid_to_sample, options.ignore_index, totals
     return run(input, target, center, centroid_logits, *table, *rows, upstream, *last)
 
@@ -101,7 +115,7 @@ def centroid_grad(
 def class_totals(input: Tensor, problem: Problem, rows: Rows, upstream: Tensor | None) -> Tensor:
     """What the gradients of all centroids have of all rows, [M + 1] float64."""
     target, center, _, options, backend, *_ = problem
-    run = operators(backend).class_totals
+    run = _ops.operators(backend).class_totals
     return run(input, target, center, *rows, upstream, options.centroid_to_sample, options.ignore_index)
 
 
@@ -123,7 +137,7 @@ def centroid_step_(
     finite moves nothing.
     """
     target, center, _, options, backend, table, *_ = problem
-    operators(backend).centroid_step_(
+    _ops.operators(backend).centroid_step_(
         input,
         target,
         center,

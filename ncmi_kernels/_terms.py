@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ncmi_kernels import _focus, _plain, reference
+from ncmi_kernels import _focus, _ops, _plain, reference
 from ncmi_kernels._modes import forward_mode, jit_tracing, mapped_backward, plain_backward, transforming
-from ncmi_kernels._ops import operators, table_of
 from ncmi_kernels._options import Options
 from ncmi_kernels._problem import Problem
 from ncmi_kernels._schema import ALL_MEAN, CLASSES, OWN_MEAN
@@ -186,8 +185,8 @@ class _TransformableTerms(torch.autograd.Function):
     def forward(
         input: Tensor, target: Tensor, centroid_logits: Tensor, center: Tensor | None, options: Options, backend: str
     ) -> tuple[Tensor, Tensor]:
-        table = table_of(centroid_logits, options, backend)
-        values, _ = operators(backend).terms(input, target, center, *table, *options.for_terms)
+        table = _plain.table_of(centroid_logits, options, backend)
+        values, _ = _ops.operators(backend).terms(input, target, center, *table, *options.for_terms)
         dtype = centroid_logits.dtype
         return values[0].to(dtype, copy=True), values[1].to(dtype, copy=True)
 
@@ -231,7 +230,7 @@ class _TermsGrad(torch.autograd.Function):
         backend: str,
         wanted: tuple[bool, bool],
     ) -> tuple[Tensor | None, Tensor | None]:
-        problem = Problem(target, center, None, options, backend, table_of(centroid_logits, options, backend))
+        problem = Problem(target, center, None, options, backend, _plain.table_of(centroid_logits, options, backend))
         stats = _plain.terms(input, problem)[1].stats
         upstream = upstream_concentration, upstream_separation
         rows = _plain.Rows(stats, coefficients_of(stats, upstream, problem.table.norms, options))

@@ -1,6 +1,5 @@
 """The criterion: centroids, the running centre, prediction."""
 
-from collections.abc import Iterable
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -8,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ncmi_kernels import _backends, _loss, _ops, _problem, functional, reference
+from ncmi_kernels import _backends, _loss, _ops, _problem, functional
 from ncmi_kernels._group import Group
 from ncmi_kernels._loss import Result
 from ncmi_kernels._memo import Memo
 from ncmi_kernels._modes import concrete, forward_mode, jit_tracing, transforming
 from ncmi_kernels._options import OPTION_NAMES, Options, check_choice, check_fraction
 from ncmi_kernels._plain import SGD
+from ncmi_kernels._prediction import Predictor
 from ncmi_kernels._problem import CenterUpdate, problem_of
 from ncmi_kernels._watch import Watch
 
@@ -46,7 +46,7 @@ class _Moved(NamedTuple):
     batches: Tensor  # [] int64, num_batches_tracked
 
 
-class NCMILoss(nn.Module):
+class NCMILoss(Predictor):
     """NCMI as a criterion (arXiv 2601.02543): what `nn.CrossEntropyLoss` is to cross_entropy.
 
     Holds one centroid per class and a running centre of the features. The loss is :func:`ncmi_loss`; here are
@@ -126,11 +126,8 @@ class NCMILoss(nn.Module):
         torch.Size([32])
     """
 
-    centroid_logits: nn.Parameter
-    center: Tensor
     num_batches_tracked: Tensor
     weight: Tensor | None
-    class_means: Tensor | None
 
     def __init__(
         self,
@@ -324,76 +321,6 @@ class NCMILoss(nn.Module):
         grad, means = _loss.centroid_gradient(*problem, known)
         return grad.to(logits.dtype), means
 
-    def centroids(self) -> Tensor:
-        """The centroids [C, M] as distributions: each row sums to one. Differentiable."""
-        return reference.log_activation(self.centroid_logits, self.options.activation).exp()
-
-    @torch.no_grad()
-    def scores(self, features: Tensor, *, class_means: bool = False) -> Tensor:
-        """Scores of the classes, sum_k p_k log q_ck: the higher the nearer (argmin_c KL(p || q_c)).
-
-        Args:
-            features: [B, M], [M] or [B, M, d1, ...].
-            class_means: score against the means of `fit_class_means`, the paper's evaluation, instead of the
-                centroids. A class that the fit had no sample of scores -inf.
-
-        Returns:
-            [B, C], [C] or [B, C, d1, ...]; float32, or float64 where the features or the centroids are.
-
-        Raises:
-            RuntimeError: class means asked for before they were fitted, or a dtype or device is not supported.
-            TypeError, ValueError: `features` is no tensor, or of another shape.
-        """
-        relative, common = self._relative_scores(features, class_means)
-        scores = (relative + common[:, None]).reshape(*self._check_features(features), self.num_classes)
-        return scores.movedim(-1, min(1, features.dim() - 1))
-
-    @torch.no_grad()
-    def predict(self, features: Tensor, *, class_means: bool = False) -> Tensor:
-        """The class (int64) of the highest score: [B], [] or [B, d1, ...]. Arguments and errors as of `scores`."""
-        highest = self._relative_scores(features, class_means)[0].argmax(dim=1)
-        return highest.reshape(self._check_features(features))
-
-    def _relative_scores(self, features: Tensor, class_means: bool) -> tuple[Tensor, Tensor]:
-        """Scores [B, C] less what all classes of a sample share, and that [B].
-
-        The differences between classes may be small beside the scores; adding what they share would round them.
-        """
-        log_q = self._log_centroids(class_means)
-        log_p = self._log_probabilities(features)
-        missing = log_q[:, 0].isneginf()
-        log_q = log_q.masked_fill(missing[:, None], 0).to(torch.promote_types(log_p.dtype, log_q.dtype))
-        p = log_p.to(log_q.dtype).exp()
-        shared = log_q.sum(dim=0) / (~missing).sum().clamp(min=1)
-        with reference.no_autocast(features.device):
-            relative = p @ (log_q - shared).T
-            return relative.masked_fill(missing, -torch.inf), p @ shared
-
-    @torch.no_grad()
-    def fit_class_means(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-        """Set `class_means` to the mean distribution of each class: the paper's centroids for evaluation.
-
-        Streams: state of O(C M), one batch at a time. Part of the state_dict from then on.
-
-        Args:
-            batches: pairs of features and targets, as `forward` takes them; targets of `ignore_index` are skipped.
-
-        Returns:
-            [C, M]; a class without samples has a row of zeros.
-
-        Raises:
-            TypeError, ValueError, IndexError, RuntimeError: as :func:`ncmi_loss`.
-        """
-        with torch.inference_mode(False):  # a buffer made in it could not be changed in place outside
-            total = torch.zeros_like(self.centroid_logits, dtype=torch.float64)
-            count = torch.zeros(self.num_classes, device=total.device, dtype=torch.float64)
-            for features, target in batches:
-                p, classes, kept = self._counted_probabilities(features, target)
-                total.index_add_(0, classes, p)
-                count.index_add_(0, classes, kept.double())
-            self.class_means = (total / count.clamp(min=1)[:, None]).to(self.centroid_logits.dtype)
-        return self.class_means
-
     def extra_repr(self) -> str:
         """The settings that are not at their defaults, after the sizes."""
         changed = [
@@ -437,42 +364,6 @@ class NCMILoss(nn.Module):
             # Fewer dimensions than classes: random directions are nearly orthogonal in many of them.
             self.centroid_logits.copy_(INITIAL_LOGIT * F.normalize(self.centroid_logits.normal_(), dim=1))
 
-    def _counted_probabilities(self, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For a fit: p [N, M] float64 and classes [N] of its rows, both 0 where ignored; and which are not [N]."""
-        _problem.check_batch(features, target, self.centroid_logits)
-        rows, classes = _problem.flatten(features, target)
-        _problem.check_range(classes, self.num_classes, self.options.ignore_index)
-        kept = classes != self.options.ignore_index
-        p = self._log_probabilities(rows).exp().double()
-        return torch.where(kept[:, None], p, 0), classes.masked_fill(~kept, 0), kept
-
-    def _check_features(self, features: Tensor) -> torch.Size:
-        """The shape of `features` without that of a vector; raises unless they are [B, M], [M] or [B, M, d1, ...]."""
-        _problem.check_floating("features", features)
-        _problem.check_device("features", features, self.centroid_logits)
-        shape = features.shape
-        if not shape or shape[min(1, len(shape) - 1)] != self.feature_dim:
-            raise ValueError(
-                f"features: got shape {tuple(shape)}, expected [B, M], [M] or [B, M, d1, ...] with M = "
-                f"{self.feature_dim}"
-            )
-        return shape[:1] + shape[2:] if len(shape) > 1 else torch.Size()
-
-    def _log_probabilities(self, features: Tensor) -> Tensor:
-        """Log p [N, M] of features [B, M], [M] or [B, M, d1, ...]."""
-        self._check_features(features)
-        center, _ = self._buffers_for(self.centroid_logits)
-        dtype = torch.promote_types(torch.promote_types(features.dtype, self.centroid_logits.dtype), torch.float32)
-        center = None if center is None else center.to(dtype)
-        with reference.no_autocast(features.device):
-            return reference.log_probabilities(
-                _problem.flatten_features(features).to(dtype),
-                center,
-                self.options.temperature,
-                self.options.l2_normalize,
-                self.options.activation,
-            )
-
     def _buffers_for(self, logits: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The running centre, None without centring, and the class weights; raises for what was assigned amiss."""
         center = None if self._center_momentum is None else self._tensor("center")
@@ -483,25 +374,6 @@ class NCMILoss(nn.Module):
             _problem.check_vector("weight", weight, self.num_classes, logits)
             _problem.check_constant("weight", weight)
         return center, weight
-
-    def _own(self, table: Tensor) -> Tensor:
-        """The rows of a [C, M] parameter or buffer that this process holds."""
-        return table
-
-    def _log_centroids(self, class_means: bool) -> Tensor:
-        dtype = torch.promote_types(self.centroid_logits.dtype, torch.float32)
-        if not class_means:
-            return reference.log_activation(self._own(self.centroid_logits).to(dtype), self.options.activation)
-        if self.class_means is None:
-            raise RuntimeError("class_means: not fitted yet, expected a call of fit_class_means first")
-        if self.class_means.shape != self.centroid_logits.shape:
-            raise ValueError(
-                f"class_means: got shape {tuple(self.class_means.shape)}, expected {tuple(self.centroid_logits.shape)}"
-            )
-        _problem.check_device("class_means", self.class_means, self.centroid_logits)
-        means = self._own(self.class_means).to(dtype)
-        missing = means.sum(dim=1, keepdim=True) == 0
-        return means.clamp(min=torch.finfo(dtype).tiny).log().masked_fill(missing, -torch.inf)
 
     def _center_for(
         self, center: Tensor | None, input: Tensor, target: Tensor, logits: Tensor, backend: str
@@ -623,10 +495,28 @@ class NCMILoss(nn.Module):
         if self.options.reduction == "none":
             raise ValueError("reduction: got 'none', expected 'mean' or 'sum' where the centroids take a step")
 
-    def _step_in_one_pass(self, features: Tensor, target: Tensor, momentum_buffer: Tensor | None, sgd: SGD) -> bool:
-        """Move the centroids by a step of SGD, and what is known of them too; False where that takes a gradient."""
-        backend = _backends.resolve(self.backend, features)
+    # For CentroidSGD.
+
+    def _expect_steps(self) -> nn.Parameter:
+        """The centroids, which need no gradient from now on; forward passes keep what a step can use again."""
+        self._check_one_loss()
+        self._keeps_rows = True
+        self.centroid_logits.requires_grad_(False)
+        return self.centroid_logits
+
+    def _step_(self, features: Tensor, target: Tensor, momentum_buffer: Tensor | None, sgd: SGD) -> None:
+        """Move the centroids by a step of SGD, in one pass with their table where that can be."""
+        self._check_one_loss()
         logits = self._tensor("centroid_logits")
+        if not self._step_in_one_pass_(logits, features, target, momentum_buffer, sgd):
+            grad, means = self._step_gradient(features, target)
+            _loss.sgd_(logits, grad, means, momentum_buffer, sgd)
+
+    def _step_in_one_pass_(
+        self, logits: Tensor, features: Tensor, target: Tensor, momentum_buffer: Tensor | None, sgd: SGD
+    ) -> bool:
+        """Whether that can be; then it is done."""
+        backend = _backends.resolve(self.backend, features)
         for written in (logits, momentum_buffer):
             if written is not None and not written.is_contiguous():
                 return False
@@ -649,29 +539,9 @@ class NCMILoss(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last_terms": None, "_watch": Watch()}
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.class_means is None:
-            # Software that loads by key, such as torch.distributed.checkpoint, asks a new module for its keys.
-            destination[prefix + "class_means"] = self._unfitted()
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, *args: Any) -> None:
         self._forget()
-        before = self.class_means
-        if before is None and prefix + "class_means" in state_dict:
-            self.class_means = self._unfitted()  # for what follows to fill
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if self.class_means is not None and not self._is_fitted(self.class_means):
-            self.class_means = None
-
-    def _unfitted(self) -> Tensor:
-        """What stands for class means that are not fitted in a state_dict: those of no samples."""
-        return torch.zeros_like(self.centroid_logits, requires_grad=False)
-
-    def _is_fitted(self, class_means: Tensor) -> bool:
-        if class_means.is_meta or not concrete(class_means):
-            return False
-        return bool(class_means.any())
+        super()._load_from_state_dict(*args)
 
 
 def _option_property(name: str) -> property:

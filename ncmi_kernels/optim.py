@@ -85,9 +85,7 @@ class CentroidSGD(torch.optim.Optimizer):
             raise TypeError(f"start_step: got {start_step!r}, expected an integer >= 0")
         if start_step < 0:
             raise ValueError(f"start_step: got {start_step!r}, expected an integer >= 0")
-        criterion._check_one_loss()
         self.criterion = criterion
-        criterion._keeps_rows = True
         defaults = {
             "lr": check_positive("lr", lr, zero=True),
             "momentum": check_positive("momentum", momentum, zero=True),
@@ -95,7 +93,7 @@ class CentroidSGD(torch.optim.Optimizer):
             "nesterov": nesterov,
             "start_step": int(start_step),
         }
-        logits = criterion.centroid_logits.requires_grad_(False)
+        logits = criterion._expect_steps()
         super().__init__([logits], defaults)
         # All there will be, so that torch.distributed.checkpoint finds in a new optimiser what it has to load.
         self.state[logits] = {"step": 0}
@@ -160,9 +158,8 @@ class CentroidSGD(torch.optim.Optimizer):
         """
         (group,) = self.param_groups
         (logits,) = group["params"]
-        if logits is not self.criterion._tensor("centroid_logits"):
+        if logits is not self.criterion.centroid_logits:
             raise RuntimeError("criterion: its centroid_logits is another parameter now, expected a new CentroidSGD")
-        self.criterion._check_one_loss()
         state = self.state[logits]
         count = state.get("step", 0)
         check_batch(features, target, logits)
@@ -178,28 +175,8 @@ class CentroidSGD(torch.optim.Optimizer):
                 )
             if buffer is None and group["momentum"] != 0:
                 buffer = _no_momentum(logits)
-            self._move(logits, features, target, group, buffer)
+            sgd = SGD(float(group["lr"]), group["momentum"], group["weight_decay"], group["nesterov"])
+            self.criterion._step_(features, target, buffer if sgd.momentum else None, sgd)
             if buffer is not None:
                 state["momentum_buffer"] = buffer
         state["step"] = count + 1
-
-    def _move(
-        self, logits: Tensor, features: Tensor, target: Tensor, group: dict[str, Any], buffer: Tensor | None
-    ) -> None:
-        sgd = SGD(float(group["lr"]), group["momentum"], group["weight_decay"], group["nesterov"])
-        if self.criterion._step_in_one_pass(features, target, buffer if sgd.momentum else None, sgd):
-            return
-        step, means = self.criterion._step_gradient(features, target)
-        # Without waiting for a device: where the batch is unusable, everything stays as it is.
-        total: Any = step.sum()
-        if hasattr(total, "full_tensor"):
-            total = total.full_tensor()
-        usable = total.isfinite() & means.isfinite().all()
-        if sgd.weight_decay:
-            step = step.add(logits, alpha=sgd.weight_decay)
-        if sgd.momentum:
-            assert buffer is not None
-            average = buffer.mul(sgd.momentum).add_(step)
-            step = step.add(average, alpha=sgd.momentum) if sgd.nesterov else average
-            buffer.copy_(torch.where(usable, average, buffer))
-        logits.copy_(torch.where(usable, logits.add(step, alpha=-sgd.lr), logits))

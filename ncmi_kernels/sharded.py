@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ncmi_kernels import _backends, _loss, _ops, _plain, _problem, _schema, reference
+from ncmi_kernels import _backends, _loss, _plain, _problem, _schema, reference
 from ncmi_kernels._group import Group
 from ncmi_kernels._options import Options
 from ncmi_kernels._problem import Problem, problem_of
@@ -172,9 +172,6 @@ class ShardedNCMILoss(NCMILoss):
         grad, means = _loss.centroid_gradient(*self._problem(features, target, center, weight, backend))
         return self._as_dtensor(grad.to(self.centroid_logits.dtype)), means
 
-    def _step_in_one_pass(self, *args: Any) -> bool:
-        return False
-
     def centroids(self) -> Tensor:
         """The centroids as distributions, a DTensor [C, M] like `centroid_logits`. Differentiable."""
         local = _to_local(self.centroid_logits)
@@ -334,7 +331,7 @@ class Lookup(NamedTuple):
 class Shard(NamedTuple):
     """What is known of this process's centroids: their table, None without any, and their part of the sums."""
 
-    table: _ops.Table | None
+    table: _plain.Table | None
     sums: Tensor  # float64, [M + 1] or [3 M + 1]
 
 
@@ -346,7 +343,7 @@ def shard_of(logits: Tensor, options: Options, backend: str) -> Shard:
     sums = logits.new_zeros(3 if options.centroid_to_sample else 1, logits.shape[1], dtype=torch.float64)
     if not len(logits):
         return Shard(None, torch.cat([sums.flatten(), sums.new_zeros(1)]))
-    table = _ops.table_of(logits, options, backend)
+    table = _plain.table_of(logits, options, backend)
     log_norms = table.norms[:-1, :1]
     for begin in range(0, len(logits), BLOCK):
         log_a = table.log_activation[begin : begin + BLOCK].double()
@@ -404,7 +401,7 @@ class Shards:
         counts: Tensor
 
     class Table(NamedTuple):
-        """As :class:`_ops.Table`, of the classes that occur, and of this process's. Both have `reference`."""
+        """As :class:`_plain.Table`, of the classes that occur, and of this process's. Both have `reference`."""
 
         log_activation: Tensor
         activation: Tensor
@@ -414,9 +411,9 @@ class Shards:
         shard_activation: Tensor
         shard_norms: Tensor
 
-        def of_shard(self) -> _ops.Table:
+        def of_shard(self) -> _plain.Table:
             """That of this process's centroids."""
-            return _ops.Table(self.shard_log_activation, self.shard_activation, self.reference, self.shard_norms)
+            return _plain.Table(self.shard_log_activation, self.shard_activation, self.reference, self.shard_norms)
 
     def forward(self, input: Tensor, logits: Tensor, problem: Problem, with_grad: bool = False) -> _plain.Found:
         """As :func:`_plain.forward`, from this process's logits."""
@@ -429,10 +426,10 @@ class Shards:
         lookup, present = Lookup.of(target, options.ignore_index, self.rows_per_process, group)
         own_logits = lookup.fetch(logits, group)
 
-        def of_all(table: _ops.Table) -> _ops.Table:
+        def of_all(table: _plain.Table) -> _plain.Table:
             return table._replace(reference=reference, norms=torch.cat([table.norms[:-1], record[None]]))
 
-        own = of_all(_ops.table_of(own_logits, options, backend))
+        own = of_all(_plain.table_of(own_logits, options, backend))
         here = own if shard.table is None else of_all(shard.table)
         count = len(logits)
         table = self.Table(*own, here.log_activation[:count], here.activation[:count], here.norms)
@@ -443,7 +440,7 @@ class Shards:
 
     def input_grad(self, input: Tensor, problem: Problem, rows: Rows, upstream: Tensor | None) -> Tensor:
         """As :func:`_plain.input_grad`."""
-        own = self._of_occurring(problem, rows.target, _ops.Table(*problem.table[:4]))
+        own = self._of_occurring(problem, rows.target, _plain.Table(*problem.table[:4]))
         return _plain.input_grad(input, own, _plain.Rows(*rows[:2]), upstream)
 
     def centroid_grad(
@@ -452,7 +449,7 @@ class Shards:
         """As :func:`_plain.centroid_grad`, by this process's logits: the part of all rows of all processes."""
         group = problem.group
         assert group is not None
-        own = self._of_occurring(problem, rows.target, _ops.Table(*problem.table[:4]))
+        own = self._of_occurring(problem, rows.target, _plain.Table(*problem.table[:4]))
         of_rows = _plain.Rows(*rows[:2])
         totals = group.all_reduce(_plain.class_totals(input, own, of_rows, upstream))
         nothing = torch.zeros_like(totals)
@@ -466,7 +463,7 @@ class Shards:
         return grad
 
     def _of_occurring(
-        self, problem: Problem, target: Tensor, table: _ops.Table, weight: Tensor | None = None
+        self, problem: Problem, target: Tensor, table: _plain.Table, weight: Tensor | None = None
     ) -> Problem:
         """The problem of the classes that occur in the batch, where rows that are ignored have `NOBODY`."""
         options = problem.options.ignoring(NOBODY)

@@ -15,6 +15,8 @@ from test_kernels import (
     ACTIVATIONS,
     SGD,
     check_present_classes,
+    check_reduce,
+    check_row_references,
     check_step,
     check_step_refuses_strides,
     check_totals,
@@ -23,7 +25,7 @@ from test_kernels import (
 from torch.utils import cpp_extension
 
 import ncmi_kernels
-from ncmi_kernels import _ops, _schema, functional, ncmi_loss, ncmi_terms, reference
+from ncmi_kernels import _loss, _ops, _schema, ncmi_loss, ncmi_terms, reference
 from ncmi_kernels._options import Options
 from ncmi_kernels._problem import problem_of
 
@@ -141,7 +143,7 @@ def test_every_variant(runs, separation, ratio, activation, columns):
 @pytest.mark.parametrize("activation", ["nsf", "softmax"])
 @pytest.mark.parametrize("separation", SEPARATIONS)
 def test_focus(runs, separation, activation, columns):
-    """input_grad with a table of a row for each sample, and statistics that are not those of the operators."""
+    """input_grad with a reference for each row, and coefficients of a separation that is no mean over the classes."""
     for l2, center, ignore in itertools.product((False, True), repeat=3):
         options = {"temperature": 0.7, "l2_normalize": l2, "activation": activation}
         options |= {"separation": separation, "separation_focus": 5.0}
@@ -287,9 +289,49 @@ def test_means_of_the_terms(runs, separation):
         for ratio, reduction in (("batch", "mean"), ("sample", "mean"), ("sample", "sum"), ("sample", "none")):
             options = Options(separation=separation, ratio=ratio, reduction=reduction)
             for input in (z, z.clone().requires_grad_()) if options.scalar_by_sample else (z,):
-                functional.loss(*problem_of(input, target, xi, center, weight, options, "cpu"), seen=(seen := []))
-                assert seen[0].dtype == torch.float64
-                assert bool(seen[0].isnan().all()) if rows == 0 else relative(seen[0], expected) < 2e-6
+                means = _loss.loss(*problem_of(input, target, xi, center, weight, options, "cpu")).means
+                assert means.dtype == torch.float64
+                assert bool(means.isnan().all()) if rows == 0 else relative(means, expected) < 2e-6
+
+
+@pytest.mark.parametrize("separation", SEPARATIONS)
+def test_reduce(emulated, runs, separation):
+    reductions = ("batch", "mean"), ("sample", "mean"), ("sample", "sum"), ("sample", "none")
+    for focus, (ratio, reduction) in itertools.product((0.0, 10.0), reductions):
+        check_reduce(emulated, separation, focus, ratio, reduction)
+
+
+@pytest.mark.parametrize("rows", [0, 13, 8200])  # 8200: more than one block sums
+@pytest.mark.parametrize("separation", SEPARATIONS)
+def test_the_loss_is_the_terms_reduced(emulated, runs, launches, separation, rows):
+    """From the rows' sums as from the terms, and from totals: the same bits."""
+    z, target, xi, _, weight = make(rows, 5, 4, weight=True, ignore=True)
+    c2s = separation == "centroid_to_sample"
+    table = emulated.centroid_stats(xi, False, c2s)
+    terms, stats = emulated.terms(z, target, None, *table, 1.0, False, False, c2s, -100)
+    terms[:, target == -100] = float("nan")
+    for options in ((True, 1), (False, 1), (False, 2), (False, 0)):
+        settings = *options, 1e-8, -100
+        expected = emulated.loss(
+            z, target, None, None, None, 0.0, *table, weight, 1.0, False, False, c2s, *settings, False
+        )
+        totals = None
+        for several in (rows > 8192, False):
+            before = launches()
+            loss, coefficients, means, totals = emulated.reduce(
+                terms, stats, target, table[3], weight, totals, c2s, False, *settings
+            )
+            assert launches() - before == 1 + several
+            actual = loss.float(), stats, coefficients, *expected[3:5], means
+            for a, e in zip(actual, expected, strict=True):
+                assert torch.equal(a.nan_to_num(7), e.nan_to_num(7))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("separation", SEPARATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_reference_for_each_row(emulated, runs, dtype, separation, activation):
+    check_row_references(emulated, dtype, separation, activation)
 
 
 @pytest.mark.parametrize("separation", SEPARATIONS)
@@ -407,11 +449,15 @@ def test_same_outputs_as_the_cpu_operators(emulated, runs):
                 )
                 for batch, reduction, with_grad in ((True, 1, False), (False, 1, True), (False, 0, False))
             ]  # fmt: skip
-            upstream = torch.tensor(2.0)
-            rest = z, target, None
-            grad = ops.input_grad(*rest, *s, loss[0][1], upstream, separation, -100)
-            xi_grad = ops.centroid_grad(*rest, xi, *s, loss[0][1], upstream, separation, -100)
-            outputs.append([*s, *terms, *itertools.chain(*loss), grad, xi_grad])
+            reduced = [
+                ops.reduce(*terms, target, s[3], None, None, separation, False, batch, reduction, 1e-8, -100)
+                for batch, reduction in ((True, 1), (False, 0))
+            ]
+            rest, rows, upstream = (z, target, None), loss[0][1:3], torch.tensor(2.0)
+            grad = ops.input_grad(*rest, *s, *rows, upstream, separation, -100)
+            xi_grad = ops.centroid_grad(*rest, xi, *s, *rows, upstream, separation, -100)
+            totals = ops.class_totals(*rest, *rows, upstream, separation, -100)
+            outputs.append([*s, *terms, *itertools.chain(*loss, *reduced), grad, xi_grad, totals])
         for a, e in zip(*outputs, strict=True):
             assert (a.shape, a.dtype, a.stride()) == (e.shape, e.dtype, e.stride())
 
@@ -483,20 +529,20 @@ def test_the_same_bits_again(runs, separation, ratio, reduction, spread):
 @pytest.mark.parametrize("shape", [(128, 100, 512), (256, 1000, 1000), (4096, 100, 128)])
 def test_launches_of_a_step(emulated, launches, shape):
     """With fixed centroids: at most 4 forward, the centre's update included, and 2 backward."""
-    rows, classes, columns = shape
-    z, target = torch.randn(rows, columns), torch.randint(classes, (rows,))
+    count, classes, columns = shape
+    z, target = torch.randn(count, columns), torch.randint(classes, (count,))
     stats = emulated.centroid_stats(10 * torch.eye(classes, columns), False, False)
     center, batches = torch.zeros(columns), torch.tensor(0)
     for batch_ratio in (True, False):
         before = launches()
-        _, row_stats, moved, grad, _ = emulated.loss(
+        _, rows, coefficients, moved, grad, _ = emulated.loss(
             z, target, None, center, batches, 0.9, *stats, None, 1.0, True, False, False, batch_ratio, 1, 1e-8, -100,
             not batch_ratio,
         )  # fmt: skip
         assert launches() - before == 4
         before = launches()
         if batch_ratio:
-            emulated.input_grad(z, target, moved, *stats, row_stats, torch.tensor(2.0), False, -100)
+            emulated.input_grad(z, target, moved, *stats, rows, coefficients, torch.tensor(2.0), False, -100)
         else:
             emulated.scale_(grad, torch.tensor(2.0))
         assert launches() - before == 1

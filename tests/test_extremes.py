@@ -181,8 +181,8 @@ def test_a_step_of_a_batch_without_rows_moves_nothing(backend):
     for z, target in ((torch.randn(5, 12), torch.full((5,), -100)), (torch.randn(0, 12), torch.zeros(0).long())):
         rows = run.loss(
             z, target, None, None, None, 0.0, *stats, None, 1.0, True, False, False, True, 1, 1e-8, -100, False
-        )[1]
-        run.centroid_step_(z, target, None, xi, buffer, *stats, rows, False, False, -100, 1.0, 0.9, 0.1, True)
+        )[1:3]
+        run.centroid_step_(z, target, None, xi, buffer, *stats, *rows, False, False, -100, 1.0, 0.9, 0.1, True)
         for t, old in zip(changing, before, strict=True):
             assert torch.equal(t, old)
 
@@ -216,14 +216,14 @@ def everything(z: Tensor, target: Tensor, xi: Tensor, separation: str, l2: bool,
     center, batches = torch.zeros(xi.shape[1], dtype=xi.dtype), torch.tensor(1)
     stats = run.centroid_stats(xi, False, c2s)
     loss = run.loss(z, target, None, center, batches, 0.9, *stats, None, *features, True, 1, 1e-8, -100, False)
-    batch = z, target, loss[2]
-    totals = run.class_totals(*batch, loss[1], upstream, c2s, -100)
+    batch, rows = (z, target, loss[3]), loss[1:3]
+    totals = run.class_totals(*batch, *rows, upstream, c2s, -100)
     grads = (
-        run.input_grad(*batch, *stats, loss[1], upstream, c2s, -100),
-        run.centroid_grad(*batch, xi, *stats, loss[1], upstream, c2s, -100),
+        run.input_grad(*batch, *stats, *rows, upstream, c2s, -100),
+        run.centroid_grad(*batch, xi, *stats, *rows, upstream, c2s, -100),
     )
     moved, new = xi.clone(), [t.clone() for t in stats]
-    run.centroid_step_(*batch, moved, buffer, *new, loss[1], False, c2s, -100, 0.1, 0.9, 0.0, False)
+    run.centroid_step_(*batch, moved, buffer, *new, *rows, False, c2s, -100, 0.1, 0.9, 0.0, False)
     return [*stats, *loss, center, totals, *grads, moved, buffer, *new]
 
 

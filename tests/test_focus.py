@@ -363,8 +363,8 @@ def test_a_step_of_the_centroids_forms_nothing_of_the_batch_again(separation, ba
     """After a forward pass of the batch; another batch, or centroids or a centre that have moved, are formed anew."""
     z, target, _ = problem(torch.float32)
     seen = []
-    compute_rows = _focus.compute_rows
-    monkeypatch.setattr(_focus, "compute_rows", lambda *args: seen.append(args[0]) or compute_rows(*args))
+    terms = _focus.terms
+    monkeypatch.setattr(_focus, "terms", lambda *args: seen.append(args[0]) or terms(*args))
     criterion = NCMILoss(CLASSES, COLUMNS, separation=separation, separation_focus=10.0, backend=backend)
     other = NCMILoss(CLASSES, COLUMNS, separation=separation, separation_focus=10.0, backend="reference")
     optimizers = [CentroidSGD(each, lr=0.1, momentum=0.9) for each in (criterion, other)]
@@ -387,7 +387,7 @@ def test_fixed_centroids_are_looked_at_once(monkeypatch):
     z, target, _ = problem(torch.float32)
     criterion = NCMILoss(CLASSES, COLUMNS, separation_focus=10.0, learn_centroids=False)
     first = criterion(z, target)
-    monkeypatch.setattr(_focus, "centroid_stats", None)
+    monkeypatch.setattr(_focus, "table_of", None)
     assert criterion(z, target) == first
     monkeypatch.undo()
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """The kernels of every backend, and the reference, against the literal definition in float64."""
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from conftest import KERNELS, device_of, relative
 from torch import Tensor
 
 import ncmi_kernels
-from ncmi_kernels import _ops, functional, ncmi_loss, ncmi_terms, reference
+from ncmi_kernels import _loss, _ops, _plain, ncmi_loss, ncmi_terms, reference
 from ncmi_kernels._options import Options
 from ncmi_kernels._problem import problem_of
 
@@ -458,7 +459,7 @@ def test_the_forward_pass_makes_a_gradient_only_where_it_is_used(monkeypatch, ba
 
     def loss(*arguments):
         results = operator(*arguments)
-        made.append(results[3].numel() > 0)
+        made.append(results[4].numel() > 0)
         return results
 
     monkeypatch.setattr(_ops.operators(backend), "loss", loss)
@@ -666,8 +667,7 @@ def test_means_of_the_terms(separation, backend, interpreted, monkeypatch):
         for ratio, reduction in (("batch", "mean"), ("sample", "mean"), ("sample", "sum"), ("sample", "none")):
             options = Options(separation=separation, ratio=ratio, reduction=reduction)
             for input in (z, z.clone().requires_grad_()) if options.scalar_by_sample else (z,):
-                functional.loss(*problem_of(input, target, xi, center, weight, options, backend), seen=(seen := []))
-                actual = seen[0]
+                actual = _loss.loss(*problem_of(input, target, xi, center, weight, options, backend)).means
                 assert actual.dtype == torch.float64
                 assert not actual.requires_grad
                 assert actual.shape == (2,)
@@ -681,10 +681,9 @@ def test_means_of_no_terms(backend):
     for rows, (ratio, reduction) in itertools.product(
         (0, 5), (("batch", "mean"), ("sample", "mean"), ("sample", "sum"), ("sample", "none"))
     ):
-        means = []
         options = Options(ratio=ratio, reduction=reduction)
-        functional.loss(*problem_of(z[:rows], torch.full((rows,), -100), xi, None, None, options, backend), seen=means)
-        assert bool(means[0].isnan().all())
+        batch = z[:rows], torch.full((rows,), -100), xi, None, None
+        assert bool(_loss.loss(*problem_of(*batch, options, backend)).means.isnan().all())
 
 
 @pytest.mark.parametrize("backend", [*KERNELS, "reference"])
@@ -693,8 +692,7 @@ def test_means_of_the_terms_in_a_compiled_step(backend):
     z.requires_grad_(), xi.requires_grad_()
 
     def step(z, xi):
-        means = []
-        return functional.loss(*problem_of(z, target, xi, None, None, Options(), backend), seen=means), means[0]
+        return _loss.loss(*problem_of(z, target, xi, None, None, Options(), backend))[:2]
 
     loss, means = step(z, xi)
     compiled_loss, compiled_means = torch.compile(step, fullgraph=True, backend="aot_eager")(z, xi)
@@ -705,11 +703,112 @@ def test_means_of_the_terms_in_a_compiled_step(backend):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# From terms to the loss; the gradient from a reference of each row's own
+# ------------------------------------------------------------------------------------------------------------
+
+
+def check_reduce(run, separation, focus, ratio, reduction):
+    """Loss, means and sums by the definition in float64, coefficients by the derivatives that autograd has of it."""
+    options = Options(separation=separation, ratio=ratio, reduction=reduction, separation_focus=focus, eps=1e-3)
+    for rows, classes, weighted, shared in ((9, 4, True, False), (9, 4, False, True), (2100, 3, True, True)):
+        values = torch.rand(2, rows, dtype=torch.float64) + 0.1
+        stats = torch.randn(rows, 7, dtype=torch.float64)
+        target = torch.randint(classes, (rows,))
+        target[::3] = -100
+        kept = target != -100
+        values[:, ~kept] = 0
+        norms = torch.full((classes + 1, 8), torch.nan, dtype=torch.float64)
+        norms[-1, 2] = 5  # classes there are, of which the table has some
+        weight = torch.rand(classes) + 0.5 if weighted else None
+        w = torch.ones(rows).double() if weight is None else weight.double()[target.clamp(min=0)]
+        w = torch.where(kept, w, 0)
+        a, g = values.clone().requires_grad_()
+        leaf = a, g
+        each = a / (g + options.eps)
+        sums = torch.stack([w.sum(), w @ a, w @ g, w @ each * (ratio == "sample")])
+        given = torch.tensor([7.0, 3.0, 4.0, 5.0 * (ratio == "sample")]).double() if shared else None
+        total = sums if given is None else sums + (given - sums).detach()  # of all processes: the others' are constant
+        if ratio == "batch":
+            expected = (total[1] / total[0]) / (total[2] / total[0] + options.eps)
+        elif reduction == "none":
+            expected = w * each
+        else:
+            expected = total[3] / total[0] if reduction == "mean" else total[3]
+        alpha, beta = torch.autograd.grad(expected.sum(), leaf)
+        by_all, by_own = (0.8, 0.0) if focus else (1.0, 0.2)
+        own_mean, all_mean = stats[:, 5], stats[:, 6]
+        if separation == "centroid_to_sample":
+            coefficients = [alpha, by_all * beta, by_own * beta, alpha * own_mean]
+        else:
+            own = alpha - by_own * beta
+            coefficients = [own, by_all * beta, 0 * beta, own * own_mean + by_all * beta * all_mean]
+        arguments = values, stats, target, norms, weight, given, *options.for_reduce
+        loss, actual, means, own_sums = run.reduce(*arguments)
+        assert relative(loss, expected) < 1e-12
+        assert relative(actual, torch.stack(coefficients, dim=1)) < 1e-12
+        assert bool((actual[~kept] == 0).all())
+        assert relative(means, total[1:3] / total[0]) < 1e-12
+        if given is None:
+            assert relative(own_sums, sums) < 1e-12
+        for t, again in zip((loss, actual, means, own_sums), run.reduce(*arguments), strict=True):
+            assert torch.equal(t, again)
+
+
+@every_backend
+@pytest.mark.parametrize("separation", SEPARATIONS)
+@pytest.mark.parametrize("focus", [0.0, 10.0])
+@pytest.mark.parametrize(
+    ("ratio", "reduction"), [("batch", "mean"), ("sample", "mean"), ("sample", "sum"), ("sample", "none")]
+)
+def test_reduce(ratio, reduction, focus, separation, backend):
+    check_reduce(_ops.operators(backend), separation, focus, ratio, reduction)
+
+
+def check_row_references(run, dtype, separation, activation):
+    """The gradient of own A_i + other KL to a mixture of each row's own, against autograd in float64."""
+    c2s = separation == "centroid_to_sample"
+    options = Options(0.7, True, activation, separation)
+    for rows, classes, columns in ((7, 5, 33), (3, 2, 2100)):
+        z, target, xi, center, _ = make(rows, classes, columns, center=True, ignore=True, dtype=dtype)
+        table = run.centroid_stats(xi, options.softmax, c2s)
+        stats = run.terms(z, target, center, *table, *options.for_terms)[1]
+        kept, y = target != -100, target.clamp(min=0)
+        log_q = reference.log_activation(torch.randn(rows, columns).double(), "softmax")
+        own, other = torch.randn(2, rows, dtype=torch.float64)
+        wide = z.double().requires_grad_()
+        log_p = reference.log_probabilities(wide, center.double(), 0.7, True, activation)
+        log_own = reference.log_activation(xi.double(), activation)[y]
+        divergence = reference.kl_divergence(log_q, log_p) if c2s else reference.kl_divergence(log_p, log_q)
+        total = (torch.where(kept, own * reference.kl_divergence(log_p, log_own) + other * divergence, 0)).sum()
+        (expected,) = torch.autograd.grad(2 * total, wide)
+        # Means under p are of log a, or log 2 a for NSF, which has the normaliser of p in it, with what the row is
+        # compared with.
+        log_a = log_p.detach() - stats[:, 4, None].log() + (math.log(2) if activation == "nsf" else 0)
+        constant = own * stats[:, 5]
+        if not c2s:
+            constant = constant + other * (log_p.exp() * (log_a - log_q)).sum(dim=1).detach()
+        coefficients = torch.stack([own, other, torch.zeros(rows).double(), constant], dim=1)
+        coefficients[~kept] = 0
+        mixture = (log_q.exp() if c2s else log_q).to(dtype)
+        upstream = torch.tensor(2.0, dtype=dtype)
+        batch = z, target, center, *table, stats, coefficients, upstream, c2s, -100
+        assert relative(run.input_grad(*batch, mixture), expected) < (1e-12 if dtype == torch.float64 else 3e-6)
+
+
+@every_backend
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("separation", SEPARATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_reference_for_each_row(dtype, separation, activation, backend):
+    check_row_references(_ops.operators(backend), dtype, separation, activation)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Tables of some of the classes
 # ------------------------------------------------------------------------------------------------------------
 
 
-def present_classes(stats: _ops.CentroidStats, target: Tensor):
+def present_classes(stats: _plain.Table, target: Tensor):
     """The table of only the classes that occur, and the targets as row numbers in it."""
     present = target[target != -100].unique()
     renumbered = torch.where(target == -100, target, torch.searchsorted(present, target.clamp(min=0)))
@@ -721,7 +820,7 @@ def present_classes(stats: _ops.CentroidStats, target: Tensor):
         reference,
         norms[records].contiguous(),
     )
-    return present, _ops.CentroidStats(*table), renumbered
+    return present, _plain.Table(*table), renumbered
 
 
 def case_of_few_classes(dtype, separation, run, **options):
@@ -730,7 +829,7 @@ def case_of_few_classes(dtype, separation, run, **options):
     target[target >= 0] %= 5
     xi[7] = 0  # one whose columns are all equal
     c2s = separation == "centroid_to_sample"
-    stats = _ops.CentroidStats(*run.centroid_stats(xi, False, c2s))
+    stats = _plain.Table(*run.centroid_stats(xi, False, c2s))
     return (z, 7 * target.clamp(min=0) + target.clamp(max=0), xi, center, weight), stats, c2s
 
 
@@ -748,16 +847,19 @@ def check_present_classes(run, dtype, separation):
     assert 1 < len(present) < len(xi) / 4
     rounding = 1e-12 if dtype == torch.float64 else 1e-6
     for batch_ratio in (True, False):
-        loss, rows, _, grad, means = loss_of(run, problem, stats, target, weight, c2s, batch_ratio)
+        loss, stats_of_rows, coefficients, _, grad, means = loss_of(
+            run, problem, stats, target, weight, c2s, batch_ratio
+        )
+        rows = stats_of_rows, coefficients
         few = loss_of(run, problem, table, renumbered, weight[present], c2s, batch_ratio)
-        for a, e in zip(few, (loss, rows, torch.empty(0), grad, means), strict=True):
+        for a, e in zip(few, (loss, *rows, torch.empty(0), grad, means), strict=True):
             assert relative(a, e) < rounding
         upstream = torch.full_like(loss, 2.0)
-        whole = run.input_grad(z, target, center, *stats, rows, upstream, c2s, -100)
+        whole = run.input_grad(z, target, center, *stats, *rows, upstream, c2s, -100)
         assert whole.abs().max() > 0
-        assert relative(run.input_grad(z, renumbered, center, *table, few[1], upstream, c2s, -100), whole) < rounding
-        whole = run.centroid_grad(z, target, center, xi, *stats, rows, upstream, c2s, -100)
-        own = run.centroid_grad(z, renumbered, center, xi[present], *table, few[1], upstream, c2s, -100)
+        assert relative(run.input_grad(z, renumbered, center, *table, *few[1:3], upstream, c2s, -100), whole) < rounding
+        whole = run.centroid_grad(z, target, center, xi, *stats, *rows, upstream, c2s, -100)
+        own = run.centroid_grad(z, renumbered, center, xi[present], *table, *few[1:3], upstream, c2s, -100)
         assert relative(own, whole[present]) < rounding
     options = (0.7, True, False, c2s, -100)
     few, whole = (run.terms(z, y, center, *s, *options)[0] for y, s in ((renumbered, table), (target, stats)))
@@ -777,12 +879,12 @@ def check_totals(run, dtype, separation):
     for spread in (0.1, 2.0) if dtype == torch.float32 else (2.0,):
         problem, stats, c2s = case_of_few_classes(dtype, separation, run, spread=spread)
         z, target, xi, center, weight = problem
-        loss, rows, *_ = loss_of(run, problem, stats, target, weight, c2s)
+        loss, *rows = loss_of(run, problem, stats, target, weight, c2s)[:3]
         upstream = torch.full_like(loss, -2.0)
-        totals = run.class_totals(z, target, center, rows, upstream, c2s, -100)
+        totals = run.class_totals(z, target, center, *rows, upstream, c2s, -100)
         kept = target != -100
         log_p = reference.log_probabilities(z[kept].double(), center.double(), 0.7, True, "nsf")
-        beta = -2.0 * rows[kept, -1]
+        beta = -2.0 * rows[1][kept, 1]
         expected = beta @ (log_p if c2s else log_p.exp())
         sums, beta_sum = totals[:-1], totals[-1]
         assert relative(beta_sum, beta.sum()) < 1e-12
@@ -791,7 +893,7 @@ def check_totals(run, dtype, separation):
         assert relative(sums, expected) < (1e-12 if dtype == torch.float64 else 1e-6)
 
         def grad(count, y, logits, table, of_rows, *given, z=z, center=center, upstream=upstream, c2s=c2s):
-            batch = z[:count], y[:count], center, logits, *table, of_rows[:count]
+            batch = z[:count], y[:count], center, logits, *table, *(each[:count] for each in of_rows)
             return run.centroid_grad(*batch, upstream, c2s, -100, *given)
 
         rounding = 1e-12 if dtype == torch.float64 else 1e-6
@@ -807,11 +909,11 @@ def check_totals(run, dtype, separation):
         absent[present] = False
         assert relative(of_all[absent], whole[absent]) < rounding
         assert bool((own[absent] == 0).all())
-        few = loss_of(run, problem, table, renumbered, weight[present], c2s)[1]
+        few = loss_of(run, problem, table, renumbered, weight[present], c2s)[1:3]
         assert relative(grad(len(z), renumbered, xi[present], table, few, zeros), own[present]) < rounding
         assert relative(grad(0, renumbered, xi[present], table, few, totals), of_all[present]) < rounding
-    ignored = z * float("nan"), torch.full_like(target, -100), center, rows
-    for batch in (ignored, (z[:0], target[:0], center, rows[:0])):
+    ignored = z * float("nan"), torch.full_like(target, -100), center, *rows
+    for batch in (ignored, (z[:0], target[:0], center, *(each[:0] for each in rows))):
         nothing = run.class_totals(*batch, None, c2s, -100)
         assert torch.equal(nothing, torch.zeros(z.shape[1] + 1, dtype=torch.float64))
     assert bool((grad(0, target, xi, stats, rows) == 0).all())
@@ -830,20 +932,19 @@ def check_totals_of_many(run, separation):
         z, target, xi, _, _ = make(rows, 3, columns, ignore=True, dtype=torch.float32)
         z = (z * torch.logspace(-3, 1, rows)[:, None]).to(dtype)
         stats = run.centroid_stats(xi, False, c2s)
-        of_rows = run.terms(z, target, None, *stats, 1.0, False, False, c2s, -100)[1]
-        of_rows[:, -2:] = torch.rand(rows, 2, dtype=torch.float64)
+        of_rows = run.terms(z, target, None, *stats, 1.0, False, False, c2s, -100)[1], torch.rand(rows, 4).double()
         upstream = torch.rand(2 * rows)[::2]
-        totals = run.class_totals(z, target, None, of_rows, upstream, c2s, -100)
+        totals = run.class_totals(z, target, None, *of_rows, upstream, c2s, -100)
         kept = target != -100
         log_p = reference.log_probabilities(z[kept].double(), None, 1.0, False, "nsf")
-        beta = (upstream.double() * of_rows[:, -1])[kept]
+        beta = (upstream.double() * of_rows[1][:, 1])[kept]
         expected = beta @ (log_p if c2s else log_p.exp())
         sums = totals[:-1]
         if c2s:
             sums, expected = sums - sums.mean(), expected - expected.mean()
         assert relative(totals[-1], beta.sum()) < 1e-12
         assert relative(sums, expected) < (2e-6 if dtype == torch.float32 else 1e-5)
-        again = run.class_totals(z, target, None, of_rows, upstream, c2s, -100)
+        again = run.class_totals(z, target, None, *of_rows, upstream, c2s, -100)
         assert torch.equal(totals, again)
 
 
@@ -876,9 +977,9 @@ def check_step(run, dtype, separation, activation, sgd):
         z[target == -100] = float("nan")
         stats = run.centroid_stats(xi, softmax, c2s)
         options = (0.7, True, softmax, c2s, True, 1, 1e-8, -100, False)
-        of_rows = run.loss(z, target, center, None, None, 0.0, *stats, weight, *options)[1]
+        of_rows = run.loss(z, target, center, None, None, 0.0, *stats, weight, *options)[1:3]
         expected = torch.nn.Parameter(xi.clone())
-        expected.grad = run.centroid_grad(z, target, center, xi, *stats, of_rows, None, c2s, -100)
+        expected.grad = run.centroid_grad(z, target, center, xi, *stats, *of_rows, None, c2s, -100)
         # So large a step that what it rounds to is not most of the difference.
         lr = (xi.norm() / expected.grad.norm()).item() if rows else 1.0
         rate = {"lr": lr, "momentum": momentum, "weight_decay": decay / lr, "nesterov": nesterov}
@@ -889,7 +990,7 @@ def check_step(run, dtype, separation, activation, sgd):
             optimizer.state[expected]["momentum_buffer"] = buffer.clone()
         if rows:  # else nothing moves
             optimizer.step()
-        run.centroid_step_(z, target, center, xi, buffer, *stats, of_rows, softmax, c2s, -100, *rate.values())
+        run.centroid_step_(z, target, center, xi, buffer, *stats, *of_rows, softmax, c2s, -100, *rate.values())
         rounding = 1e-6 if dtype == torch.float32 else 1e-13
         moved = expected.detach() - before
         assert moved.norm() > 0.1 * before.norm() if rows else not moved.any()
@@ -901,10 +1002,10 @@ def check_step(run, dtype, separation, activation, sgd):
     # A batch that is not finite moves nothing.
     z[0, 0], target[0] = float("inf"), 0
     stats = run.centroid_stats(xi, softmax, c2s)
-    of_rows = run.loss(z, target, center, None, None, 0.0, *stats, weight, *options)[1]
+    of_rows = run.loss(z, target, center, None, None, 0.0, *stats, weight, *options)[1:3]
     changing = (xi, *stats) if buffer is None else (xi, buffer, *stats)
     before = [t.clone() for t in changing]
-    run.centroid_step_(z, target, center, xi, buffer, *stats, of_rows, softmax, c2s, -100, *rate.values())
+    run.centroid_step_(z, target, center, xi, buffer, *stats, *of_rows, softmax, c2s, -100, *rate.values())
     for t, old in zip(changing, before, strict=True):
         assert torch.equal(t, old)
 
@@ -912,12 +1013,12 @@ def check_step(run, dtype, separation, activation, sgd):
 def check_step_refuses_strides(run):
     z, target, xi, _, _ = make(5, 4, 4, dtype=torch.float32)
     stats = run.centroid_stats(xi, False, False)
-    of_rows = run.terms(z, target, None, *stats, 1.0, False, False, False, -100)[1]
+    of_rows = run.loss(z, target, None, None, None, 0.0, *stats, None, *Options().for_loss, False)[1:3]
     before = xi.clone()
     for name, logits, buffer in (("centroid_logits", xi.t(), None), ("momentum_buffer", xi, torch.zeros_like(xi).t())):
         with pytest.raises(RuntimeError, match=f"{name} must be contiguous"):
             run.centroid_step_(
-                z, target, None, logits, buffer, *stats, of_rows, False, False, -100, 1.0, 0.9, 0.0, False
+                z, target, None, logits, buffer, *stats, *of_rows, False, False, -100, 1.0, 0.9, 0.0, False
             )
     assert torch.equal(xi, before)
 
@@ -958,7 +1059,9 @@ def operator_calls(dtype: torch.dtype, separation: str, ratio: str):
     moving, tracked = center.clone(), torch.tensor(1)
     options = (*stats, weight, *features, batch, 1, 1e-8, -100, not batch and z.dtype is xi.dtype)
     reduced = (z, target, center, None, None, 0.0, *options)
-    loss, rows, _, _, _ = ops.loss(*reduced)
+    loss, *rows = ops.loss(*reduced)[:3]
+    terms, _ = ops.terms(z, target, center, *stats, *features, -100)
+    mixture = torch.rand(6, 20).to(xi.dtype)
     upstream = torch.full_like(loss, 2.0)
     totals = torch.zeros(21, dtype=torch.float64)
     return [
@@ -966,14 +1069,20 @@ def operator_calls(dtype: torch.dtype, separation: str, ratio: str):
         (ops.terms, (z, target, center, *stats, *features, -100)),
         (ops.loss, reduced),
         (ops.loss, (z, target, None, moving, tracked, 0.9, *options)),
-        (ops.input_grad, (z, target, center, *stats, rows, upstream, c2s, -100)),
-        (ops.centroid_grad, (z, target, center, xi, *stats, rows, upstream, c2s, -100)),
-        (ops.centroid_grad, (z, target, center, xi, *stats, rows, upstream, c2s, -100, totals)),
-        (ops.class_totals, (z, target, center, rows, upstream, c2s, -100)),
+        *(
+            (ops.reduce, (terms, rows[0], target, stats[3], weight, sums, c2s, False, batch, 1, 1e-8, -100))
+            for sums in (None, torch.rand(4).double())
+        ),
+        (ops.reduce, (terms, rows[0], target, stats[3], None, None, c2s, True, False, 0, 1e-8, -100)),
+        (ops.input_grad, (z, target, center, *stats, *rows, upstream, c2s, -100)),
+        (ops.input_grad, (z, target, center, *stats, *rows, None, c2s, -100, mixture)),
+        (ops.centroid_grad, (z, target, center, xi, *stats, *rows, upstream, c2s, -100)),
+        (ops.centroid_grad, (z, target, center, xi, *stats, *rows, upstream, c2s, -100, totals)),
+        (ops.class_totals, (z, target, center, *rows, upstream, c2s, -100)),
         *(
             (
                 ops.centroid_step_,
-                (z, target, center, xi, buffer, *stats, rows, False, c2s, -100, 0.5, momentum, 1e-3, momentum > 0),
+                (z, target, center, xi, buffer, *stats, *rows, False, c2s, -100, 0.5, momentum, 1e-3, momentum > 0),
             )
             for momentum, buffer in ((0.9, torch.randn_like(xi)), (0.0, None))
         ),
@@ -1009,11 +1118,11 @@ def test_every_element_of_every_output_is_written(separation, backend, interpret
                 assert bool(result.isfinite().all())
         if interpreted and columns > 100:
             continue  # seconds
-        stats = _ops.centroid_stats(xi, options, backend)
-        of_rows = run.loss(z, target, center, None, None, 0.0, *stats, weight, *options.for_loss, False)[1]
+        stats = _plain.table_of(xi, options, backend)
+        of_rows = run.loss(z, target, center, None, None, 0.0, *stats, weight, *options.for_loss, False)[1:3]
         fill()
         run.centroid_step_(
-            *(z, target, center, xi, None, *stats, of_rows, False, options.centroid_to_sample, -100),
+            *(z, target, center, xi, None, *stats, *of_rows, False, options.centroid_to_sample, -100),
             *(1.0, 0.0, 0.0, False),
         )
         for result in (xi, *stats):

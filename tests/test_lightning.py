@@ -1,4 +1,4 @@
-"""The README's LightningModule: alternating training, checkpoints and the metric in Lightning's hands."""
+"""The LightningModule of docs/training.md: alternating training, checkpoints and the metric in Lightning's hands."""
 
 import importlib.util
 import warnings

@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as checkpoint
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from ncmi_kernels import CentroidSGD, DivergenceWarning, NCMILoss, _ops, ncmi_loss, ncmi_terms, reference
+from ncmi_kernels import CentroidSGD, DivergenceWarning, NCMILoss, _ops, _plain, ncmi_loss, ncmi_terms, reference
 
 pytestmark = pytest.mark.filterwarnings("ignore::ncmi_kernels.DegenerateMinimumWarning")
 
@@ -577,7 +577,7 @@ COPIES = {
 def test_copies(learnt, fitted, name):
     criterion = trained(fitted=fitted, learnt=learnt, separation="centroid_to_sample")
     other = COPIES[name](criterion)
-    assert other._stats_cache is None
+    assert other._table._entry is None
     assert repr(other) == repr(criterion)
     assert other.centroid_logits.requires_grad == learnt
     assert_same(criterion, other)
@@ -774,13 +774,13 @@ def test_fixed_centroids_used_in_inference_mode_first():
 @pytest.fixture
 def calls(monkeypatch):
     """The centroids of which statistics were computed, call by call."""
-    seen, compute = [], _ops.centroid_stats
+    seen, compute = [], _plain.table_of
 
     def counted(centroid_logits, options, backend):
         seen.append(centroid_logits)
         return compute(centroid_logits, options, backend)
 
-    monkeypatch.setattr(_ops, "centroid_stats", counted)
+    monkeypatch.setattr(_plain, "table_of", counted)
     return seen
 
 

@@ -15,7 +15,7 @@ ERRORS = (RuntimeError, IndexError)
 
 # Tables and what is written in place: contiguous only.
 CONTIGUOUS = {"center", "running_center", "log_activation", "activation", "reference", "norms", "weight", "rows"}
-CONTIGUOUS |= {"totals", "grad", "momentum_buffer"}
+CONTIGUOUS |= {"totals", "grad", "momentum_buffer", "terms", "coefficients", "row_reference"}
 
 
 def arguments(run: _schema.Operators, name: str, centroid_to_sample: bool) -> dict[str, object]:
@@ -24,7 +24,7 @@ def arguments(run: _schema.Operators, name: str, centroid_to_sample: bool) -> di
     logits = 10 * torch.eye(CLASSES, COLUMNS)  # of which the statistics name the column that differs
     tables = ("log_activation", "activation", "reference", "norms")
     stats = dict(zip(tables, run.centroid_stats(logits, False, centroid_to_sample), strict=True))
-    rows = run.terms(input, target, None, *stats.values(), 1.0, True, False, centroid_to_sample, -100)[1]
+    terms, rows = run.terms(input, target, None, *stats.values(), 1.0, True, False, centroid_to_sample, -100)
     known = {
         "centroid_logits": logits,
         "input": input,
@@ -34,15 +34,19 @@ def arguments(run: _schema.Operators, name: str, centroid_to_sample: bool) -> di
         "num_batches_tracked": None,
         "momentum": 0.9,
         "weight": torch.rand(CLASSES),
+        "terms": terms,
         "rows": rows,
+        "coefficients": torch.rand(ROWS, _schema.COEFFICIENTS, dtype=torch.float64),
+        "row_reference": torch.rand(ROWS, COLUMNS),
         "upstream": torch.rand(ROWS),
-        "totals": torch.zeros(COLUMNS + 1, dtype=torch.float64),
+        "totals": torch.ones(4 if name == "reduce" else COLUMNS + 1, dtype=torch.float64),
         "momentum_buffer": torch.zeros(CLASSES, COLUMNS),
         "grad": torch.randn(ROWS, COLUMNS),
         "softmax": False,
         "centroid_to_sample": centroid_to_sample,
         "temperature": 1.0,
         "l2_normalize": True,
+        "focus": False,
         "batch_ratio": False,
         "reduction": 1,
         "eps": 1e-8,
@@ -113,10 +117,11 @@ def check_tensors(run: _schema.Operators, name: str, centroid_to_sample: bool) -
 def check_combinations(run: _schema.Operators) -> None:
     """Of the operator loss: what no combination of its arguments may break."""
     good = arguments(run, "loss", False)
+    reductions = {"reduction": 3}, {"reduction": -1}, {"batch_ratio": True, "reduction": 2}
+    for bad in reductions:
+        check_refuses(run, "reduce", {**arguments(run, "reduce", False), **bad})
     for bad in (
-        {"reduction": 3},
-        {"reduction": -1},
-        {"batch_ratio": True, "reduction": 2, "with_grad": False},
+        *({**bad, "with_grad": False} for bad in reductions),
         {"batch_ratio": True},
         {"reduction": 0},
         {"center": torch.zeros(COLUMNS)},
@@ -129,7 +134,7 @@ def check_combinations(run: _schema.Operators) -> None:
 
 
 def check_targets(run: _schema.Operators, values=(CLASSES, -1, 2**62, -(2**63))) -> None:
-    for name in ("terms", "loss", "input_grad", "centroid_grad", "centroid_step_", "update_center_"):
+    for name in ("terms", "reduce", "loss", "input_grad", "centroid_grad", "centroid_step_", "update_center_"):
         good = arguments(run, name, False)
         for value in values:
             target = good["target"].clone()
@@ -140,7 +145,10 @@ def check_targets(run: _schema.Operators, values=(CLASSES, -1, 2**62, -(2**63)))
 def check_empty_batches(run: _schema.Operators) -> None:
     for name in _schema.SCHEMAS:
         good = arguments(run, name, True)
-        empty = {key: good[key][:0] for key in ("input", "target", "rows", "grad") if key in good}
+        by_row = ("input", "target", "rows", "coefficients", "row_reference", "grad")
+        empty = {key: good[key][:0] for key in by_row if key in good}
+        if "terms" in good:
+            empty["terms"] = good["terms"][:, :0].contiguous()
         if name not in ("scale_", "centroid_stats") and "upstream" in good:
             empty["upstream"] = good["upstream"][:0]
         getattr(run, name)(*{**good, **empty}.values())
@@ -150,7 +158,7 @@ def check_statistics_that_are_none(
     run: _schema.Operators, values=(math.nan, math.inf, -math.inf, 1e300, -1e300, 5.5, -1)
 ):
     """Any numbers for what the forward pass leaves: wrong results at the most."""
-    for name in ("terms", "loss", "input_grad", "centroid_grad", "centroid_step_", "class_totals"):
+    for name in ("terms", "reduce", "loss", "input_grad", "centroid_grad", "centroid_step_", "class_totals"):
         for table in ("norms", "rows"):
             for value in values:
                 good = arguments(run, name, True)

@@ -1,10 +1,9 @@
-"""The README's code on training, as it stands there, on a small network."""
+"""The Python in the README and in the pages runs as it stands there, on a small network; the README's links lead on."""
 
 import os
 import re
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -12,18 +11,31 @@ import torch
 
 from ncmi_kernels import _backends
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-TRAINING = README.read_text().partition("\n## Training with NCMI\n")[2].partition("\n## ")[0] if README.exists() else ""
-BLOCKS = {
-    heading: textwrap.dedent(code)
-    for heading, code in re.findall(
-        r"^### (.+?)\n(?:(?!^### ).)*?```python\n(.*?)```", TRAINING, re.DOTALL | re.MULTILINE
-    )
-}
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+TRAINING = ROOT / "docs" / "training.md"
+QUICK_START = ROOT / "docs" / "quickstart.md"  # tests/test_docs.py runs it
+
+
+def blocks(page):
+    """The blocks of Python of a page, each with the heading that it stands under."""
+    heading = ""
+    for title, code in re.findall(r"^#+ ([^\n]+)|^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+        heading = title or heading
+        if code:
+            yield heading, code
+
+
+BLOCKS = dict(blocks(TRAINING))
+PAGES = [
+    p for p in (README, *sorted(TRAINING.parent.glob("*.md"))) if p not in (TRAINING, QUICK_START) and [*blocks(p)]
+]
+# What the blocks take as given.
 NAMES = """
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
@@ -31,14 +43,68 @@ from ncmi_kernels import CentroidSGD, NCMILoss, ShardedNCMILoss
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
-network = torch.nn.Sequential(torch.nn.Linear(8, 512), torch.nn.BatchNorm1d(512))
-target = torch.arange(400) % 100
-images = torch.randn(100, 8)[target] + 0.1 * torch.randn(400, 8)
+network = torch.nn.Sequential(torch.nn.Linear(8, {features}), torch.nn.BatchNorm1d({features}))
+optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+target = torch.arange(400) % {classes}
+images = test = test_x = torch.randn({classes}, 8)[target] + 0.1 * torch.randn(400, 8)
+features = network(images)
 data = TensorDataset(images, target)
-loader = test_loader = DataLoader(data, batch_size=50)
+loader = train_loader = test_loader = DataLoader(data, batch_size=50)
 """
 
-pytestmark = pytest.mark.skipif(not TRAINING or _backends.load_library() is not None, reason="no README or no kernels")
+pytestmark = pytest.mark.skipif(_backends.load_library() is not None, reason="no kernels")
+
+
+def columns(code):
+    """The two programs of a block whose columns are before and after; else the one."""
+    if not code.startswith("# before"):
+        return [code]
+    lines = code.splitlines()
+    after = lines[0].index("# after")
+    return ["\n".join(line[:after].rstrip() for line in lines), "\n".join(line[after:] for line in lines)]
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_blocks_of_a_page(page):
+    namespace = {}
+    for heading, block in blocks(page):
+        for code in columns(block):
+            if "criterion =" in code:
+                numbers = dict(re.findall(r"(num_classes|feature_dim)=(\d+)", code))
+                classes = int(numbers.get("num_classes", 10))
+                namespace = {}
+                exec(NAMES.format(classes=classes, features=numbers.get("feature_dim", classes)), namespace)
+            exec(compile(code, f"{page.name}: {heading}", "exec"), namespace)
+            exec("loss = criterion(network(images), target)\nloss.backward()\noptimizer.step()", namespace)
+            assert namespace["loss"].isfinite()
+            if "predicted" in namespace:
+                assert namespace["predicted"].shape == (400,)
+                assert 0 < namespace["predicted"].max() < classes
+
+
+def test_the_recipes_are_those_of_choosing():
+    recipes = [code for heading, code in blocks(README) if heading == "Two recipes"]
+    assert [code for _, code in blocks(ROOT / "docs" / "choosing.md")] == recipes[:2]
+
+
+def test_links_of_the_readme():
+    links = re.findall(r"\]\((?!\w+:)([^)#]+)#?([^)]*)\)", README.read_text())
+    assert links
+    for file, anchor in links:
+        assert (ROOT / file).is_file(), file
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", (ROOT / file).read_text(), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+def test_make_has_the_targets_that_pages_name():
+    named = {
+        name
+        for page in (README, ROOT / "CONTRIBUTING.md", *TRAINING.parent.glob("*.md"))
+        for name in re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(), re.MULTILINE)
+    }
+    assert {"demo", "test"} <= named <= set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
 def test_every_part_has_its_code():
@@ -52,12 +118,13 @@ def test_every_part_has_its_code():
         "NCMI as a metric",
     }
     assert set(BLOCKS) == expected
+    assert len([*blocks(TRAINING)]) == len(expected)
 
 
 def run(*headings, **names):
     """The values of the names after the code under these headings."""
     namespace = dict(names)
-    exec(NAMES, namespace)
+    exec(NAMES.format(classes=100, features=512), namespace)
     for heading in headings:
         exec(compile(BLOCKS[heading], heading, "exec"), namespace)
     return namespace
@@ -86,7 +153,7 @@ def test_on_one_device(tmp_path):
 def test_metric():
     pytest.importorskip("torchmetrics")
     namespace = {}
-    exec(NAMES.replace("512", "100") + "from ncmi_kernels import NCMIMetric", namespace)
+    exec(NAMES.format(classes=100, features=100) + "from ncmi_kernels import NCMIMetric", namespace)
     exec(BLOCKS["NCMI as a metric"], namespace)
     assert namespace["metric"].compute()["ncmi"] > 0
 
@@ -116,7 +183,9 @@ os._exit(0)
 def test_on_several_processes(tmp_path):
     script = tmp_path / "train.py"
     sharded = BLOCKS["Very many classes"].replace("1_000_000", "10_000")  # for its time
-    script.write_text(NAMES + SCRIPT.format(several=BLOCKS["Several processes"], sharded=sharded))
+    script.write_text(
+        NAMES.format(classes=100, features=512) + SCRIPT.format(several=BLOCKS["Several processes"], sharded=sharded)
+    )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     done = subprocess.run(
         [*command, str(tmp_path / "saved")],

@@ -233,12 +233,12 @@ struct GradFromSample {
 
   template <Kind kind, Own sums>
   void loop() const {
-    // own + all = (excess_base + own_excess) - own_sum q + (1/C) (total - other_sum q), or with own finished without it.
+    // own + all = (excess_base + own_excess) - own_sum q + (1/C) (total - other_sum q); with own finished, without own.
     const double own_sum = sums == Own::kExcess ? of_class.own : 0;
     const double base = level + (sums == Own::kExcess ? of_class.excess_base : 0);
     const double q_factor = (own_sum + inverse_classes * other_sum) * inverse_norm;
-    // Near the centre q = (1 + t) / 2 S: what cancels is constant along the row, and the rest, small with a small error,
-    // need not be double.
+    // Near the centre q = (1 + t) / 2 S: what cancels is constant along the row, and the rest, small with a small
+    // error, need not be double.
     const T near_base = T(base - 0.5 * q_factor), near_factor = T(0.5 * q_factor);
     for_logits<kind>(x, n, [&]<Kind as>(int64_t begin, int64_t m) __attribute__((always_inline)) {
       const T s = argument_scale<as, T>(1.0);
@@ -330,8 +330,8 @@ void grad_of_class(const CentroidGradArgs<T>& args, int64_t c, const T* x, T* gr
   const double inverse_norm = exp(-q.of[c].log_norm), inverse_classes = 1.0 / q.all().classes;
   const T* own = of_class.has_rows ? args.own + of_class.slot * n : nullptr;
   if (q.centroid_to_sample)
-    with_kind<T>(kind, GradFromCentroid<T>{x, n, shift, inverse_norm, inverse_classes, args.other_sum, args.totals, own, own ? args.own_separation + of_class.slot * n : nullptr,
-                                           grad});
+    with_kind<T>(kind, GradFromCentroid<T>{x, n, shift, inverse_norm, inverse_classes, args.other_sum, args.totals, own,
+                                           own ? args.own_separation + of_class.slot * n : nullptr, grad});
   else
     with_kind<T>(kind, GradFromSample<T>{x, n, shift, inverse_norm, inverse_classes, args.other_sum, of_class, own,
                                          args.level, args.variation, grad});

@@ -51,7 +51,8 @@ double activate_row(const T* __restrict x, int64_t n, T shift, T* __restrict val
 
 // Adds a class to the sums of its chunk, while its row is in cache: for centroid_to_sample q, q log a and q log_norm.
 template <class T>
-void add_class(const T* __restrict log, const T* __restrict value, int64_t n, double log_norm, double* __restrict sums) {
+void add_class(const T* __restrict log, const T* __restrict value, int64_t n, double log_norm,
+               double* __restrict sums) {
   double* __restrict log_sums = sums + n;
   double* __restrict norm_sums = sums + 2 * n;
   const double inverse_norm = exp(-log_norm);

@@ -49,8 +49,8 @@ using Vector = std::vector<T, Allocator<T>>;
 
 // Targets of the rows of input [B, M], each checked to be a class or ignore_index, and so that rows may follow what the
 // statistics say of its centroid.
-inline Targets targets(const Tensor& t, int64_t rows, int64_t ignore_index, int64_t classes, const ClassStats* of = nullptr,
-                int64_t columns = 0) {
+inline Targets targets(const Tensor& t, int64_t rows, int64_t ignore_index, int64_t classes,
+                       const ClassStats* of = nullptr, int64_t columns = 0) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long, "ncmi_kernels: target must be int64");
   check_shape(t, "target", {rows});
   const Targets target{.data = static_cast<const int64_t*>(memory_of(t, "target")),

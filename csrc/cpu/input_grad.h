@@ -20,42 +20,13 @@ struct GradRow {
     const T* __restrict x = row.x;
     const T* __restrict own_log = row.own_log;
     const T* __restrict own_activation = row.own_activation;
-    const T* __restrict reference = row.reference;
-    const T* __restrict q_mean = row.q_mean;
-    const T s = argument_scale<kind, T>(stats.scale), shift = T(stats.shift);
-    if constexpr (centroid_to_sample) {
-      const T inverse_norm = T(stats.inverse_norm), q_factor = T(own_inverse_norm);
-      const T own = T(stats.scale * c.own), constant = T(stats.scale * c.constant);
-      const T other = T(stats.scale * c.other), share = T(stats.scale * c.share);
-      NCMI_SIMD()
-      for (int64_t k = 0; k < n; ++k) {
-        const Activation<T> a = activate<kind>(x[k], s, shift);
-        const T g = centroid_gradient(a.slope, a.value * inverse_norm, a.log - own_log[k], q_mean[k],
-                                      own_activation[k] * q_factor, own, constant, other, share);
-        grad[k] = g;
-        dot.lane[k] += x[k] * g;
-      }
-    } else {
-      // near: the factor 1/4 of (1 - t^2) / 4 goes into the coefficients
-      const double factor = (is_near(kind) ? 0.25 : 1.0) * stats.scale * stats.inverse_norm;
-      const T own_and_other = T(factor * (c.own + c.other)), own = T(factor * c.own), constant = T(factor * c.constant);
-      NCMI_SIMD()
-      for (int64_t k = 0; k < n; ++k) {
-        T value_slope, log;
-        if constexpr (is_near(kind)) {
-          const NearSlope a = near_slope<kind>(x[k] * s);
-          value_slope = a.slope;
-          log = a.log;
-        } else {
-          const Activation<T> a = activate<kind>(x[k], s, shift);
-          value_slope = a.value_slope;
-          log = a.log;
-        }
-        const T at = sample_gradient(value_slope, log - reference[k], reference[k] - own_log[k], own_and_other, own,
-                                     constant);
-        grad[k] = at;
-        dot.lane[k] += x[k] * at;
-      }
+    const T* __restrict reference = centroid_to_sample ? row.q_mean : row.reference;
+    const RowGradient<centroid_to_sample, kind, T> gradient(stats, c, own_inverse_norm);
+    NCMI_SIMD()
+    for (int64_t k = 0; k < n; ++k) {
+      const T g = gradient.at(x[k], own_log[k], centroid_to_sample ? own_activation[k] : T(0), reference[k]);
+      grad[k] = g;
+      dot.lane[k] += x[k] * g;
     }
   }
 

@@ -1,8 +1,8 @@
 // What the CPU operators (ops_cpu.cpp) call: loops over a range of rows, classes or columns, on raw pointers.
 //
 // The loops in the headers beside this one are compiled once for each instruction set (kernels_impl.h) and reached
-// through a table, so that one binary runs everywhere. No header of csrc/cpu but host.h includes a C++ library template: an inline
-// function instantiated under AVX-512 flags could otherwise be the copy that the linker keeps for every caller.
+// through a table, so that one binary runs everywhere. But for host.h, no header of csrc/cpu includes a C++ library
+// template: an inline function instantiated under AVX-512 flags could be the copy that the linker keeps for every caller.
 #pragma once
 
 #include <stdint.h>
@@ -27,7 +27,8 @@ struct TermsArgs {
   const double* row_weight;  // [B]
   double weight_sum;
   double eps;
-  T* grad;                 // [B, M] contiguous, or null
+  T* grad;                      // [B, M] contiguous, or null
+  Coefficients* coefficients;   // [B], of grad
 };
 
 template <class T>
@@ -117,8 +118,8 @@ struct Kernels {
   void (*class_sums)(const CentroidGradArgs<T>&, ClassSums*);
   void (*centroid_sums)(const CentroidGradArgs<T>&, int64_t column_begin, int64_t column_end);
   void (*centroid_grad)(const CentroidGradArgs<T>&, int64_t class_begin, int64_t class_end, T* grad, T* scratch);
-  void (*centroid_step)(const CentroidGradArgs<T>&, const StepArgs<T>&, const CentroidStatsArgs<T>&, int64_t chunk_begin,
-                        int64_t chunk_end, T* scratch);
+  void (*centroid_step)(const CentroidGradArgs<T>&, const StepArgs<T>&, const CentroidStatsArgs<T>&,
+                        int64_t chunk_begin, int64_t chunk_end, T* scratch);
   void (*totals)(const TotalsArgs<T>&, int64_t column_begin, int64_t column_end);
   void (*column_sums)(const Matrix&, const Targets&, int64_t rows, int64_t column_begin, int64_t column_end,
                       double* sums);

@@ -58,9 +58,9 @@ Size<T> load(const Matrix& m, int64_t row, int64_t begin, int64_t n, const T* ce
   }
 }
 
-// Memory to have in cache soon, asked for piece by piece between the arithmetic on a row: the hardware's own prefetching
-// does not get going in the short bursts in which rows are read, and a whole row asked for at once would fill the
-// processor's queue of outstanding lines and hold up what comes after it.
+// Memory to have in cache soon, asked for piece by piece between the arithmetic on a row: the hardware's own
+// prefetching does not get going in the short bursts in which rows are read, and a whole row asked for at once would
+// fill the processor's queue of outstanding lines and hold up what comes after it.
 class Ahead {
  public:
   void row(const Matrix& m, int64_t row) {

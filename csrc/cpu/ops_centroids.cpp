@@ -13,8 +13,8 @@ namespace {
 template <class T>
 class StatsOf {
  public:
-  StatsOf(const Matrix& logits, int64_t classes, int64_t columns, bool softmax, bool centroid_to_sample, T* log_activation,
-          T* activation, T* reference, ClassStats* of)
+  StatsOf(const Matrix& logits, int64_t classes, int64_t columns, bool softmax, bool centroid_to_sample,
+          T* log_activation, T* activation, T* reference, ClassStats* of)
       : workspace_(2 * columns),
         // At most 64 chunks, so that their sums stay small beside [C, M], and none too small to be worth a thread.
         classes_per_chunk_(std::max<int64_t>(32, ceil_div(classes, 64))),
@@ -97,8 +97,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_stats(const Tensor& logits, 
     Tensor activation = empty({centroid_to_sample ? classes : 0, columns}, kScalarType<T>);
     Tensor reference = empty({2, columns}, kScalarType<T>);
     Tensor norms = empty({classes + 1, kClassStats}, ScalarType::Double);
-    StatsOf<T> stats(xi, classes, columns, softmax, centroid_to_sample, output<T>(log_activation), output<T>(activation),
-                     output<T>(reference), output<ClassStats>(norms));
+    StatsOf<T> stats(xi, classes, columns, softmax, centroid_to_sample, output<T>(log_activation),
+                     output<T>(activation), output<T>(reference), output<ClassStats>(norms));
     stats.compute([](const CentroidStatsArgs<T>& args, int64_t begin, int64_t end, T* scratch) {
       kernels_for<T>().centroid_rows(args, begin, end, scratch);
     });
@@ -110,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_stats(const Tensor& logits, 
 template <class T>
 class BatchSums {
  public:
-  // `own_grad`: the gradient [C, M], where the sums of the classes are to be kept in it; else they get their own memory.
+  // `own_grad`: the gradient [C, M], where the sums of the classes are kept in it; else they get their own memory.
   BatchSums(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center, const Tensor& logits,
             const Centroids<T>& q, const Tensor& row_stats, const Tensor& coefficients,
             const std::optional<Tensor>& upstream, int64_t ignore_index, const std::optional<Tensor>& given_totals,
@@ -185,8 +185,8 @@ class BatchSums {
 Tensor centroid_grad(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
                      const Tensor& centroid_logits, const Tensor& log_activation, const Tensor& activation,
                      const Tensor& reference, const Tensor& norms, const Tensor& row_stats,
-                     const Tensor& coefficients, const std::optional<Tensor>& upstream, bool centroid_to_sample, int64_t ignore_index,
-                     const std::optional<Tensor>& totals) {
+                     const Tensor& coefficients, const std::optional<Tensor>& upstream, bool centroid_to_sample,
+                     int64_t ignore_index, const std::optional<Tensor>& totals) {
   return with_arithmetic_type(centroid_logits.scalar_type(), "centroid_logits", [&]<class T>() {
     const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample);
     Tensor grad = empty({q.classes, q.columns}, kScalarType<T>);
@@ -204,7 +204,8 @@ void centroid_step_(const Tensor& input, const Tensor& target, const std::option
                     const Tensor& centroid_logits, const std::optional<Tensor>& momentum_buffer,
                     const Tensor& log_activation, const Tensor& activation, const Tensor& reference,
                     const Tensor& norms, const Tensor& row_stats, const Tensor& coefficients, bool softmax,
-                    bool centroid_to_sample, int64_t ignore_index, double lr, double momentum, double weight_decay, bool nesterov) {
+                    bool centroid_to_sample, int64_t ignore_index, double lr, double momentum, double weight_decay,
+                    bool nesterov) {
   with_arithmetic_type(centroid_logits.scalar_type(), "centroid_logits", [&]<class T>() {
     const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample);
     const int64_t columns = q.columns;

@@ -44,7 +44,8 @@ struct WithGrad {
   const double* row_weight = nullptr;  // [B]
   double weight_sum = 1;
   double eps = 0;
-  T* grad = nullptr;  // [B, M]
+  T* grad = nullptr;                     // [B, M]
+  Coefficients* coefficients = nullptr;  // [B]
 };
 
 // Concentration and separation of every row, to values [2, B]; returns the rows' statistics [B, kRowStats].
@@ -69,7 +70,8 @@ Tensor compute_terms(const Tensor& input, const Targets& target, const std::opti
                           .row_weight = with_grad.row_weight,
                           .weight_sum = with_grad.weight_sum,
                           .eps = with_grad.eps,
-                          .grad = with_grad.grad};
+                          .grad = with_grad.grad,
+                          .coefficients = with_grad.coefficients};
   parallel_rows(rows, columns, [&](int64_t begin, int64_t end) {
     Vector<T> scratch(4 * columns);
     kernels_for<T>().terms(args, begin, end, scratch.data());
@@ -121,7 +123,8 @@ struct Reduced {
 };
 
 // The rows' terms to the loss, their means, and the coefficients of their gradients. `given` sums take the place of the
-// rows' own. `row_loss` [B] only for kNone, which has no other loss.
+// rows' own. `coefficients` are null where the terms' pass has formed them; `row_loss` [B] only for
+// kNone, which has no other loss.
 template <class Loss>
 Reduced reduce_rows(const double* concentration, const double* separation, const RowStats* stats,
                     const RowWeights& weights, const Targets& target, const double* given, const Reducing& by,
@@ -145,13 +148,14 @@ Reduced reduce_rows(const double* concentration, const double* separation, const
   result.loss = by.batch_ratio ? of_batch.value : sums[3] / total;
   for (int64_t i = 0; i < rows; ++i) {
     double value = 0;
-    coefficients[i] = {};
+    if (coefficients) coefficients[i] = {};
     if (counts(i)) {
       const Ratio r = by.batch_ratio ? of_batch : ratio(concentration[i], separation[i], by.eps);
       const double w = weights.of[i] / total;
       value = w * r.value;
-      coefficients[i] = coefficients_of(stats[i], w * r.d_concentration, w * r.d_separation, by.classes,
-                                        by.centroid_to_sample, by.focus);
+      if (coefficients)
+        coefficients[i] = coefficients_of(stats[i], w * r.d_concentration, w * r.d_separation, by.classes,
+                                          by.centroid_to_sample, by.focus);
     }
     if (by.reduction == kNone) row_loss[i] = Loss(value);
   }
@@ -270,24 +274,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss(
     const RowWeights weights(y, rows, data<T>(weight, "weight", {q.classes}));
     Tensor grad = with_grad ? empty({rows, q.columns}, kScalarType<T>) : empty({0}, kScalarType<T>);
     Vector<double> values(2 * rows);
+    Tensor coefficients = empty({rows, kCoefficients}, ScalarType::Double);
     Tensor stats = compute_terms<T>(
         input, y, running ? std::optional<Tensor>(moved) : center, q,
         {.inverse_temperature = 1.0 / temperature, .l2_normalize = l2_normalize, .softmax = softmax}, values.data(),
         {.row_weight = weights.of.data(),
          .weight_sum = reduction == kMean ? weights.sum : 1.0,
          .eps = eps,
-         .grad = with_grad ? output<T>(grad) : nullptr});
+         .grad = with_grad ? output<T>(grad) : nullptr,
+         .coefficients = output<Coefficients>(coefficients)});
     Tensor result = reduction == kNone ? empty({rows}, kScalarType<T>) : empty({}, kScalarType<T>);
-    Tensor coefficients = empty({rows, kCoefficients}, ScalarType::Double);
     Tensor means = empty({2}, ScalarType::Double);
-    const Reduced reduced = reduce_rows(values.data(), values.data() + rows, output<RowStats>(stats), weights, y, nullptr,
+    const double *concentration = values.data(), *separation = concentration + rows;
+    const Reduced reduced = reduce_rows(concentration, separation, output<RowStats>(stats), weights, y, nullptr,
                                         {.batch_ratio = batch_ratio,
                                          .reduction = reduction,
                                          .eps = eps,
                                          .classes = q.all().classes,
                                          .centroid_to_sample = centroid_to_sample,
                                          .focus = false},
-                                        output<Coefficients>(coefficients), output<T>(result));
+                                        with_grad ? nullptr : output<Coefficients>(coefficients), output<T>(result));
     if (reduction != kNone) *output<T>(result) = T(reduced.loss);
     std::copy(reduced.means, reduced.means + 2, output<double>(means));
     if (running) running->commit();

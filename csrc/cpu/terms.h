@@ -17,7 +17,10 @@ void terms_range(const TermsArgs<T>& args, int64_t row_begin, int64_t row_end, T
     if (y == args.target.ignore_index) {
       args.concentration[i] = args.separation[i] = 0;
       args.rows[i] = {};
-      if (out) memset(out, 0, n * sizeof(T));
+      if (out) {
+        memset(out, 0, n * sizeof(T));
+        args.coefficients[i] = {};
+      }
       continue;
     }
 
@@ -53,9 +56,10 @@ void terms_range(const TermsArgs<T>& args, int64_t row_begin, int64_t row_end, T
     if (out) {
       const Ratio r = ratio(of_row.concentration, of_row.separation, args.eps);
       const double w = args.row_weight[i] / args.weight_sum;
-      const Coefficients c = coefficients_of(args.rows[i], w * r.d_concentration, w * r.d_separation,
-                                             q.all().classes, centroid_to_sample, false);
-      grad_of_row<centroid_to_sample>(q, row, args.rows[i], c, y, Ahead(), x + n, out);
+      // Kept: formed elsewhere they may be rounded otherwise, and a second backward pass has the bits of the first.
+      args.coefficients[i] = coefficients_of(args.rows[i], w * r.d_concentration, w * r.d_separation, q.all().classes,
+                                             centroid_to_sample, false);
+      grad_of_row<centroid_to_sample>(q, row, args.rows[i], args.coefficients[i], y, Ahead(), x + n, out);
     }
   }
 }

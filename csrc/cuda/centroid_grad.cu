@@ -28,19 +28,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int64_t c = before + 1; c <= here; ++c) class_begin[c] = j;
 }
 
-// Of a row: what multiplies p_i - q_y, alpha, or for sample_to_centroid alpha - beta / C, as the own class enters the
-// mean over classes of KL(p || q_v) too, and is taken out again here; and beta.
-struct Factors {
-  double own, separation;
-};
-
-template <bool centroid_to_sample, class T>
-NCMI_DEVICE Factors factors_of(const CentroidGradArgs<T>& args, const RowStats& stats, int64_t i) {
-  const double upstream = upstream_at(args.upstream, i);
-  const double alpha = stats.by_concentration * upstream, beta = stats.by_separation * upstream;
-  return {centroid_to_sample ? alpha : alpha - beta / args.centroids.all().classes, beta};
-}
-
 // f(v, a, log a) for each of a thread's columns of a row, a in double.
 template <bool fast, class T, int width, class F>
 NCMI_DEVICE void each_activation(const RowStats& stats, const T (&x)[width], const F& f) {
@@ -63,16 +50,17 @@ NCMI_DEVICE void each_activation(const RowStats& stats, const T (&x)[width], con
 
 template <int width>
 struct SumStorage {
-  double own[kWarps][width * kWarp];  // sums of own_factor p
-  double log[kWarps][width * kWarp];  // of beta log a
-  double factor[kWarps][2];           // of own_factor and of beta
+  double own[kWarps][width * kWarp];  // sums of the coefficient `own` times p
+  double log[kWarps][width * kWarp];  // of `other` times log a
+  double coefficients[kWarps][2];     // of `own` and of `other`
 };
 
-// Leaves own = sum_i own_factor_i (p_ik - q_ck), and for centroid_to_sample own_separation = sum_i beta_i (log a_ik -
-// log a_ck), for the classes that have rows; and for all classes of the chunk together sum_i beta_i p_ik, or
-// sum_i beta_i log a_ik.
+// Leaves own = sum_i own_i (p_ik - q_ck), and for centroid_to_sample own_separation = sum_i other_i (log a_ik -
+// log a_ck), for the classes that have rows; and for all classes of the chunk together sum_i other_i p_ik, or
+// sum_i other_i log a_ik.
 template <class In, class T, bool centroid_to_sample>
-__global__ void __launch_bounds__(kWarps* kWarp, 1) class_grad_sums_kernel(const CentroidGradArgs<T> args, int64_t tiles) {
+__global__ void __launch_bounds__(kWarps* kWarp, 1)
+    class_grad_sums_kernel(const CentroidGradArgs<T> args, int64_t tiles) {
   constexpr int width = kWidth<In>;
   constexpr bool fast = sizeof(In) == 2;
   SumStorage<width>& storage = shared_storage<SumStorage<width>>();
@@ -93,20 +81,20 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) class_grad_sums_kernel(const
   for (int64_t c = class_first; c < class_last; ++c) {
     const int64_t begin = args.class_begin[c], end = args.class_begin[c + 1];
     if (begin == end) continue;
-    double own[width] = {}, own_log[width] = {}, own_factor = 0, separation = 0;
+    double own[width] = {}, own_log[width] = {}, own_sum = 0, other_sum = 0;
     for (int64_t j = begin + warp; j < end; j += kWarps) {
       const int64_t i = args.order[j];
       const RowStats& stats = args.stats[i];
-      const Factors factors = factors_of<centroid_to_sample>(args, stats, i);
-      own_factor += factors.own;
-      separation += factors.separation;
+      const Coefficients coefficients = args.coefficients[i] * upstream_at(args.upstream, i);
+      own_sum += coefficients.own;
+      other_sum += coefficients.other;
       if (!inside) continue;
       T x[width];
       load_input<In, true>(args.input, i, k, x);
 #pragma unroll
       for (int v = 0; v < width; ++v) x[v] -= center[v];
-      const double own_share = factors.own * stats.inverse_norm;
-      const double total_share = centroid_to_sample ? factors.separation : factors.separation * stats.inverse_norm;
+      const double own_share = coefficients.own * stats.inverse_norm;
+      const double total_share = centroid_to_sample ? coefficients.other : coefficients.other * stats.inverse_norm;
       each_activation<fast>(stats, x, [&](int v, double value, T log) NCMI_INLINED {
         own[v] += own_share * value;
         if constexpr (centroid_to_sample) {
@@ -126,32 +114,32 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) class_grad_sums_kernel(const
         if constexpr (centroid_to_sample) storage.log[warp][v * kWarp + lane] = own_log[v];
       }
       if (lane == 0) {
-        storage.factor[warp][0] = own_factor;
-        storage.factor[warp][1] = separation;
+        storage.coefficients[warp][0] = own_sum;
+        storage.coefficients[warp][1] = other_sum;
       }
     }
     __syncthreads();
-    double factor_sum[2] = {};
+    own_sum = other_sum = 0;
     for (int w = 0; w < busy; ++w) {
-      factor_sum[0] += storage.factor[w][0];
-      factor_sum[1] += storage.factor[w][1];
+      own_sum += storage.coefficients[w][0];
+      other_sum += storage.coefficients[w][1];
     }
     if (finishes) {
       const int64_t at = args.own_offset(c) + column;
-      double own_sum = 0, log_sum = 0;
+      double p_sum = 0, log_sum = 0;
       for (int w = 0; w < busy; ++w) {
-        own_sum += storage.own[w][thread];
+        p_sum += storage.own[w][thread];
         if constexpr (centroid_to_sample) log_sum += storage.log[w][thread];
       }
       const T xi = load_any<T>(args.logits, c * args.logits.row_stride + column * args.logits.column_stride);
       const double inverse_norm = ::exp(-q.of[c].log_norm);
       with_kind<T>(kind_of(q.of[c].kind), [&]<Kind kind>() NCMI_INLINED {
         const Activation<T> a = activate<kind, false>(xi, argument_scale<kind, T>(1.0), T(q.of[c].shift));
-        args.own[at] = T(own_sum - factor_sum[0] * (double(a.value) * inverse_norm));
-        if constexpr (centroid_to_sample) args.own_separation[at] = T(log_sum - factor_sum[1] * double(a.log));
+        args.own[at] = T(p_sum - own_sum * (double(a.value) * inverse_norm));
+        if constexpr (centroid_to_sample) args.own_separation[at] = T(log_sum - other_sum * double(a.log));
       });
     }
-    if (tile == 0 && thread == 0) args.class_separation[c] = factor_sum[1];
+    if (tile == 0 && thread == 0) args.class_other[c] = other_sum;
     __syncthreads();
   }
 
@@ -165,7 +153,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) class_grad_sums_kernel(const
   }
 }
 
-// The totals by column; the last block instead adds up beta.
+// The totals by column; the last block instead adds up `other`.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1) totals_kernel(const CentroidGradArgs<T> args) {
   const Centroids<T>& q = args.centroids;
@@ -173,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, 1) totals_kernel(const CentroidGradA
     Group group = group_of_thread(shared_storage<GroupStorage>());
     double sum = 0;
     for (int64_t c = threadIdx.x; c < q.classes; c += blockDim.x)
-      if (args.class_begin[c] != args.class_begin[c + 1]) sum += args.class_separation[c];
+      if (args.class_begin[c] != args.class_begin[c + 1]) sum += args.class_other[c];
     sum = group.sum(sum);
     if (group.first()) args.totals[q.columns] = sum;
     return;
@@ -192,7 +180,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) row_totals_kernel(const Tota
   constexpr int width = kWidth<In>;
   struct Storage {
     double sums[kWarps][width * kWarp];
-    double separation[kWarps];
+    double other[kWarps];
   };
   Storage& storage = shared_storage<Storage>();
   const int lane = threadIdx.x, warp = threadIdx.y, thread = warp * kWarp + lane;
@@ -202,18 +190,18 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) row_totals_kernel(const Tota
   const int k = int(first) + lane * width;
   T center[width] = {};
   if (args.center && k < args.columns) load_values<width, false>(args.center + k, center);
-  double total[width] = {}, separation = 0;
+  double total[width] = {}, other_sum = 0;
   for (int64_t i = begin + warp; i < end; i += kWarps) {
     if (args.target[i] == args.target.ignore_index) continue;
     const RowStats& stats = args.stats[i];
-    const double beta = stats.by_separation * upstream_at(args.upstream, i);
-    separation += beta;
+    const double other = args.coefficients[i].other * upstream_at(args.upstream, i);
+    other_sum += other;
     if (k >= args.columns) continue;
     T x[width];
     load_input<In, true>(args.input, i, k, x);
 #pragma unroll
     for (int v = 0; v < width; ++v) x[v] -= center[v];
-    const double share = centroid_to_sample ? beta : beta * stats.inverse_norm;
+    const double share = centroid_to_sample ? other : other * stats.inverse_norm;
     each_activation<sizeof(In) == 2>(stats, x, [&](int v, double value, T log) NCMI_INLINED {
       total[v] += share * (centroid_to_sample ? double(log) : value);
     });
@@ -221,7 +209,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) row_totals_kernel(const Tota
   // Lanes apart, so that they write to different banks.
 #pragma unroll
   for (int v = 0; v < width; ++v) storage.sums[warp][v * kWarp + lane] = total[v];
-  if (lane == 0) storage.separation[warp] = separation;
+  if (lane == 0) storage.other[warp] = other_sum;
   __syncthreads();
   double* partials = args.partials + chunk * (args.columns + 1);
   const int64_t column = first + (thread % kWarp) * width + thread / kWarp;
@@ -232,7 +220,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) row_totals_kernel(const Tota
   }
   if (tile == 0 && thread == 0) {
     double sum = 0;
-    for (int w = 0; w < kWarps; ++w) sum += storage.separation[w];
+    for (int w = 0; w < kWarps; ++w) sum += storage.other[w];
     partials[args.columns] = sum;
   }
 }
@@ -248,21 +236,22 @@ __global__ void __launch_bounds__(kThreads, 1) fold_totals_kernel(const TotalsAr
 }
 
 // By class: the gradient in the place of `own`, or for `with_step` none, but the step of SGD by it.
-//   sample_to_centroid: slope (-own - (1/C) sum_i beta_i (p_ik - q_ck)), own = sum over the rows of the class of
-//   own_factor_i (p_ik - q_ck);
+//   sample_to_centroid: slope (-own - (1/C) sum_i other_i (p_ik - q_ck)), own = sum over the rows of the class of
+//   own_i (p_ik - q_ck);
 //   centroid_to_sample: slope (-own + (1/C) q (s - sum_k q s)), s_ck = sum over rows of other classes of
-//   beta_i (log q_ck - log p_ik), up to what is constant along the row.
+//   other_i (log q_ck - log p_ik), up to what is constant along the row.
 template <class T, bool centroid_to_sample, bool with_step>
-__global__ void __launch_bounds__(kThreads, 1) class_grad_kernel(const CentroidGradArgs<T> args, const StepArgs<T> step) {
+__global__ void __launch_bounds__(kThreads, 1)
+    class_grad_kernel(const CentroidGradArgs<T> args, const StepArgs<T> step) {
   const Centroids<T>& q = args.centroids;
   const int64_t c = blockIdx.x;
   Group group = group_of_thread(shared_storage<GroupStorage>());
   const bool has_rows = args.class_begin[c] != args.class_begin[c + 1];
   const double inverse_norm = ::exp(-q.of[c].log_norm), inverse_classes = 1.0 / q.all().classes;
-  const double separation_sum = args.totals[q.columns];
-  // A row whose terms are not finite has derivatives that are not: such a batch moves nothing, nor does one without
+  const double other_sum = args.totals[q.columns];
+  // A row whose terms are not finite has coefficients that are not: such a batch moves nothing, nor does one without
   // rows.
-  if (with_step && (!(separation_sum - separation_sum == 0) || args.class_begin[q.classes] == 0)) return;
+  if (with_step && (!(other_sum - other_sum == 0) || args.class_begin[q.classes] == 0)) return;
   const T shift = T(q.of[c].shift);
   T* own_sums = args.own + args.own_offset(c);
   const T* own_separation = centroid_to_sample ? args.own_separation + args.own_offset(c) : nullptr;
@@ -274,7 +263,7 @@ __global__ void __launch_bounds__(kThreads, 1) class_grad_kernel(const CentroidG
       return activate<kind, false>(xi, argument_scale<kind, T>(1.0), shift);
     };
     const auto separation_at = [&](int64_t k, const Activation<T>& a) NCMI_INLINED {
-      return separation_sum * double(a.log) - args.totals[k] + (has_rows ? double(own_separation[k]) : 0.0);
+      return other_sum * double(a.log) - args.totals[k] + (has_rows ? double(own_separation[k]) : 0.0);
     };
     [[maybe_unused]] double mean = 0;
     if constexpr (centroid_to_sample) {
@@ -292,7 +281,7 @@ __global__ void __launch_bounds__(kThreads, 1) class_grad_kernel(const CentroidG
       if constexpr (centroid_to_sample)
         grad = T(double(a.slope) * (inverse_classes * share * (separation_at(k, a) - mean) - own));
       else
-        grad = T(-double(a.slope) * (own + inverse_classes * (args.totals[k] - separation_sum * share)));
+        grad = T(-double(a.slope) * (own + inverse_classes * (args.totals[k] - other_sum * share)));
       if constexpr (!with_step) {
         own_sums[k] = grad;
       } else {  // in place: this thread alone reads column k, and for the last time

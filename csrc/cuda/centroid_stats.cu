@@ -11,8 +11,8 @@ constexpr int64_t kOneBlock = 65536;  // sums that one block adds up; beyond, bl
 constexpr int64_t kColumnsPerBlock = 256;
 constexpr int64_t kClassesPerChunk = 32;  // at least
 
-// Writes log a, and a where it is wanted, of `count` elements: all, or for `by_size` those whose |f| <= 1 as kNsfNear has
-// it or has it not. Returns their part of S.
+// Writes log a, and a where it is wanted, of `count` elements: all, or for `by_size` those whose |f| <= 1 as kNsfNear
+// has it or has it not. Returns their part of S.
 template <Kind kind, bool by_size = false, class T, class R>
 NCMI_DEVICE double activate_row(R& row, double count, T shift, T* log, T* value) {
   const T s = argument_scale<kind, T>(1.0);

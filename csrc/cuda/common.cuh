@@ -247,6 +247,10 @@ NCMI_DEVICE double upstream_at(const Upstream& upstream, int64_t i) {
                             : double(static_cast<const float*>(upstream.data)[i * upstream.stride]);
 }
 
+NCMI_DEVICE Coefficients operator*(const Coefficients& c, double factor) {
+  return {c.own * factor, c.other * factor, c.share * factor, c.constant * factor};
+}
+
 // The class of a row; stops the kernel where it is none. Not for rows that are ignored.
 NCMI_DEVICE int64_t class_of(int64_t y, int64_t classes) {
   NCMI_DEVICE_ASSERT(y >= 0 && y < classes && "target is out of range");

@@ -6,7 +6,8 @@ namespace ncmi::cuda {
 template <class T>
 void launch_input_grad(const InputGradArgs<T>& args, Stream stream) {
   const int64_t columns = args.centroids.columns;
-  const bool can_be_wide = aligned(args.centroids) && aligned(args.center) && aligned(args.grad);
+  const bool can_be_wide =
+      aligned(args.centroids) && aligned(args.center) && aligned(args.reference) && aligned(args.grad);
   with_row_kernel<T>(args.input, columns, can_be_wide, [&](auto in, auto kept) {
     using In = typename decltype(in)::type;
     constexpr int k = decltype(kept)::value;

@@ -47,27 +47,46 @@ struct InputGradArgs {
   Targets target;   // [B]
   const T* center;  // [M] or null
   Centroids<T> centroids;
-  const RowStats* stats;  // [B]
+  const T* reference;        // [M] what all rows are compared with, or [B, M] for each its own
+  int64_t reference_stride;  // from row to row: 0, or M
+  const RowStats* stats;             // [B]
+  const Coefficients* coefficients;  // [B]
   Upstream upstream;
   void* grad;  // [B, M] contiguous, in the dtype of input
 };
 
-// The rows' sums to their terms, and to the loss.
+// The rows' sums to their terms, and to the rest of their statistics.
 template <class T>
-struct ReduceArgs {
+struct FinishTermsArgs {
   int64_t rows;
   Targets target;
   Centroids<T> centroids;
   const RowSums* sums;  // [B]
   RowStats* stats;      // [B]
-  Weights<T> weights;   // total null: formed here where `mean`
+  double* terms;        // [2, B]
+};
+
+// The terms, or the rows' sums, to the loss. Loss is its type.
+template <class T, class Loss>
+struct ReduceArgs {
+  int64_t rows;
+  Targets target;
+  Centroids<T> centroids;  // but for their columns
+  const double* terms;     // [2, B], or null: formed from the sums
+  const RowSums* sums;     // [B], or null: terms are given
+  RowStats* stats;         // [B], completed where terms are formed
+  Weights<T> weights;      // total null: formed here where `mean`
+  const double* totals;    // [kReduceSums] in the place of the sums over the rows, or null
+  bool focus;
   bool batch_ratio;
   bool mean;
   double eps;
-  T* loss;           // scalar
-  T* row_loss;       // [B], or null: reduction none
-  double* means;     // [2] of A and G over the rows, weighted
-  double* partials;  // [reduce_partials(rows), kReduceSums] workspace
+  Loss* loss;                  // scalar
+  Loss* row_loss;              // [B], or null: reduction none
+  Coefficients* coefficients;  // [B]
+  double* means;               // [2] of A and G over the rows, weighted
+  double* over_rows;           // [kReduceSums] the sums over the rows, or null
+  double* partials;            // [reduce_partials(rows), kReduceSums] workspace
 };
 constexpr int64_t kReduceSums = 4;
 int64_t reduce_partials(int64_t rows);
@@ -118,16 +137,17 @@ struct CentroidGradArgs {
   const T* center;  // [M] or null
   Centroids<T> centroids;
   Matrix logits;          // [C, M] xi
-  const RowStats* stats;  // [B]
+  const RowStats* stats;             // [B]
+  const Coefficients* coefficients;  // [B]
   Upstream upstream;
   const int32_t* sorted;       // [B] targets in order, ignored rows as C
   const int64_t* order;        // [B] the rows that they are of
   int64_t* class_begin;        // [C + 1] workspace, into order
   int64_t chunks;              // grad_chunks(classes, columns, dtype)
   double* partial_totals;      // [chunks, M] workspace
-  double* totals;              // [M + 1], the last one sum_i beta_i: workspace, or
+  double* totals;              // [M + 1], the last one sum_i other_i: workspace, or
   bool totals_given;           // read only
-  double* class_separation;    // [C] workspace: sums of beta over the rows of a class
+  double* class_other;         // [C] workspace: sums of `other` over the rows of a class
   // The sums of the classes that have rows, [C, M], or [B, M] where each is in the place of its first row in `order`.
   bool by_first_row;
   T* own;             // workspace, or [C, M] that becomes the gradient
@@ -146,12 +166,13 @@ struct TotalsArgs {
   int64_t rows, columns;
   Targets target;   // [B]
   const T* center;  // [M] or null
-  const RowStats* stats;  // [B]
+  const RowStats* stats;             // [B]
+  const Coefficients* coefficients;  // [B]
   Upstream upstream;
   bool centroid_to_sample;
   int64_t chunks;    // total_chunks(rows, columns)
   double* partials;  // [chunks, M + 1] workspace
-  double* totals;    // [M + 1], the last one sum_i beta_i
+  double* totals;    // [M + 1], the last one sum_i other_i
 };
 int64_t total_chunks(int64_t rows, int64_t columns);
 
@@ -162,11 +183,10 @@ template <class T>
 void launch_terms(const TermsArgs<T>&, Stream);
 template <class T>
 void launch_input_grad(const InputGradArgs<T>&, Stream);
-// Terms [2, B] from the rows' sums, and the rest of their statistics.
 template <class T>
-void launch_finish_terms(const ReduceArgs<T>&, T* terms, Stream);
-template <class T>
-void launch_reduce(const ReduceArgs<T>&, Stream);
+void launch_finish_terms(const FinishTermsArgs<T>&, Stream);
+template <class T, class Loss>
+void launch_reduce(const ReduceArgs<T, Loss>&, Stream);
 template <class T>
 void launch_update_center(const CenterArgs<T>&, Stream);
 template <class T>

@@ -76,6 +76,10 @@ Targets targets(const Tensor& t, const Tensor& input, int64_t ignore_index) {
           .ignore_index = ignore_index};
 }
 
+const ClassStats* class_stats_on(const Tensor& norms, int64_t classes, const Tensor& input) {
+  return reinterpret_cast<const ClassStats*>(data_on<double>(norms, "norms", {classes + 1, kClassStats}, input));
+}
+
 template <class T>
 Centroids<T> centroids(const Tensor& log_activation, const Tensor& activation, const Tensor& reference,
                        const Tensor& norms, bool centroid_to_sample, const Tensor& input) {
@@ -88,8 +92,7 @@ Centroids<T> centroids(const Tensor& log_activation, const Tensor& activation, c
           .log_activation = data_on<T>(log_activation, "log_activation", {classes, columns}, input),
           .activation = data_on<T>(activation, "activation", {centroid_to_sample ? classes : 0, columns}, input),
           .reference = data_on<T>(reference, "reference", {2, columns}, input),
-          .of = reinterpret_cast<const ClassStats*>(
-              data_on<double>(norms, "norms", {classes + 1, kClassStats}, input))};
+          .of = class_stats_on(norms, classes, input)};
 }
 
 template <class T>
@@ -105,6 +108,11 @@ Matrix rows_of(const Tensor& input, int64_t columns) {
 const RowStats* stats_on(const Tensor& rows, const Tensor& input) {
   check_device(rows, "rows", input);
   return row_stats_of(rows, input.size(0));
+}
+
+const Coefficients* coefficients_on(const Tensor& t, const Tensor& input) {
+  check_device(t, "coefficients", input);
+  return coefficients_in(t, input.size(0));
 }
 
 Upstream upstream_of(const std::optional<Tensor>& t, const Tensor& input) {
@@ -180,7 +188,7 @@ std::tuple<Tensor, Tensor> terms(const Tensor& input, const Tensor& target, cons
     Tensor stats = empty(device, {rows, kRowStats}, ScalarType::Double);
     Workspace workspace(device, rows * kRowSums);
     RowSums* sums = workspace.take<RowSums>(rows * kRowSums);
-    Tensor result = empty(device, {2, rows}, kScalarType<T>);
+    Tensor result = empty(device, {2, rows}, ScalarType::Double);
     launch_terms<T>({.input = z,
                      .rows = rows,
                      .target = y,
@@ -195,10 +203,57 @@ std::tuple<Tensor, Tensor> terms(const Tensor& input, const Tensor& target, cons
                      .eps = 0,
                      .grad = nullptr},
                     device.stream());
-    const ReduceArgs<T> reduce{
-        .rows = rows, .target = y, .centroids = q, .sums = sums, .stats = output<RowStats>(stats)};
-    launch_finish_terms(reduce, output<T>(result), device.stream());
+    launch_finish_terms<T>({.rows = rows,
+                            .target = y,
+                            .centroids = q,
+                            .sums = sums,
+                            .stats = output<RowStats>(stats),
+                            .terms = output<double>(result)},
+                           device.stream());
     return std::make_tuple(result, stats);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> reduce(const Tensor& terms, const Tensor& row_stats, const Tensor& target,
+                                                  const Tensor& norms, const std::optional<Tensor>& weight,
+                                                  const std::optional<Tensor>& totals, bool centroid_to_sample,
+                                                  bool focus, bool batch_ratio, int64_t reduction, double eps,
+                                                  int64_t ignore_index) {
+  check_reduction(batch_ratio, reduction);
+  const Device device(row_stats);
+  STD_TORCH_CHECK(row_stats.dim() == 2 && norms.dim() == 2, "ncmi_kernels: rows and norms must have 2 dimensions");
+  const int64_t rows = row_stats.size(0), classes = norms.size(0) - 1;
+  STD_TORCH_CHECK(classes >= 0, "ncmi_kernels: norms must not be empty");
+  Tensor result = reduction == kNone ? empty(device, {rows}, ScalarType::Double)
+                                     : empty(device, {}, ScalarType::Double);
+  Tensor coefficients = empty(device, {rows, kCoefficients}, ScalarType::Double);
+  Tensor means = empty(device, {2}, ScalarType::Double);
+  Tensor sums = empty(device, {kReduceSums}, ScalarType::Double);
+  const int64_t partials = totals ? 0 : reduce_partials(rows) * kReduceSums;
+  Workspace workspace(device, partials);
+  return with_arithmetic_type(weight ? weight->scalar_type() : ScalarType::Double, "weight", [&]<class T>() {
+    launch_reduce<T, double>(
+        {.rows = rows,
+         .target = targets(target, row_stats, ignore_index),
+         .centroids = {.classes = classes,
+                       .centroid_to_sample = centroid_to_sample,
+                       .of = class_stats_on(norms, classes, row_stats)},
+         .terms = data_on<double>(terms, "terms", {2, rows}, row_stats),
+         .stats = const_cast<RowStats*>(stats_on(row_stats, row_stats)),
+         .weights = {.by_class = data_on<T>(weight, "weight", {classes}, row_stats), .total = nullptr},
+         .totals = data_on<double>(totals, "totals", {kReduceSums}, row_stats),
+         .focus = focus,
+         .batch_ratio = batch_ratio,
+         .mean = reduction == kMean,
+         .eps = eps,
+         .loss = reduction == kNone ? nullptr : output<double>(result),
+         .row_loss = reduction == kNone ? output<double>(result) : nullptr,
+         .coefficients = output<Coefficients>(coefficients),
+         .means = output<double>(means),
+         .over_rows = output<double>(sums),
+         .partials = workspace.take(partials)},
+        device.stream());
+    return std::make_tuple(result, coefficients, means, sums);
   });
 }
 
@@ -248,11 +303,12 @@ Tensor update_center_(const Tensor& center, const Tensor& num_batches_tracked, c
   const Targets y = targets(target, input, ignore_index);
   return with_arithmetic_type(center.scalar_type(), "center", [&]<class T>() {
     Workspace workspace(device, column_sums_workspace(input.size(0), input.size(1)));
-    return column_sums<T>(device, workspace, input, y, num_classes, center, num_batches_tracked, momentum, nullptr, nullptr);
+    return column_sums<T>(device, workspace, input, y, num_classes, center, num_batches_tracked, momentum, nullptr,
+                          nullptr);
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss(
     const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
     const std::optional<Tensor>& running_center, const std::optional<Tensor>& num_batches_tracked, double momentum,
     const Tensor& log_activation, const Tensor& activation, const Tensor& reference, const Tensor& norms,
@@ -280,6 +336,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss(
     const T* given_center = data_on<T>(center, "center", {q.columns}, input);
     Tensor grad = with_grad ? empty(device, {rows, q.columns}, kScalarType<T>) : empty(device, {0}, kScalarType<T>);
     Tensor stats = empty(device, {rows, kRowStats}, ScalarType::Double);
+    Tensor coefficients = empty(device, {rows, kCoefficients}, ScalarType::Double);
     Tensor result = reduction == kNone ? empty(device, {rows}, kScalarType<T>) : empty(device, {}, kScalarType<T>);
     Tensor means = empty(device, {2}, ScalarType::Double);
     // All that may fail is done: from here on the running centre moves.
@@ -302,21 +359,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss(
                      .eps = eps,
                      .grad = with_grad ? output<T>(grad) : nullptr},
                     device.stream());
-    launch_reduce<T>({.rows = rows,
-                      .target = y,
-                      .centroids = q,
-                      .sums = sums,
-                      .stats = output<RowStats>(stats),
-                      .weights = weights,
-                      .batch_ratio = batch_ratio,
-                      .mean = reduction == kMean,
-                      .eps = eps,
-                      .loss = reduction == kNone ? nullptr : output<T>(result),
-                      .row_loss = reduction == kNone ? output<T>(result) : nullptr,
-                      .means = output<double>(means),
-                      .partials = partial_sums},
-                     device.stream());
-    return std::make_tuple(result, stats, moved, grad, means);
+    launch_reduce<T, T>({.rows = rows,
+                         .target = y,
+                         .centroids = q,
+                         .sums = sums,
+                         .stats = output<RowStats>(stats),
+                         .weights = weights,
+                         .batch_ratio = batch_ratio,
+                         .mean = reduction == kMean,
+                         .eps = eps,
+                         .loss = reduction == kNone ? nullptr : output<T>(result),
+                         .row_loss = reduction == kNone ? output<T>(result) : nullptr,
+                         .coefficients = output<Coefficients>(coefficients),
+                         .means = output<double>(means),
+                         .partials = partial_sums},
+                        device.stream());
+    return std::make_tuple(result, stats, coefficients, moved, grad, means);
   });
 }
 
@@ -335,8 +393,9 @@ void scale_(const Tensor& grad, const Tensor& upstream) {
 
 Tensor input_grad(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
                   const Tensor& log_activation, const Tensor& activation, const Tensor& reference,
-                  const Tensor& norms, const Tensor& row_stats, const std::optional<Tensor>& upstream,
-                  bool centroid_to_sample, int64_t ignore_index) {
+                  const Tensor& norms, const Tensor& row_stats, const Tensor& coefficients,
+                  const std::optional<Tensor>& upstream, bool centroid_to_sample, int64_t ignore_index,
+                  const std::optional<Tensor>& row_reference) {
   const Device device(input);
   return with_arithmetic_type(log_activation.scalar_type(), "log_activation", [&]<class T>() {
     const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample, input);
@@ -344,13 +403,18 @@ Tensor input_grad(const Tensor& input, const Tensor& target, const std::optional
     STD_TORCH_CHECK((z.dtype == Dtype::kFloat64) == kIsDouble<T>,
                     "ncmi_kernels: float64 input and float64 centroid_logits go together");
     const int64_t rows = input.size(0);
+    const T* shared_reference = q.reference + (centroid_to_sample ? q.columns : 0);
+    const T* of_rows = data_on<T>(row_reference, "row_reference", {rows, q.columns}, input);
     Tensor grad = empty(device, {rows, q.columns}, input.scalar_type());
     launch_input_grad<T>({.input = z,
                           .rows = rows,
                           .target = targets(target, input, ignore_index),
                           .center = data_on<T>(center, "center", {q.columns}, input),
                           .centroids = q,
+                          .reference = row_reference ? of_rows : shared_reference,
+                          .reference_stride = row_reference ? q.columns : 0,
                           .stats = stats_on(row_stats, input),
+                          .coefficients = coefficients_on(coefficients, input),
                           .upstream = upstream_of(upstream, input),
                           .grad = grad.data_ptr()},
                          device.stream());
@@ -371,8 +435,8 @@ std::tuple<Tensor, Tensor> stable_sort(const Tensor& keys) {
 template <class T>
 void by_class(const Device& device, const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
               const Tensor& centroid_logits, const Centroids<T>& q, const Tensor& row_stats,
-              const std::optional<Tensor>& upstream, int64_t ignore_index, const std::optional<Tensor>& totals, T* grad,
-              const StepArgs<T>* step) {
+              const Tensor& coefficients, const std::optional<Tensor>& upstream, int64_t ignore_index,
+              const std::optional<Tensor>& totals, T* grad, const StepArgs<T>* step) {
   const Matrix z = rows_of<T>(input, q.columns), xi = matrix(centroid_logits, "centroid_logits");
   check_device(centroid_logits, "centroid_logits", input);
   check_shape(centroid_logits, "centroid_logits", {q.classes, q.columns});
@@ -386,7 +450,8 @@ void by_class(const Device& device, const Tensor& input, const Tensor& target, c
   const bool by_first_row = step && rows < q.classes;
   const int64_t sums = ((by_first_row ? rows : q.classes) * q.columns * sizeof(T) + 7) / sizeof(double);
   const int64_t own = step ? sums : 0, own_separation = q.centroid_to_sample ? sums : 0;
-  Workspace workspace(device, (q.classes + 1) + chunks * q.columns + (q.columns + 1) + q.classes + own + own_separation);
+  Workspace workspace(device,
+                      (q.classes + 1) + chunks * q.columns + (q.columns + 1) + q.classes + own + own_separation);
   const CentroidGradArgs<T> args{.input = z,
                                  .rows = rows,
                                  .target = y,
@@ -394,6 +459,7 @@ void by_class(const Device& device, const Tensor& input, const Tensor& target, c
                                  .centroids = q,
                                  .logits = xi,
                                  .stats = stats_on(row_stats, input),
+                                 .coefficients = coefficients_on(coefficients, input),
                                  .upstream = upstream_of(upstream, input),
                                  .sorted = output<int32_t>(sorted),
                                  .order = output<int64_t>(order),
@@ -402,7 +468,7 @@ void by_class(const Device& device, const Tensor& input, const Tensor& target, c
                                  .partial_totals = workspace.take(chunks * q.columns),
                                  .totals = given ? given : workspace.take(q.columns + 1),
                                  .totals_given = given != nullptr,
-                                 .class_separation = workspace.take(q.classes),
+                                 .class_other = workspace.take(q.classes),
                                  .by_first_row = by_first_row,
                                  .own = step ? workspace.take<T>(own) : grad,
                                  .own_separation = workspace.take<T>(own_separation)};
@@ -415,14 +481,14 @@ void by_class(const Device& device, const Tensor& input, const Tensor& target, c
 Tensor centroid_grad(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
                      const Tensor& centroid_logits, const Tensor& log_activation, const Tensor& activation,
                      const Tensor& reference, const Tensor& norms, const Tensor& row_stats,
-                     const std::optional<Tensor>& upstream, bool centroid_to_sample, int64_t ignore_index,
-                     const std::optional<Tensor>& totals) {
+                     const Tensor& coefficients, const std::optional<Tensor>& upstream, bool centroid_to_sample,
+                     int64_t ignore_index, const std::optional<Tensor>& totals) {
   const Device device(input);
   return with_arithmetic_type(centroid_logits.scalar_type(), "centroid_logits", [&]<class T>() {
     const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample, input);
     Tensor grad = empty(device, {q.classes, q.columns}, kScalarType<T>);
-    by_class<T>(device, input, target, center, centroid_logits, q, row_stats, upstream, ignore_index, totals,
-                output<T>(grad), nullptr);
+    by_class<T>(device, input, target, center, centroid_logits, q, row_stats, coefficients, upstream, ignore_index,
+                totals, output<T>(grad), nullptr);
     return grad;
   });
 }
@@ -430,8 +496,9 @@ Tensor centroid_grad(const Tensor& input, const Tensor& target, const std::optio
 void centroid_step_(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
                     const Tensor& centroid_logits, const std::optional<Tensor>& momentum_buffer,
                     const Tensor& log_activation, const Tensor& activation, const Tensor& reference,
-                    const Tensor& norms, const Tensor& row_stats, bool softmax, bool centroid_to_sample,
-                    int64_t ignore_index, double lr, double momentum, double weight_decay, bool nesterov) {
+                    const Tensor& norms, const Tensor& row_stats, const Tensor& coefficients, bool softmax,
+                    bool centroid_to_sample, int64_t ignore_index, double lr, double momentum, double weight_decay,
+                    bool nesterov) {
   const Device device(input);
   with_arithmetic_type(centroid_logits.scalar_type(), "centroid_logits", [&]<class T>() {
     const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample, input);
@@ -444,8 +511,8 @@ void centroid_step_(const Tensor& input, const Tensor& target, const std::option
         .weight_decay = weight_decay,
         .nesterov = nesterov};
     Workspace workspace(device, stats_workspace(q.classes, q.columns));  // before anything moves
-    by_class<T>(device, input, target, center, centroid_logits, q, row_stats, std::nullopt, ignore_index, std::nullopt,
-                nullptr, &step);
+    by_class<T>(device, input, target, center, centroid_logits, q, row_stats, coefficients, std::nullopt, ignore_index,
+                std::nullopt, nullptr, &step);
     write_stats<T>(device, workspace, matrix(centroid_logits, "centroid_logits"), q.classes, q.columns, softmax,
                    centroid_to_sample, const_cast<T*>(q.log_activation), const_cast<T*>(q.activation),
                    const_cast<T*>(q.reference), const_cast<ClassStats*>(q.of));
@@ -453,8 +520,8 @@ void centroid_step_(const Tensor& input, const Tensor& target, const std::option
 }
 
 Tensor class_totals(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
-                    const Tensor& row_stats, const std::optional<Tensor>& upstream, bool centroid_to_sample,
-                    int64_t ignore_index) {
+                    const Tensor& row_stats, const Tensor& coefficients, const std::optional<Tensor>& upstream,
+                    bool centroid_to_sample, int64_t ignore_index) {
   const Device device(input);
   STD_TORCH_CHECK(input.dim() == 2, "ncmi_kernels: input must have 2 dimensions");
   const int64_t rows = input.size(0), columns = input.size(1), chunks = total_chunks(rows, columns);
@@ -467,6 +534,7 @@ Tensor class_totals(const Tensor& input, const Tensor& target, const std::option
                             .target = targets(target, input, ignore_index),
                             .center = data_on<T>(center, "center", {columns}, input),
                             .stats = stats_on(row_stats, input),
+                            .coefficients = coefficients_on(coefficients, input),
                             .upstream = upstream_of(upstream, input),
                             .centroid_to_sample = centroid_to_sample,
                             .chunks = chunks,
@@ -487,6 +555,7 @@ Tensor class_totals(const Tensor& input, const Tensor& target, const std::option
 STABLE_TORCH_LIBRARY_IMPL(ncmi_kernels, CUDA, m) {
   m.impl("centroid_stats", TORCH_BOX(&ncmi::cuda::centroid_stats));
   m.impl("terms", TORCH_BOX(&ncmi::cuda::terms));
+  m.impl("reduce", TORCH_BOX(&ncmi::cuda::reduce));
   m.impl("loss", TORCH_BOX(&ncmi::cuda::loss));
   m.impl("scale_", TORCH_BOX(&ncmi::cuda::scale_));
   m.impl("input_grad", TORCH_BOX(&ncmi::cuda::input_grad));

@@ -1,4 +1,4 @@
-// The rows' sums to their terms, to the loss, and to its derivatives by the terms.
+// The rows' sums to their terms, to the loss, and to the coefficients of their gradients.
 #include "rows.cuh"
 
 namespace ncmi::cuda {
@@ -8,13 +8,21 @@ namespace {
 constexpr int kThreads = 1024;
 constexpr int64_t kRowsOfOneStep = 8192;  // up to here every block forms the sums over all rows for itself
 
+// Of a row that counts.
+template <class T, class Loss>
+NCMI_DEVICE RowTerms terms_at(const ReduceArgs<T, Loss>& args, int64_t i, int64_t y) {
+  if (!args.terms) return terms_of(args.centroids, y, args.sums[i]);
+  const RowStats& stats = args.stats[i];
+  return {stats.inverse_norm, stats.own_mean, stats.all_mean, args.terms[i], args.terms[args.rows + i]};
+}
+
 // One row's part in the sums over all: [weight, A, G, and for the ratio by sample that].
-template <class T>
-NCMI_DEVICE void add_row(const ReduceArgs<T>& args, int64_t i, double (&sums)[kReduceSums]) {
+template <class T, class Loss>
+NCMI_DEVICE void add_row(const ReduceArgs<T, Loss>& args, int64_t i, double (&sums)[kReduceSums]) {
   const int64_t target = args.target[i];
   if (target == args.target.ignore_index) return;
   const int64_t y = class_of(target, args.centroids.classes);
-  const RowTerms t = terms_of(args.centroids, y, args.sums[i]);
+  const RowTerms t = terms_at(args, i, y);
   const double w = weight_of(args.weights, y);
   sums[0] += w;
   sums[1] += w * t.concentration;
@@ -28,8 +36,8 @@ NCMI_DEVICE void sum_of_block(Group& group, double (&sums)[kReduceSums]) {
   group.sum_warps(sums);
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads, 1) reduce_partials_kernel(const ReduceArgs<T> args) {
+template <class T, class Loss>
+__global__ void __launch_bounds__(kThreads, 1) reduce_partials_kernel(const ReduceArgs<T, Loss> args) {
   Group group = group_of_thread(shared_storage<GroupStorage>());
   double sums[kReduceSums] = {};
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < args.rows; i += int64_t(gridDim.x) * blockDim.x)
@@ -40,11 +48,15 @@ __global__ void __launch_bounds__(kThreads, 1) reduce_partials_kernel(const Redu
 }
 
 // Every block forms the same sums in the same order; the first writes the loss, and each its share of the rows.
-template <class T>
-__global__ void __launch_bounds__(kThreads, 1) reduce_kernel(const ReduceArgs<T> args, int64_t partials) {
+template <class T, class Loss>
+__global__ void __launch_bounds__(kThreads, 1) reduce_kernel(const ReduceArgs<T, Loss> args, int64_t partials) {
   Group group = group_of_thread(shared_storage<GroupStorage>());
   double sums[kReduceSums] = {};
-  if (partials) {
+  if (args.totals) {
+    if (group.first())
+#pragma unroll
+      for (int j = 0; j < kReduceSums; ++j) sums[j] = args.totals[j];
+  } else if (partials) {
     for (int64_t p = threadIdx.x; p < partials; p += blockDim.x)
 #pragma unroll
       for (int j = 0; j < kReduceSums; ++j) sums[j] += args.partials[p * kReduceSums + j];
@@ -57,49 +69,46 @@ __global__ void __launch_bounds__(kThreads, 1) reduce_kernel(const ReduceArgs<T>
   const Ratio of_batch = ratio(sums[1] / weight_sum, sums[2] / weight_sum, args.eps);
   if (blockIdx.x == 0 && group.first()) {
     // No sample that counts: 0 / 0, as cross_entropy.
-    if (args.loss) *args.loss = T(args.batch_ratio ? of_batch.value : sums[3] / weight_sum);
+    if (args.loss) *args.loss = Loss(args.batch_ratio ? of_batch.value : sums[3] / weight_sum);
     args.means[0] = sums[1] / sums[0];
     args.means[1] = sums[2] / sums[0];
+    if (args.over_rows)
+      for (int j = 0; j < kReduceSums; ++j) args.over_rows[j] = sums[j];
   }
 
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < args.rows;
        i += int64_t(gridDim.x) * blockDim.x) {
     const int64_t target = args.target[i];
     if (target == args.target.ignore_index) {  // its statistics are zeros already
+      args.coefficients[i] = {};
       if (args.row_loss) args.row_loss[i] = 0;
       continue;
     }
     const int64_t y = class_of(target, args.centroids.classes);
-    const RowTerms t = terms_of(args.centroids, y, args.sums[i]);
+    const RowTerms t = terms_at(args, i, y);
     const Ratio r = args.batch_ratio ? of_batch : ratio(t.concentration, t.separation, args.eps);
     double w = weight_of(args.weights, y);
     if (args.mean) w /= weight_sum;
-    RowStats& stats = args.stats[i];
-    stats.inverse_norm = t.inverse_norm;
-    stats.own_mean = t.own_mean;
-    stats.all_mean = t.all_mean;
-    stats.by_concentration = w * r.d_concentration;
-    stats.by_separation = w * r.d_separation;
-    if (args.row_loss) args.row_loss[i] = T(w * r.value);
+    if (!args.terms) complete(args.stats[i], t);
+    args.coefficients[i] = coefficients_of(args.stats[i], w * r.d_concentration, w * r.d_separation,
+                                           args.centroids.all().classes, args.centroids.centroid_to_sample, args.focus);
+    if (args.row_loss) args.row_loss[i] = Loss(w * r.value);
   }
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 1) finish_terms_kernel(const ReduceArgs<T> args, T* terms) {
+__global__ void __launch_bounds__(kThreads, 1) finish_terms_kernel(const FinishTermsArgs<T> args) {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= args.rows) return;
   const int64_t target = args.target[i];
   if (target == args.target.ignore_index) {
-    terms[i] = terms[args.rows + i] = 0;
+    args.terms[i] = args.terms[args.rows + i] = 0;
     return;
   }
   const RowTerms t = terms_of(args.centroids, class_of(target, args.centroids.classes), args.sums[i]);
-  terms[i] = T(t.concentration);
-  terms[args.rows + i] = T(t.separation);
-  RowStats& stats = args.stats[i];
-  stats.inverse_norm = t.inverse_norm;
-  stats.own_mean = t.own_mean;
-  stats.all_mean = t.all_mean;
+  args.terms[i] = t.concentration;
+  args.terms[args.rows + i] = t.separation;
+  complete(args.stats[i], t);
 }
 
 // What is 0, as the gradient of an ignored row, stays 0 times anything.
@@ -143,18 +152,18 @@ void check_device_works() {
 
 int64_t reduce_partials(int64_t rows) { return rows <= kRowsOfOneStep ? 0 : min(ceil_div(rows, kThreads), kThreads); }
 
-template <class T>
-void launch_reduce(const ReduceArgs<T>& args, Stream stream) {
-  const int64_t partials = reduce_partials(args.rows);
-  if (partials) launch(reduce_partials_kernel<T>, partials, dim3(kThreads), stream, args);
+template <class T, class Loss>
+void launch_reduce(const ReduceArgs<T, Loss>& args, Stream stream) {
+  const int64_t partials = args.totals ? 0 : reduce_partials(args.rows);
+  if (partials) launch(reduce_partials_kernel<T, Loss>, partials, dim3(kThreads), stream, args);
   const int threads = block_threads(args.rows);
-  launch(reduce_kernel<T>, max(1, ceil_div(args.rows, threads)), dim3(threads), stream, args, partials);
+  launch(reduce_kernel<T, Loss>, max(1, ceil_div(args.rows, threads)), dim3(threads), stream, args, partials);
 }
 
 template <class T>
-void launch_finish_terms(const ReduceArgs<T>& args, T* terms, Stream stream) {
+void launch_finish_terms(const FinishTermsArgs<T>& args, Stream stream) {
   const int threads = int(min(block_threads(args.rows), 256));
-  launch(finish_terms_kernel<T>, ceil_div(args.rows, threads), dim3(threads), stream, args, terms);
+  launch(finish_terms_kernel<T>, ceil_div(args.rows, threads), dim3(threads), stream, args);
 }
 
 template <class T>
@@ -165,10 +174,11 @@ void launch_scale(T* grad, int64_t elements, const T* factor, Stream stream) {
          factor);
 }
 
-template void launch_reduce(const ReduceArgs<float>&, Stream);
-template void launch_reduce(const ReduceArgs<double>&, Stream);
-template void launch_finish_terms(const ReduceArgs<float>&, float*, Stream);
-template void launch_finish_terms(const ReduceArgs<double>&, double*, Stream);
+template void launch_reduce(const ReduceArgs<float, float>&, Stream);
+template void launch_reduce(const ReduceArgs<float, double>&, Stream);
+template void launch_reduce(const ReduceArgs<double, double>&, Stream);
+template void launch_finish_terms(const FinishTermsArgs<float>&, Stream);
+template void launch_finish_terms(const FinishTermsArgs<double>&, Stream);
 template void launch_scale(float*, int64_t, const float*, Stream);
 template void launch_scale(double*, int64_t, const double*, Stream);
 

@@ -131,8 +131,8 @@ NCMI_DEVICE Size<T> size_of(R& row) {
   return {row.group.sum(squares.value), bit_cast<T>(row.group.maximum(largest))};
 }
 
-// ||x||_2 from the plain sum of squares, which is redone of smaller numbers only where it overflowed; where it underflows
-// the caller's kSmallestLength hides it.
+// ||x||_2 from the plain sum of squares, which is redone of smaller numbers only where it overflowed; where it
+// underflows the caller's kSmallestLength hides it.
 template <class T, class R>
 NCMI_DEVICE double norm_of(R& row, const Size<T>& size) {
   if (size.squares < double(kLargest<T>)) return double(sqrt(T(size.squares)));
@@ -175,19 +175,20 @@ NCMI_DEVICE double poison(R& row, double squares) {
 // Sums
 // -------------------------------------------------------------------------------------------------------------
 
-// The pointers of one row.
+// What one row is compared with.
 template <class T>
 struct Own {
   const T* log;         // log a(xi_y)
   const T* activation;  // a(xi_y); centroid_to_sample only
   const T* reference;   // what log a is compared with, for all classes at once
   const T* q_mean;      // mean of q over classes; centroid_to_sample only
+  double log_norm;      // of a(xi_y)
 };
 
 template <bool centroid_to_sample, class T>
 NCMI_DEVICE Own<T> own_of(const Centroids<T>& q, int64_t y) {
   return {q.log_activation + y * q.columns, centroid_to_sample ? q.activation + y * q.columns : nullptr, q.reference,
-          q.reference + q.columns};
+          q.reference + q.columns, q.of[y].log_norm};
 }
 
 template <Kind kind, bool centroid_to_sample, bool fast, class T, class R>
@@ -238,8 +239,8 @@ NCMI_DEVICE RowSums sum_row(R& row, const Own<T>& of, double scale, T shift) {
     all.value += sum_all;
     own_cross.value += sum_cross;
   });
-  // So have the others over threads, but near: where every logarithm is about -1.5, say, they are large, and what is made
-  // of them is not.
+  // So have the others over threads, but near: where every logarithm is about -1.5, say, they are large, and what is
+  // made of them is not.
   const auto over_warp = [](auto sum) NCMI_INLINED {
     if constexpr (norm_in_double)
       return warp_sum(double(sum));
@@ -312,6 +313,13 @@ NCMI_DEVICE Summed<T> sum_row_stable(R& row, const Own<T>& of, const Features& f
   return result;
 }
 
+// What the sums of a row add to its statistics.
+NCMI_DEVICE void complete(RowStats& stats, const RowTerms& terms) {
+  stats.inverse_norm = terms.inverse_norm;
+  stats.own_mean = terms.own_mean;
+  stats.all_mean = terms.all_mean;
+}
+
 template <class T>
 NCMI_DEVICE double weight_of(const Weights<T>& weights, int64_t y) {
   return weights.by_class ? double(weights.by_class[y]) : 1.0;
@@ -321,83 +329,29 @@ NCMI_DEVICE double weight_of(const Weights<T>& weights, int64_t y) {
 // Gradient. Forms p again: with the sums of the row known that is one pass.
 // -------------------------------------------------------------------------------------------------------------
 
-// The gradient of a row by z, but for what the chain rule of its length takes away.
-template <bool centroid_to_sample, bool fast, Kind kind, class T>
-struct GradRow {
-  T s, shift;
-  // sample_to_centroid
-  T by_all, by_gap, constant;
-  // centroid_to_sample
-  T inverse_norm, q_factor, own_mean, inverse_classes, alpha, beta;
-
-  NCMI_DEVICE GradRow(const Centroids<T>& q, int64_t y, const RowStats& stats, double concentration_grad,
-                      double separation_grad)
-      : s(argument_scale<kind, T>(stats.scale)), shift(T(stats.shift)) {
-    const double inverse_c = 1.0 / q.all().classes;
-    if constexpr (centroid_to_sample) {
-      inverse_norm = T(stats.inverse_norm);
-      q_factor = T(::exp(-q.of[y].log_norm));
-      own_mean = T(stats.own_mean);
-      inverse_classes = T(inverse_c);
-      alpha = T(concentration_grad * stats.scale);
-      beta = T(separation_grad * stats.scale);
-    } else {
-      const SampleGradient g =
-          sample_gradient(concentration_grad, separation_grad, inverse_c, stats.own_mean, stats.all_mean);
-      // near: the factor 1/4 of (1 - t^2) / 4 goes into the coefficients
-      const double factor = (is_near(kind) ? 0.25 : 1.0) * stats.scale * stats.inverse_norm;
-      by_all = T(factor * g.by_all);
-      by_gap = T(factor * g.by_gap);
-      constant = T(factor * g.constant);
-    }
-  }
-
-  template <int width>
-  NCMI_DEVICE void at(const Own<T>& of, int k, const T* x, T* grad) const {
-    T own_log[width], reference[width], own_activation[width], q_mean[width];
-    load_values<width, true>(of.log + k, own_log);
-    if constexpr (centroid_to_sample) {
-      load_values<width, true>(of.activation + k, own_activation);
-      load_values<width, false>(of.q_mean + k, q_mean);
-    } else {
-      load_values<width, false>(of.reference + k, reference);
-    }
+// Of `width` columns from k, which x are of.
+template <int width, bool centroid_to_sample, bool fast, Kind kind, class T>
+NCMI_DEVICE void gradient_at(const RowGradient<centroid_to_sample, kind, T>& gradient, const Own<T>& of, int k,
+                             const T* x, T* grad) {
+  T own_log[width], own_activation[width] = {}, reference[width];
+  load_values<width, true>(of.log + k, own_log);
+  if constexpr (centroid_to_sample) load_values<width, true>(of.activation + k, own_activation);
+  load_values<width, false>((centroid_to_sample ? of.q_mean : of.reference) + k, reference);
 #pragma unroll
-    for (int v = 0; v < width; ++v) {
-      if constexpr (centroid_to_sample) {
-        const Activation<T> a = activate<kind, fast>(x[v], s, shift);
-        const T p = a.value * inverse_norm;
-        grad[v] = alpha * concentration_gradient(a.slope * p, a.log - own_log[v], own_mean) +
-                  beta * separation_gradient_centroid(a.slope, p, q_mean[v], own_activation[v] * q_factor,
-                                                      inverse_classes);
-      } else {
-        T value_slope, log;
-        if constexpr (is_near(kind)) {
-          const NearSlope a = near_slope<kind>(x[v] * s);
-          value_slope = a.slope;
-          log = a.log;
-        } else {
-          const Activation<T> a = activate<kind, fast>(x[v], s, shift);
-          value_slope = a.value_slope;
-          log = a.log;
-        }
-        grad[v] = sample_gradient_at(value_slope, log - reference[v], reference[v] - own_log[v], by_all, by_gap,
-                                     constant);
-      }
-    }
-  }
-};
+  for (int v = 0; v < width; ++v)
+    grad[v] = gradient.template at<fast>(x[v], own_log[v], own_activation[v], reference[v]);
+}
 
-// d loss / d z of a row, by the derivatives of the loss by its terms. Where the length counts, through x / ||x|| as
-// well: g - x (x . g) / ||x||^2, where the square may underflow.
+// d loss / d z of a row. Where the length counts, through x / ||x|| as well: g - x (x . g) / ||x||^2, where the square
+// may underflow.
 template <bool centroid_to_sample, bool fast, class In, class T, int kept>
-NCMI_DEVICE void grad_of_row(Row<In, T, kept>& row, const Centroids<T>& q, int64_t y, const RowStats& stats,
-                             double concentration_grad, double separation_grad, void* out) {
+NCMI_DEVICE void grad_of_row(Row<In, T, kept>& row, const Own<T>& of, const RowStats& stats,
+                             const Coefficients& coefficients, void* out) {
   using R = Row<In, T, kept>;
-  const Own<T> of = own_of<centroid_to_sample>(q, y);
-  const int64_t offset = row.i * q.columns;
+  const int64_t offset = row.i * row.columns;
+  const double own_inverse_norm = centroid_to_sample ? ::exp(-of.log_norm) : 1.0;
   with_kind<T>(kind_of(stats.kind), [&]<Kind kind>() NCMI_INLINED {
-    const GradRow<centroid_to_sample, fast, kind, T> of_row(q, y, stats, concentration_grad, separation_grad);
+    const RowGradient<centroid_to_sample, kind, T> gradient(stats, coefficients, own_inverse_norm);
     T grad[R::streamed ? 1 : kept];
     ThreadSum<R, T> dot;
     if (!R::streamed || stats.inverse_length != 0) {
@@ -405,7 +359,8 @@ NCMI_DEVICE void grad_of_row(Row<In, T, kept>& row, const Centroids<T>& q, int64
         T stretch[R::width];
         T* g = R::streamed ? stretch : grad + j * R::width;
 #pragma unroll
-        for (int v = 0; v < R::width; v += R::part) of_row.template at<R::part>(of, k + v, x + v, g + v);
+        for (int v = 0; v < R::width; v += R::part)
+          gradient_at<R::part, centroid_to_sample, fast>(gradient, of, k + v, x + v, g + v);
         T sum = 0;
 #pragma unroll
         for (int v = 0; v < R::width; ++v) sum += x[v] * g[v];
@@ -419,7 +374,8 @@ NCMI_DEVICE void grad_of_row(Row<In, T, kept>& row, const Centroids<T>& q, int64
       T g[R::width];
       if constexpr (R::streamed) {
 #pragma unroll
-        for (int v = 0; v < R::width; v += R::part) of_row.template at<R::part>(of, k + v, x + v, g + v);
+        for (int v = 0; v < R::width; v += R::part)
+          gradient_at<R::part, centroid_to_sample, fast>(gradient, of, k + v, x + v, g + v);
       } else {
 #pragma unroll
         for (int v = 0; v < R::width; ++v) g[v] = grad[j * R::width + v];
@@ -462,9 +418,9 @@ __global__ void __maxnreg__((kTermsRegisters<In, T, kept, centroid_to_sample>)) 
   }
   const int64_t y = class_of(target, q.classes);
   Row<In, T, kept> row(args.input, i, args.center, q.columns, group);
-  const Summed<T> summed =
-      sum_row_stable<centroid_to_sample, fast>(row, own_of<centroid_to_sample>(q, y), args.features);
-  RowStats stats{summed.scale, summed.inverse_length, double(summed.kind), double(summed.shift), 0, 0, 0, 0, 0};
+  const Own<T> of = own_of<centroid_to_sample>(q, y);
+  const Summed<T> summed = sum_row_stable<centroid_to_sample, fast>(row, of, args.features);
+  RowStats stats{summed.scale, summed.inverse_length, double(summed.kind), double(summed.shift), 0, 0, 0};
   if (group.first()) {
     args.sums[i] = summed.sums;
     args.stats[i] = stats;
@@ -474,10 +430,10 @@ __global__ void __maxnreg__((kTermsRegisters<In, T, kept, centroid_to_sample>)) 
     const Ratio r = ratio(terms.concentration, terms.separation, args.eps);
     double w = weight_of(args.weights, y);
     if (args.weights.total) w /= *args.weights.total;
-    stats.inverse_norm = terms.inverse_norm;
-    stats.own_mean = terms.own_mean;
-    stats.all_mean = terms.all_mean;
-    grad_of_row<centroid_to_sample, fast>(row, q, y, stats, w * r.d_concentration, w * r.d_separation, args.grad);
+    complete(stats, terms);
+    const Coefficients coefficients = coefficients_of(stats, w * r.d_concentration, w * r.d_separation,
+                                                      q.all().classes, centroid_to_sample, false);
+    grad_of_row<centroid_to_sample, fast>(row, of, stats, coefficients, args.grad);
   }
 }
 
@@ -492,10 +448,11 @@ __global__ void __maxnreg__((kRegisters<In, T, kept>)) input_grad_kernel(const I
   if (target == args.target.ignore_index) return zero_row<In, T>(group, args.input, i, q.columns, args.grad);
   const int64_t y = class_of(target, q.classes);
   Row<In, T, kept> row(args.input, i, args.center, q.columns, group);
+  Own<T> of = own_of<centroid_to_sample>(q, y);
+  (centroid_to_sample ? of.q_mean : of.reference) = args.reference + i * args.reference_stride;
   const RowStats stats = args.stats[i];
-  const double upstream = upstream_at(args.upstream, i);
-  grad_of_row<centroid_to_sample, fast>(row, q, y, stats, stats.by_concentration * upstream,
-                                        stats.by_separation * upstream, args.grad);
+  const Coefficients coefficients = args.coefficients[i] * upstream_at(args.upstream, i);
+  grad_of_row<centroid_to_sample, fast>(row, of, stats, coefficients, args.grad);
 }
 
 // -------------------------------------------------------------------------------------------------------------

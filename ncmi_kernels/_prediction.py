@@ -1,0 +1,174 @@
+"""What a criterion does without targets: the class of a sample, and the mean distribution of each class."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ncmi_kernels import _problem, reference
+from ncmi_kernels._modes import concrete
+from ncmi_kernels._options import Options
+
+
+class Predictor(nn.Module):
+    """The part of :class:`NCMILoss` that needs no loss; that class makes the parameters and buffers."""
+
+    num_classes: int
+    feature_dim: int
+    options: Options
+    center_momentum: float | None
+    centroid_logits: nn.Parameter
+    center: Tensor
+    class_means: Tensor | None
+
+    def centroids(self) -> Tensor:
+        """The centroids [C, M] as distributions: each row sums to one. Differentiable."""
+        return reference.log_activation(self.centroid_logits, self.options.activation).exp()
+
+    @torch.no_grad()
+    def scores(self, features: Tensor, *, class_means: bool = False) -> Tensor:
+        """Scores of the classes, sum_k p_k log q_ck: the higher the nearer (argmin_c KL(p || q_c)).
+
+        Args:
+            features: [B, M], [M] or [B, M, d1, ...].
+            class_means: score against the means of `fit_class_means`, the paper's evaluation, instead of the
+                centroids. A class that the fit had no sample of scores -inf.
+
+        Returns:
+            [B, C], [C] or [B, C, d1, ...]; float32, or float64 where the features or the centroids are.
+
+        Raises:
+            RuntimeError: class means asked for before they were fitted, or a dtype or device is not supported.
+            TypeError, ValueError: `features` is no tensor, or of another shape.
+        """
+        relative, common = self._relative_scores(features, class_means)
+        scores = (relative + common[:, None]).reshape(*self._check_features(features), self.num_classes)
+        return scores.movedim(-1, min(1, features.dim() - 1))
+
+    @torch.no_grad()
+    def predict(self, features: Tensor, *, class_means: bool = False) -> Tensor:
+        """The class (int64) of the highest score: [B], [] or [B, d1, ...]. Arguments and errors as of `scores`."""
+        highest = self._relative_scores(features, class_means)[0].argmax(dim=1)
+        return highest.reshape(self._check_features(features))
+
+    def _relative_scores(self, features: Tensor, class_means: bool) -> tuple[Tensor, Tensor]:
+        """Scores [B, C] less what all classes of a sample share, and that [B].
+
+        The differences between classes may be small beside the scores; adding what they share would round them.
+        """
+        log_q = self._log_centroids(class_means)
+        log_p = self._log_probabilities(features)
+        missing = log_q[:, 0].isneginf()
+        log_q = log_q.masked_fill(missing[:, None], 0).to(torch.promote_types(log_p.dtype, log_q.dtype))
+        p = log_p.to(log_q.dtype).exp()
+        shared = log_q.sum(dim=0) / (~missing).sum().clamp(min=1)
+        with reference.no_autocast(features.device):
+            relative = p @ (log_q - shared).T
+            return relative.masked_fill(missing, -torch.inf), p @ shared
+
+    @torch.no_grad()
+    def fit_class_means(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+        """Set `class_means` to the mean distribution of each class: the paper's centroids for evaluation.
+
+        Streams: state of O(C M), one batch at a time. Part of the state_dict from then on.
+
+        Args:
+            batches: pairs of features and targets, as `forward` takes them; targets of `ignore_index` are skipped.
+
+        Returns:
+            [C, M]; a class without samples has a row of zeros.
+
+        Raises:
+            TypeError, ValueError, IndexError, RuntimeError: as :func:`ncmi_loss`.
+        """
+        with torch.inference_mode(False):  # a buffer made in it could not be changed in place outside
+            total = torch.zeros_like(self.centroid_logits, dtype=torch.float64)
+            count = torch.zeros(self.num_classes, device=total.device, dtype=torch.float64)
+            for features, target in batches:
+                p, classes, kept = self._counted_probabilities(features, target)
+                total.index_add_(0, classes, p)
+                count.index_add_(0, classes, kept.double())
+            self.class_means = (total / count.clamp(min=1)[:, None]).to(self.centroid_logits.dtype)
+        return self.class_means
+
+    # --------------------------------------------------------------------------------------------------------
+
+    def _counted_probabilities(self, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For a fit: p [N, M] float64 and classes [N] of its rows, both 0 where ignored; and which are not [N]."""
+        _problem.check_batch(features, target, self.centroid_logits)
+        rows, classes = _problem.flatten(features, target)
+        _problem.check_range(classes, self.num_classes, self.options.ignore_index)
+        kept = classes != self.options.ignore_index
+        p = self._log_probabilities(rows).exp().double()
+        return torch.where(kept[:, None], p, 0), classes.masked_fill(~kept, 0), kept
+
+    def _check_features(self, features: Tensor) -> torch.Size:
+        """The shape of `features` without that of a vector; raises unless they are [B, M], [M] or [B, M, d1, ...]."""
+        _problem.check_floating("features", features)
+        _problem.check_device("features", features, self.centroid_logits)
+        shape = features.shape
+        if not shape or shape[min(1, len(shape) - 1)] != self.feature_dim:
+            raise ValueError(
+                f"features: got shape {tuple(shape)}, expected [B, M], [M] or [B, M, d1, ...] with M = "
+                f"{self.feature_dim}"
+            )
+        return shape[:1] + shape[2:] if len(shape) > 1 else torch.Size()
+
+    def _log_probabilities(self, features: Tensor) -> Tensor:
+        """Log p [N, M] of features [B, M], [M] or [B, M, d1, ...]."""
+        self._check_features(features)
+        center = None if self.center_momentum is None else self.center
+        if center is not None:
+            _problem.check_vector("center", center, self.feature_dim, self.centroid_logits)
+        dtype = torch.promote_types(torch.promote_types(features.dtype, self.centroid_logits.dtype), torch.float32)
+        with reference.no_autocast(features.device):
+            return reference.log_probabilities(
+                _problem.flatten_features(features).to(dtype),
+                None if center is None else center.to(dtype),
+                self.options.temperature,
+                self.options.l2_normalize,
+                self.options.activation,
+            )
+
+    def _own(self, table: Tensor) -> Tensor:
+        """The rows of a [C, M] parameter or buffer that this process holds."""
+        return table
+
+    def _log_centroids(self, class_means: bool) -> Tensor:
+        dtype = torch.promote_types(self.centroid_logits.dtype, torch.float32)
+        if not class_means:
+            return reference.log_activation(self._own(self.centroid_logits).to(dtype), self.options.activation)
+        if self.class_means is None:
+            raise RuntimeError("class_means: not fitted yet, expected a call of fit_class_means first")
+        if self.class_means.shape != self.centroid_logits.shape:
+            raise ValueError(
+                f"class_means: got shape {tuple(self.class_means.shape)}, expected {tuple(self.centroid_logits.shape)}"
+            )
+        _problem.check_device("class_means", self.class_means, self.centroid_logits)
+        means = self._own(self.class_means).to(dtype)
+        missing = means.sum(dim=1, keepdim=True) == 0
+        return means.clamp(min=torch.finfo(dtype).tiny).log().masked_fill(missing, -torch.inf)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.class_means is None:
+            # Software that loads by key, such as torch.distributed.checkpoint, asks a new module for its keys.
+            destination[prefix + "class_means"] = self._unfitted()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        before = self.class_means
+        if before is None and prefix + "class_means" in state_dict:
+            self.class_means = self._unfitted()  # for what follows to fill
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.class_means is not None and not self._is_fitted(self.class_means):
+            self.class_means = None
+
+    def _unfitted(self) -> Tensor:
+        """What stands for class means that are not fitted in a state_dict: those of no samples."""
+        return torch.zeros_like(self.centroid_logits, requires_grad=False)
+
+    def _is_fitted(self, class_means: Tensor) -> bool:
+        if class_means.is_meta or not concrete(class_means):
+            return False
+        return bool(class_means.any())
