@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.library import Library
 
 from ncmi_kernels import _schema
-from ncmi_kernels._ops import Table
 from ncmi_kernels._options import REDUCTIONS
-from ncmi_kernels._plain import SGD
+from ncmi_kernels._plain import SGD, Table
 from ncmi_kernels._triton import launches
 from ncmi_kernels._triton.arguments import Batch, Features, Moving, Reduced, Reducing, Rows
 from ncmi_kernels._triton.batch import TERMS
