@@ -162,12 +162,12 @@ def loss(
     """The loss [] or [B], the rows' statistics [B, 7] and coefficients [B, 4], the moved centre [M] or [0],
     d loss / d input or [0], means [2].
     """  # noqa: D205
-    dtype, classes = log_activation.dtype, log_activation.shape[0]
     batch = Batch(input, target, center if running_center is None else running_center, ignore_index)
     table = Table(log_activation, activation, reference, norms)
     features = Features(temperature, l2_normalize, softmax, centroid_to_sample)
     by = Reducing(weight, batch_ratio, reduction, eps, centroid_to_sample)
     check_table(input, table, centroid_to_sample)
+    dtype, classes = log_activation.dtype, log_activation.shape[0]
     rows, columns = check_batch(batch, dtype, classes)
     check("weight", weight, input, (dtype,), (classes,))
     check("num_batches_tracked", num_batches_tracked, input, INT64, ())
@@ -275,8 +275,8 @@ def centroid_grad(
     batch = Batch(input, target, center, ignore_index)
     table = Table(log_activation, activation, reference, norms)
     of_rows = Rows(rows, coefficients, upstream)
-    classes, columns = log_activation.shape
     check_table(input, table, centroid_to_sample)
+    classes, columns = log_activation.shape
     check_batch(batch, log_activation.dtype, classes)
     check_rows(input, of_rows)
     check("centroid_logits", centroid_logits, input, (log_activation.dtype,), (classes, columns), strided=True)
