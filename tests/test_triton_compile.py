@@ -28,6 +28,8 @@ CASES = [
     ),
     *itertools.product(("centroid_step_",), ("fp32",), (100, 4096, LOOPING), ({},)),
     ("input_grad", "fp32", 16384, C2S),
+    *itertools.product(("input_grad",), ("fp32",), (4096,), ({"row_reference": True}, {"row_reference": True, **C2S})),
+    ("reduce", "fp32", 4096, {}),
     *itertools.product(("loss",), ("fp32",), (1000, 16384), ({"ratio": "sample"},)),
     *itertools.product(("loss",), ("bf16", "fp32"), (4096,), ({"activation": "softmax"}, {"temperature": 0.2})),
     ("loss", "fp16", 4096, {}),
@@ -133,6 +135,14 @@ def test_traffic_of_the_others(compiled, target):
         assert step["loads"]["logits"] == passes * of_class
         assert step["loads"]["momentum_buffer"] == of_class
         assert step["widest"]["logits"] == step["widest"]["momentum_buffer"] == 128
+    for case in (
+        "input_grad-fp32-4096-row_reference=True",
+        "input_grad-fp32-4096-row_reference=True-centroid_to_sample=True",
+    ):
+        (backward,) = compiled[case, target]
+        assert backward["loads"]["row_reference"] == 3 * 32 * backward["elements"]  # in a branch for each kind
+        assert backward["widest"]["row_reference"] == 128
+        assert "reference" not in backward["loads"]
     kernels = {k["kernel"]: k for k in compiled["centroid_stats-fp32-4096", target]}
     rows = kernels["centroid_rows_kernel"]
     assert rows["stores"]["log_activation"] == 32 * rows["elements"]

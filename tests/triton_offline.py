@@ -22,6 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ncmi_kernels._schema import COEFFICIENTS, ROW_STATS
 from ncmi_kernels._triton import launches, ops
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -72,14 +73,18 @@ def launches_of(operator: str, dtype: str, columns: int, options: dict[str, Any]
         z, y = torch.empty(rows, columns, dtype=DTYPES[dtype]), torch.empty(rows, dtype=torch.int64)
         xi, center = torch.empty(classes, columns, dtype=wide), torch.empty(columns, dtype=wide)
         batches, upstream = torch.empty((), dtype=torch.int64), torch.empty((), dtype=wide)
+        saved, coefficients = (torch.empty(rows, n, dtype=torch.float64) for n in (ROW_STATS, COEFFICIENTS))
+        terms = torch.empty(2, rows, dtype=torch.float64)
+        row_reference = torch.empty(rows, columns, dtype=wide) if options.get("row_reference") else None
     found: list[Any] = []
     with recorded(found):
         stats = ops.centroid_stats(xi, softmax, c2s)
-        saved = torch.empty(rows, 9, dtype=torch.float64, device="meta")
         if operator != "centroid_stats":
             found.clear()
         if operator == "terms":
             ops.terms(z, y, center, *stats, temperature, l2, softmax, c2s, -100)
+        elif operator == "reduce":
+            ops.reduce(terms, saved, y, stats[3], None, None, c2s, False, True, 1, 1e-8, -100)
         elif operator == "loss":
             sample = options.get("ratio", "batch") == "sample"
             ops.loss(
@@ -87,12 +92,13 @@ def launches_of(operator: str, dtype: str, columns: int, options: dict[str, Any]
                 *(-100, sample and dtype not in ("bf16", "fp16")),
             )
         elif operator == "input_grad":
-            ops.input_grad(z, y, center, *stats, saved, upstream, c2s, -100)
+            ops.input_grad(z, y, center, *stats, saved, coefficients, upstream, c2s, -100, row_reference)
         elif operator == "centroid_grad":
-            ops.centroid_grad(z, y, center, xi, *stats, saved, upstream, c2s, -100)
+            ops.centroid_grad(z, y, center, xi, *stats, saved, coefficients, upstream, c2s, -100)
         elif operator == "centroid_step_":
             sgd = 0.1, 0.9, 5e-4, True
-            ops.centroid_step_(z, y, center, xi, torch.empty_like(xi), *stats, saved, softmax, c2s, -100, *sgd)
+            momenta = torch.empty_like(xi)
+            ops.centroid_step_(z, y, center, xi, momenta, *stats, saved, coefficients, softmax, c2s, -100, *sgd)
         elif operator == "scale_":
             ops.scale_(z, upstream)
     return found

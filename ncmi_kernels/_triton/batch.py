@@ -5,20 +5,18 @@ import triton.language as tl
 
 from ncmi_kernels._triton.elements import (
     ALL_MEAN,
-    BY_CONCENTRATION,
-    BY_SEPARATION,
     INVERSE_NORM,
     LOG_NORM,
     OWN_MEAN,
     RECORD,
     STATS,
     checked,
+    class_count,
     double,
     load_features,
+    store_coefficients,
 )
-from ncmi_kernels._triton.rows import (
-    terms_of,
-)
+from ncmi_kernels._triton.rows import coefficients_of, terms_of
 
 NONE = tl.constexpr(0)
 MEAN = tl.constexpr(1)
@@ -37,31 +35,31 @@ LAST = tl.constexpr(2)  # each adds up what PARTIAL wrote
 
 @triton.jit
 def _terms_tile(
-    row, target, norms, weight, sums, target_stride, ignore_index, classes, B, CENTROID_TO_SAMPLE: tl.constexpr,
-    FINISHED: tl.constexpr,
+    row, target, norms, weight, terms, rows, target_stride, ignore_index, classes, B, CENTROID_TO_SAMPLE: tl.constexpr,
+    GIVEN: tl.constexpr,
 ):  # fmt: skip
     """Of BLOCK rows: A and G (0 where a row does not count), 1 / S, the means under p, the class weight or 0."""
     y, live, wrong = checked(target, row, target_stride, ignore_index, classes, B)
     tl.device_assert(wrong == 0, "target: out of range, expected a class in [0, C) or ignore_index")
-    norm = tl.load(sums + row, mask=live, other=1.0)
-    own = tl.load(sums + B + row, mask=live, other=0.0)
-    if FINISHED:
-        concentration = tl.where(live, norm, 0.0)
-        separation = own
-        inverse_norm = norm
-        own_mean = own
-        all_mean = own
+    first = tl.load(terms + row, mask=live, other=1.0)
+    second = tl.load(terms + B + row, mask=live, other=0.0)
+    if GIVEN:
+        concentration = first
+        separation = second
+        inverse_norm = tl.load(rows + row * STATS + INVERSE_NORM, mask=live, other=0.0)
+        own_mean = tl.load(rows + row * STATS + OWN_MEAN, mask=live, other=0.0)
+        all_mean = tl.load(rows + row * STATS + ALL_MEAN, mask=live, other=0.0)
     else:
-        total = tl.load(sums + 2 * B.to(tl.int64) + row, mask=live, other=0.0)
-        own_cross = tl.load(sums + 3 * B.to(tl.int64) + row, mask=live, other=0.0) if CENTROID_TO_SAMPLE else own
+        total = tl.load(terms + 2 * B.to(tl.int64) + row, mask=live, other=0.0)
+        own_cross = tl.load(terms + 3 * B.to(tl.int64) + row, mask=live, other=0.0) if CENTROID_TO_SAMPLE else second
         concentration, separation, inverse_norm, own_mean, all_mean = terms_of(
-            norm, own, total, own_cross, tl.load(norms + y * RECORD + LOG_NORM), norms, classes, CENTROID_TO_SAMPLE
+            first, second, total, own_cross, tl.load(norms + y * RECORD + LOG_NORM), norms, classes, CENTROID_TO_SAMPLE
         )
-        concentration = tl.where(live, concentration, 0.0)
-        separation = tl.where(live, separation, 0.0)
         inverse_norm = tl.where(live, inverse_norm, 0.0)
         own_mean = tl.where(live, own_mean, 0.0)
         all_mean = tl.where(live, all_mean, 0.0)
+    concentration = tl.where(live, concentration, 0.0)
+    separation = tl.where(live, separation, 0.0)
     factor = tl.where(live, 1.0, concentration * 0.0)
     if weight is not None:
         factor = tl.load(weight + y, mask=live, other=0.0).to(tl.float64)
@@ -73,7 +71,7 @@ def _batch_sums(concentration, separation, factor, live, eps, BATCH_RATIO: tl.co
     """Of BLOCK rows: the sums of w, of w A, of w G, and for the ratio by sample of w A / (G + eps)."""
     first = tl.sum(tl.where(live, factor * concentration, 0.0), axis=0)
     second = tl.sum(tl.where(live, factor * separation, 0.0), axis=0)
-    third = first
+    third = tl.full([], 0.0, tl.float64)
     if not BATCH_RATIO:
         third = tl.sum(tl.where(live, factor * (concentration * (1.0 / (separation + eps))), 0.0), axis=0)
     return tl.sum(factor, axis=0), first, second, third
@@ -81,24 +79,24 @@ def _batch_sums(concentration, separation, factor, live, eps, BATCH_RATIO: tl.co
 
 @triton.jit(do_not_specialize=["target_stride", "eps", "ignore_index", "classes", "B", "tiles", "columns"], debug=True)
 def finish_kernel(
-    target, norms, weight, sums, partials, rows, loss, means, center, batches, moved_center, moved_batches,
-    target_stride, eps, ignore_index, classes, B, tiles, columns, CENTROID_TO_SAMPLE: tl.constexpr,
-    BATCH_RATIO: tl.constexpr, REDUCTION: tl.constexpr, FINISHED: tl.constexpr, STAGE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    target, norms, weight, terms, totals, partials, rows, coefficients, loss, means, sums, center, batches,
+    moved_center, moved_batches, target_stride, eps, ignore_index, classes, B, tiles, columns,
+    CENTROID_TO_SAMPLE: tl.constexpr, FOCUS: tl.constexpr, BATCH_RATIO: tl.constexpr, REDUCTION: tl.constexpr,
+    GIVEN: tl.constexpr, STAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """From `sums` [4, B] of the rows to what REDUCTION asks for: the loss [] or [B], or for TERMS A and G [2, B].
+    """From the sums of the rows to what REDUCTION asks for: the loss [] or [B], or for TERMS A and G [2, B].
 
-    And but for TERMS to `means` [2] of A and G. Writes the columns of `rows` [B, 9] that terms_kernel left out: with
-    FINISHED it left none.
-    Stage PARTIAL writes its sums over them to `partials` [4, tiles], LAST reads those; WHOLE does without.
+    `terms` are the rows' sums [4, B], and the columns of `rows` [B, 7] that terms_kernel left out are written; or with
+    GIVEN they are A and G [2, B]. But for TERMS also `means` [2] of A and G, and where there are pointers for them
+    `coefficients` [B, 4] and the `sums` [4] over the rows. Those are formed in stages: PARTIAL writes its own to
+    `partials` [4, tiles], LAST reads them; WHOLE does without. Or they are not formed, and are those in `totals` [4].
 
     Where there is a `center` [columns], this moves it, as nothing comes after that could fail.
     """
     eps = double(eps)
-    zero = tl.full([BLOCK], 0.0, tl.float64)
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     concentration, separation, inverse_norm, own_mean, all_mean, factor, live = _terms_tile(
-        row, target, norms, weight, sums, target_stride, ignore_index, classes, B, CENTROID_TO_SAMPLE, FINISHED
+        row, target, norms, weight, terms, rows, target_stride, ignore_index, classes, B, CENTROID_TO_SAMPLE, GIVEN
     )
     if STAGE == PARTIAL:
         weights, first, second, third = _batch_sums(concentration, separation, factor, live, eps, BATCH_RATIO)
@@ -108,62 +106,76 @@ def finish_kernel(
         tl.store(tile + 2 * tiles, second)
         tl.store(tile + 3 * tiles, third)
     else:
-        if REDUCTION != TERMS:
-            # Summed over a block at the end, in one order for any number of programs.
-            weights = tl.sum(zero, axis=0)
-            first = weights
-            second = weights
-            third = weights
-            for tile in range(0, tiles if STAGE == WHOLE else tl.cdiv(tiles, BLOCK)):
-                i = tile * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
-                if STAGE == WHOLE:
-                    a, g, _, _, _, w, counts = _terms_tile(
-                        i, target, norms, weight, sums, target_stride, ignore_index, classes, B, CENTROID_TO_SAMPLE,
-                        FINISHED,
-                    )  # fmt: skip
-                    d_weights, d_first, d_second, d_third = _batch_sums(a, g, w, counts, eps, BATCH_RATIO)
-                else:
-                    d_weights = tl.sum(tl.load(partials + i, mask=i < tiles, other=0.0), axis=0)
-                    d_first = tl.sum(tl.load(partials + tiles + i, mask=i < tiles, other=0.0), axis=0)
-                    d_second = tl.sum(tl.load(partials + 2 * tiles + i, mask=i < tiles, other=0.0), axis=0)
-                    d_third = tl.sum(tl.load(partials + 3 * tiles + i, mask=i < tiles, other=0.0), axis=0)
-                weights += d_weights
-                first += d_first
-                second += d_second
-                third += d_third
-            # No row that counts: 0 / 0, as cross_entropy.
-            first = first / weights
-            second = second / weights
-            if tl.program_id(0) == 0:
-                tl.store(means, first)
-                tl.store(means + 1, second)
-            if REDUCTION == MEAN:
-                factor = factor / weights
-                third = third / weights
-        if REDUCTION == TERMS:
-            dtype = loss.dtype.element_ty
-            tl.store(loss + row, concentration.to(dtype), mask=row < B)
-            tl.store(loss + B + row, separation.to(dtype), mask=row < B)
-            by_concentration = zero
-            by_separation = zero
-        else:
-            inverse = 1.0 / (second + eps) if BATCH_RATIO else 1.0 / (separation + eps)
-            ratio = first * inverse if BATCH_RATIO else concentration * inverse
-            by_concentration = tl.where(live, factor * inverse, 0.0)
-            by_separation = tl.where(live, -(factor * (ratio * inverse)), 0.0)
-            if REDUCTION == NONE:
-                value = tl.where(live, factor * ratio, 0.0)
-                tl.store(loss + row, value.to(loss.dtype.element_ty), mask=row < B)
-            elif tl.program_id(0) == 0:
-                value = ratio if BATCH_RATIO else third
-                tl.store(loss, value.to(loss.dtype.element_ty))
-        if not FINISHED:
+        if not GIVEN:
             of_row = rows + row * STATS
             tl.store(of_row + INVERSE_NORM, inverse_norm, mask=row < B)
             tl.store(of_row + OWN_MEAN, own_mean, mask=row < B)
             tl.store(of_row + ALL_MEAN, all_mean, mask=row < B)
-            tl.store(of_row + BY_CONCENTRATION, by_concentration, mask=row < B)
-            tl.store(of_row + BY_SEPARATION, by_separation, mask=row < B)
+        if REDUCTION == TERMS:
+            tl.store(loss + row, concentration, mask=row < B)
+            tl.store(loss + B + row, separation, mask=row < B)
+        else:
+            if totals is not None:
+                weights = tl.load(totals)
+                first = tl.load(totals + 1)
+                second = tl.load(totals + 2)
+                third = tl.load(totals + 3)
+            else:
+                # Summed over a block at the end, in one order for any number of programs.
+                weights = tl.full([], 0.0, tl.float64)
+                first = weights
+                second = weights
+                third = weights
+                for tile in range(0, tiles if STAGE == WHOLE else tl.cdiv(tiles, BLOCK)):
+                    i = tile * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
+                    if STAGE == WHOLE:
+                        a, g, _, _, _, w, counts = _terms_tile(
+                            i, target, norms, weight, terms, rows, target_stride, ignore_index, classes, B,
+                            CENTROID_TO_SAMPLE, GIVEN,
+                        )  # fmt: skip
+                        d_weights, d_first, d_second, d_third = _batch_sums(a, g, w, counts, eps, BATCH_RATIO)
+                    else:
+                        d_weights = tl.sum(tl.load(partials + i, mask=i < tiles, other=0.0), axis=0)
+                        d_first = tl.sum(tl.load(partials + tiles + i, mask=i < tiles, other=0.0), axis=0)
+                        d_second = tl.sum(tl.load(partials + 2 * tiles + i, mask=i < tiles, other=0.0), axis=0)
+                        d_third = tl.sum(tl.load(partials + 3 * tiles + i, mask=i < tiles, other=0.0), axis=0)
+                    weights += d_weights
+                    first += d_first
+                    second += d_second
+                    third += d_third
+            # No row that counts: 0 / 0, as cross_entropy.
+            first_mean = first / weights
+            second_mean = second / weights
+            if REDUCTION == MEAN:
+                factor = factor / weights
+            inverse = 1.0 / (second_mean + eps) if BATCH_RATIO else 1.0 / (separation + eps)
+            ratio = first_mean * inverse if BATCH_RATIO else concentration * inverse
+            if coefficients is not None:
+                by_separation = -(factor * (ratio * inverse))
+                made = coefficients_of(
+                    own_mean, all_mean, factor * inverse, by_separation, class_count(norms, classes),
+                    CENTROID_TO_SAMPLE, FOCUS,
+                )  # fmt: skip
+                store_coefficients(coefficients, row, B, live, made)
+            if REDUCTION == NONE:
+                value = tl.where(live, factor * ratio, 0.0)
+                tl.store(loss + row, value.to(loss.dtype.element_ty), mask=row < B)
+            if tl.program_id(0) == 0:
+                if REDUCTION != NONE:
+                    if BATCH_RATIO:
+                        value = ratio
+                    elif REDUCTION == MEAN:
+                        value = third / weights
+                    else:
+                        value = third
+                    tl.store(loss, value.to(loss.dtype.element_ty))
+                tl.store(means, first_mean)
+                tl.store(means + 1, second_mean)
+                if sums is not None:
+                    tl.store(sums, weights)
+                    tl.store(sums + 1, first)
+                    tl.store(sums + 2, second)
+                    tl.store(sums + 3, third)
         if center is not None:
             for start in range(tl.program_id(0) * BLOCK, columns, tiles * BLOCK):
                 k = start + tl.arange(0, BLOCK)

@@ -5,8 +5,6 @@ import triton.language as tl
 
 from ncmi_kernels._triton.elements import (
     ALL_CLASSES,
-    BY_CONCENTRATION,
-    BY_SEPARATION,
     CLASS_KIND,
     CLASS_SHIFT,
     INVERSE_NORM,
@@ -27,6 +25,7 @@ from ncmi_kernels._triton.elements import (
     class_count,
     double,
     least_kind,
+    load_coefficients,
     load_features,
     load_rows,
     load_vector,
@@ -205,28 +204,26 @@ def centroid_constants_kernel(
 
 @triton.jit(do_not_specialize=["unit_stride", "column_stride", "upstream_stride", "classes"])
 def class_sums_kernel(
-    input, center, norms, rows, upstream, order, class_begin, own_sums, all_sums, factor_sums, unit_stride,
+    input, center, rows, coefficients, upstream, order, class_begin, own_sums, all_sums, factor_sums, unit_stride,
     column_stride, upstream_stride, classes, M: tl.constexpr, ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr,
     DTYPE: tl.constexpr, FAST: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr, WITH_OWN: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Sums over the rows of one class, in the order of the batch.
 
-    To `own_sums` [C, M] those of own_factor p; to `all_sums` [C, M] those of beta p, for centroid_to_sample of beta log
-    a; to `factor_sums` [2, C] those of own_factor and beta. own_factor is alpha, for sample_to_centroid alpha - beta /
-    C: the own class is one of those that G sums over. Without WITH_OWN a class is any set of rows, and only `all_sums`
-    and the sums of beta are written.
+    Of the coefficients of a row: to `own_sums` [C, M] own p; to `all_sums` [C, M] other p, for centroid_to_sample other
+    log a; to `factor_sums` [2, C] own and other. Without WITH_OWN a class is any set of rows, and only `all_sums` and
+    the sums of other are written.
     """
     c = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = k < M
     begin = tl.load(class_begin + c)
     end = tl.load(class_begin + c + 1)
-    inverse_classes = 1.0 / class_count(norms, classes) if WITH_OWN else 0.0
-    own = tl.full([ROWS, COLUMNS], 0.0, tl.float64)
-    total = tl.full([ROWS, COLUMNS], 0.0, tl.float64)
-    own_factors = tl.full([ROWS], 0.0, tl.float64)
-    betas = tl.full([ROWS], 0.0, tl.float64)
+    own_sum = tl.full([ROWS, COLUMNS], 0.0, tl.float64)
+    all_sum = tl.full([ROWS, COLUMNS], 0.0, tl.float64)
+    owns = tl.full([ROWS], 0.0, tl.float64)
+    others = tl.full([ROWS], 0.0, tl.float64)
     for first in range(begin, end, ROWS):
         i = first + tl.arange(0, ROWS)
         live = i < end
@@ -236,14 +233,7 @@ def class_sums_kernel(
         shift = tl.load(of_row + SHIFT, mask=live, other=0.0).to(DTYPE)
         kind = least_kind(tl.load(of_row + ROW_KIND, mask=live, other=SOFTMAX))
         inverse_norm = share_of(tl.load(of_row + INVERSE_NORM, mask=live, other=0.0), shift, kind)
-        own_factor = tl.load(of_row + BY_CONCENTRATION, mask=live, other=0.0)
-        beta = tl.load(of_row + BY_SEPARATION, mask=live, other=0.0)
-        if upstream is not None:
-            factor = tl.load(upstream + row * upstream_stride, mask=live, other=0.0).to(tl.float64)
-            own_factor *= factor
-            beta *= factor
-        if WITH_OWN and not CENTROID_TO_SAMPLE:
-            own_factor -= beta * inverse_classes
+        own, other, _, _ = load_coefficients(coefficients, row, live, upstream, upstream_stride)
         x = load_features(
             input, center, row, live, 0, k, inside, unit_stride, column_stride, DTYPE, ALIGN, CONTIGUOUS, False
         )
@@ -251,20 +241,20 @@ def class_sums_kernel(
         value, log, _, _ = activate_as(x, scale[:, None], shift[:, None], kind, FAST)
         value = value.to(tl.float64)
         if WITH_OWN:
-            own += (own_factor * inverse_norm)[:, None] * value
+            own_sum += (own * inverse_norm)[:, None] * value
         if CENTROID_TO_SAMPLE:
-            total += tl.where(live[:, None], beta[:, None] * log.to(tl.float64), 0.0)
+            all_sum += tl.where(live[:, None], other[:, None] * log.to(tl.float64), 0.0)
         else:
-            total += (beta * inverse_norm)[:, None] * value
-        own_factors += own_factor
-        betas += beta
+            all_sum += (other * inverse_norm)[:, None] * value
+        owns += own
+        others += other
     if WITH_OWN:
-        tl.store(own_sums + c * M + k, tl.sum(own, axis=0), mask=inside)
-    tl.store(all_sums + c * M + k, tl.sum(total, axis=0), mask=inside)
+        tl.store(own_sums + c * M + k, tl.sum(own_sum, axis=0), mask=inside)
+    tl.store(all_sums + c * M + k, tl.sum(all_sum, axis=0), mask=inside)
     if tl.program_id(1) == 0:
         if WITH_OWN:
-            tl.store(factor_sums + c, tl.sum(own_factors, axis=0))
-        tl.store(factor_sums + classes + c, tl.sum(betas, axis=0))
+            tl.store(factor_sums + c, tl.sum(owns, axis=0))
+        tl.store(factor_sums + classes + c, tl.sum(others, axis=0))
 
 
 @triton.jit(do_not_specialize=["unit_stride", "column_stride", "classes", "lr", "momentum", "weight_decay"])
@@ -276,7 +266,7 @@ def centroid_grad_kernel(
 ):  # fmt: skip
     """d loss / d xi [C, M], one class a program, from class_sums_kernel's sums and their `totals` [M] over classes.
 
-    GIVEN: `totals` [M + 1] are not of these sums, and the last of them is the sum of beta. Without `grad` it goes into
+    GIVEN: `totals` [M + 1] are not of these sums, and the last of them is the sum of other. Without `grad` it goes into
     a step of torch.optim.SGD on `logits` and, where there is one, `momentum_buffer`, both [C, M] and contiguous.
     """
     dtype: tl.constexpr = logits.dtype.element_ty
@@ -285,21 +275,21 @@ def centroid_grad_kernel(
     kind = tl.load(norms + tl.program_id(0) * RECORD + CLASS_KIND)
     shift = tl.load(norms + c * RECORD + CLASS_SHIFT).to(dtype)
     inverse_norm = share_of(tl.exp(-tl.load(norms + c * RECORD + LOG_NORM)), shift, kind)
-    own_factor = tl.load(factor_sums + c)
-    beta = tl.load(factor_sums + classes + c)
+    own_sum = tl.load(factor_sums + c)
+    other_sum = tl.load(factor_sums + classes + c)
     inverse_classes = 1.0 / class_count(norms, classes)
     if GIVEN:
-        beta_sum = tl.load(totals + M)
+        other_total = tl.load(totals + M)
     else:
         parts = tl.full([CLASSES], 0.0, tl.float64)
         for start in range(0, classes, CLASSES):
             v = start + tl.arange(0, CLASSES)
             parts += tl.load(factor_sums + classes + v, mask=v < classes, other=0.0)
-        beta_sum = tl.sum(parts, axis=0)
+        other_total = tl.sum(parts, axis=0)
     mean = tl.full([1], 0.0, tl.float64)
-    # sample_to_centroid: slope (q (own_factor + beta_sum / C) - own - totals / C). centroid_to_sample:
-    # slope ((1 / C) q (s - sum_k q s) - own + own_factor q), s = sum over the rows of other classes of
-    # beta_i (log q_c - log p_i), up to what is constant along the row.
+    # sample_to_centroid: slope (q (own_sum + other_total / C) - own - totals / C). centroid_to_sample:
+    # slope ((1 / C) q (s - sum_k q s) - own + own_sum q), s = sum over the rows of other classes of
+    # other_i (log q_c - log p_i), up to what is constant along the row.
     PASSES: tl.constexpr = 2 if CENTROID_TO_SAMPLE else 1
     for step in tl.static_range(PASSES):
         for start in range(0, M, COLUMNS):
@@ -314,23 +304,23 @@ def centroid_grad_kernel(
             own = load_rows(own_sums, c * M, k, inside, False)
             total = load_vector(totals, k, inside, 1, False)
             if CENTROID_TO_SAMPLE:
-                s = (beta_sum - beta)[:, None] * log.to(tl.float64)
+                s = (other_total - other_sum)[:, None] * log.to(tl.float64)
                 s -= total - load_rows(all_sums, c * M, k, inside, False)
                 if step == 0:
                     mean += tl.sum(tl.where(inside[None, :], q * s, 0.0), axis=1)
-                by_log = inverse_classes * q * (s - mean[:, None]) - (own - own_factor[:, None] * q)
+                by_log = inverse_classes * q * (s - mean[:, None]) - (own - own_sum[:, None] * q)
             else:
-                by_log = (own_factor[:, None] + inverse_classes * beta_sum) * q - (own + inverse_classes * total)
+                by_log = (own_sum[:, None] + inverse_classes * other_total) * q - (own + inverse_classes * total)
             if step == PASSES - 1:
                 g = (slope.to(tl.float64) * by_log).to(dtype)
                 at = (c * M)[:, None] + k[None, :]
                 if grad is not None:
                     tl.store(grad + at, g, mask=inside[None, :])
                 else:
-                    # A row whose terms are not finite has a beta that is not: such a batch moves nothing, nor does one
-                    # without a row that counts.
+                    # A row whose terms are not finite has a coefficient `other` that is not: such a batch moves
+                    # nothing, nor does one without a row that counts.
                     counted = tl.load(class_begin + classes) - tl.load(class_begin)
-                    counted = tl.where(beta_sum - beta_sum == 0.0, counted, 0)
+                    counted = tl.where(other_total - other_total == 0.0, counted, 0)
                     moved = (inside & (tl.full([COLUMNS], 0, tl.int64) + counted > 0))[None, :]
                     g += double(weight_decay).to(dtype) * x
                     if momentum_buffer is not None:

@@ -4,6 +4,9 @@ import torch
 from torch import Tensor
 
 from ncmi_kernels import _backends, _schema
+from ncmi_kernels._options import REDUCTIONS
+from ncmi_kernels._plain import Table
+from ncmi_kernels._triton.arguments import Batch, Reducing, Rows
 from ncmi_kernels._triton.tiles import HALF
 
 INTERPRETED = _backends.triton_interprets()
@@ -52,27 +55,29 @@ def check_matrix(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...] = (*
     return tensor.shape[0], tensor.shape[1]
 
 
-def check_batch(
-    input: Tensor, target: Tensor, center: Tensor | None, dtype: torch.dtype, classes: int, ignore_index: int
-) -> tuple[int, int]:
+def check_batch(batch: Batch, dtype: torch.dtype, classes: int) -> tuple[int, int]:
     """The shape of the input; `dtype` is that of the arithmetic."""
+    input, target, center, ignore_index = batch
     rows, columns = check_matrix("input", input)
     require(input.dtype is not torch.float64 or dtype is torch.float64, "float64 input needs float64 centroid_logits")
-    check("target", target, input, INT64, (rows,), strided=True)
     check("center", center, input, (dtype,), (columns,))
-    _check_targets(target, ignore_index, classes)
+    check_target(target, input, rows, classes, ignore_index)
     return rows, columns
 
 
-def check_centroids(
-    input: Tensor,
-    log_activation: Tensor,
-    activation: Tensor,
-    reference: Tensor,
-    norms: Tensor,
-    centroid_to_sample: bool,
-) -> None:
-    """The statistics of C classes for an input [B, M]; C may be 0 where B is."""
+def check_target(target: Tensor, like: Tensor, rows: int, classes: int, ignore_index: int) -> None:
+    check("target", target, like, INT64, (rows,), strided=True)
+    _check_targets(target, ignore_index, classes)
+
+
+def check_reducing(by: Reducing) -> None:
+    require(0 <= by.reduction < len(REDUCTIONS), "unknown reduction")
+    require(REDUCTIONS[by.reduction] == "mean" or not by.batch_ratio, "ratio over the batch needs reduction mean")
+
+
+def check_table(input: Tensor, table: Table, centroid_to_sample: bool) -> None:
+    """The table of C classes for an input [B, M]; C may be 0 where B is."""
+    log_activation, activation, reference, norms = table
     classes, columns = check_matrix("log_activation", log_activation, ARITHMETIC)
     dtype = (log_activation.dtype,)
     check("log_activation", log_activation, input, dtype, (classes, columns))
@@ -83,9 +88,10 @@ def check_centroids(
     require(classes > 0 or input.shape[0] == 0, "log_activation must not be empty")
 
 
-def check_rows(input: Tensor, rows: Tensor, upstream: Tensor | None) -> None:
-    count = input.shape[0]
-    check("rows", rows, input, DOUBLE, (count, _schema.ROW_STATS))
+def check_rows(input: Tensor, rows: Rows) -> None:
+    count, upstream = input.shape[0], rows.upstream
+    check("rows", rows.stats, input, DOUBLE, (count, _schema.ROW_STATS))
+    check("coefficients", rows.coefficients, input, DOUBLE, (count, _schema.COEFFICIENTS))
     if upstream is not None:
         check("upstream", upstream, input, ARITHMETIC, (count,) if upstream.dim() else (), strided=True)
 

@@ -32,7 +32,7 @@ LARGEST_64 = tl.constexpr(1.7976931348623157e308)
 SHIFTED_FROM = tl.constexpr(-2.0)
 
 # Columns of `rows`, csrc/layout.h RowStats.
-STATS = tl.constexpr(9)
+STATS = tl.constexpr(7)
 SCALE = tl.constexpr(0)
 INVERSE_LENGTH = tl.constexpr(1)
 ROW_KIND = tl.constexpr(2)
@@ -40,8 +40,13 @@ SHIFT = tl.constexpr(3)  # the largest z - c, where log a is relative to that; e
 INVERSE_NORM = tl.constexpr(4)
 OWN_MEAN = tl.constexpr(5)
 ALL_MEAN = tl.constexpr(6)
-BY_CONCENTRATION = tl.constexpr(7)
-BY_SEPARATION = tl.constexpr(8)
+
+# Columns of `coefficients`, csrc/layout.h Coefficients.
+COEFFICIENTS = tl.constexpr(4)
+OWN = tl.constexpr(0)
+OTHER = tl.constexpr(1)
+SHARE = tl.constexpr(2)
+CONSTANT = tl.constexpr(3)
 
 # Columns of `norms`, csrc/layout.h ClassStats: a record a class, then one of all with the last three of these.
 RECORD = tl.constexpr(8)
@@ -318,6 +323,34 @@ def checked(target, row, stride, ignore_index, classes, B):
     live = (row < B) & (y != ignore_index)
     inside = (y >= 0) & (y < classes)
     return tl.where(live & inside, y, 0), live, live & (inside == 0)
+
+
+@triton.jit
+def load_coefficients(coefficients, row, live, upstream, upstream_stride):
+    """Own, other, share and constant, times the upstream gradient; 0 in rows that are not `live`."""
+    of_row = coefficients + row * COEFFICIENTS
+    own = tl.load(of_row + OWN, mask=live, other=0.0)
+    other = tl.load(of_row + OTHER, mask=live, other=0.0)
+    share = tl.load(of_row + SHARE, mask=live, other=0.0)
+    constant = tl.load(of_row + CONSTANT, mask=live, other=0.0)
+    if upstream is not None:
+        factor = tl.load(upstream + row * upstream_stride, mask=live, other=0.0).to(tl.float64)
+        own *= factor
+        other *= factor
+        share *= factor
+        constant *= factor
+    return own, other, share, constant
+
+
+@triton.jit
+def store_coefficients(pointer, row, B, live, coefficients):
+    """To `pointer` [B, 4]; zeros in rows that do not count."""
+    own, other, share, constant = coefficients
+    of_row = pointer + row * COEFFICIENTS
+    tl.store(of_row + OWN, tl.where(live, own, 0.0), mask=row < B)
+    tl.store(of_row + OTHER, tl.where(live, other, 0.0), mask=row < B)
+    tl.store(of_row + SHARE, tl.where(live, share, 0.0), mask=row < B)
+    tl.store(of_row + CONSTANT, tl.where(live, constant, 0.0), mask=row < B)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

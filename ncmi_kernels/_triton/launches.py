@@ -10,6 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ncmi_kernels import _schema
+from ncmi_kernels._plain import SGD, Table
+from ncmi_kernels._triton.arguments import Batch, Features, Moving, Reduced, Reducing, Rows
 from ncmi_kernels._triton.batch import (
     LAST,
     PARTIAL,
@@ -27,16 +29,9 @@ from ncmi_kernels._triton.centroids import (
     centroid_rows_kernel,
     class_sums_kernel,
 )
-from ncmi_kernels._triton.elements import (
-    NEAR,
-    NSF,
-    SHIFTED,
-    SOFTMAX,
-)
-from ncmi_kernels._triton.rows import (
-    input_grad_kernel,
-    terms_kernel,
-)
+from ncmi_kernels._triton.elements import NEAR, NSF, SHIFTED, SOFTMAX
+from ncmi_kernels._triton.input_grad import input_grad_kernel
+from ncmi_kernels._triton.rows import terms_kernel
 from ncmi_kernels._triton.tiles import HALF, bits, power_of_two, row_tile, strides_of
 
 RESCUE_COLUMNS = 128  # at once, where a row is read again because its squares overflowed
@@ -60,21 +55,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *, warps: int = 4, debug: bool = 
     kernel.used_global_vals = {}
 
 
-def centroid_stats(
-    centroid_logits: Tensor,
-    softmax: bool,
-    centroid_to_sample: bool,
-    log_activation: Tensor,
-    activation: Tensor,
-    reference: Tensor,
-    norms: Tensor,
-) -> None:
-    """What centroid_stats gives of the logits [C, M], into these tensors."""
+def centroid_stats(centroid_logits: Tensor, softmax: bool, centroid_to_sample: bool, table: Table) -> None:
+    """What centroid_stats gives of the logits [C, M], into this table."""
+    log_activation, activation, reference, norms = table
     classes, columns = centroid_logits.shape
     workspace = norms.new_empty((2, columns))
     residual, weighted = workspace[0], workspace[1]
     tile = row_tile(columns, centroid_logits.dtype, True)
-    strides = strides_of(centroid_logits)
     launch(
         centroid_rows_kernel,
         (-(-classes // tile.rows),),
@@ -82,12 +69,9 @@ def centroid_stats(
         log_activation=log_activation,
         activation=activation,
         norms=norms,
-        unit_stride=strides.units,
-        column_stride=strides.column,
+        **strides_of(centroid_logits),
         classes=classes,
         M=columns,
-        ALIGN=strides.align,
-        CONTIGUOUS=strides.contiguous,
         KIND=SOFTMAX if softmax else SHIFTED,
         WITH_ACTIVATION=centroid_to_sample,
         ROWS=tile.rows,
@@ -125,26 +109,23 @@ def centroid_stats(
 
 
 def terms(
-    input: Tensor,
-    target: Tensor,
-    center: Tensor | None,
-    log_activation: Tensor,
-    activation: Tensor,
-    reference: Tensor,
-    norms: Tensor,
-    temperature: float,
-    l2_normalize: bool,
-    softmax: bool,
-    centroid_to_sample: bool,
-    ignore_index: int,
-    weight: Tensor | None = None,
+    batch: Batch,
+    table: Table,
+    features: Features,
+    reducing: Reducing | None = None,
     weight_sums: Tensor | None = None,
-    eps: float = 0.0,
+    coefficients: Tensor | None = None,
     grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The rows' statistics [B, 9] and sums [4, B], float64, as terms_kernel leaves them."""
+    """The rows' statistics [B, 7] and sums [4, B], float64, as terms_kernel leaves them.
+
+    With `grad` [B, M], terms in the place of sums, and the gradient of the loss that `reducing` tells of in the same
+    pass, with its `coefficients` [B, 4].
+    """
+    input, target, center, ignore_index = batch
+    log_activation, activation, reference, norms = table
+    temperature, l2_normalize, softmax, centroid_to_sample = features
     rows, columns = input.shape
-    classes = log_activation.shape[0]
     stats = norms.new_empty((rows, _schema.ROW_STATS))
     sums = norms.new_empty((4, rows))
     if rows == 0:
@@ -155,7 +136,6 @@ def terms(
     kind = SOFTMAX if softmax else NEAR if reach <= 1.0 and not double else NSF
     dtype = log_activation.dtype if double else input.dtype
     tile = row_tile(columns, dtype, grad is not None, centroid_to_sample, kind == NEAR)
-    strides = strides_of(input)
     launch(
         terms_kernel,
         (-(-rows // tile.rows),),
@@ -166,24 +146,22 @@ def terms(
         activation=activation,
         reference=reference,
         norms=norms,
-        weight=weight if grad is not None else None,
+        weight=None if reducing is None else reducing.weight,
         weight_sums=weight_sums,
         rows=stats,
+        coefficients=coefficients,
         sums=sums,
         grad=grad,
-        unit_stride=strides.units,
-        column_stride=strides.column,
+        **strides_of(input),
         target_stride=target.stride(0),
         inverse_temperature_bits=bits(1.0 / temperature),
-        eps=bits(eps),
+        eps=bits(0.0 if reducing is None else reducing.eps),
         ignore_index=ignore_index,
-        classes=classes,
+        classes=log_activation.shape[0],
         B=rows,
         columns=columns,
         chunks=0 if weight_sums is None else weight_sums.shape[0],
         M=columns,
-        ALIGN=strides.align,
-        CONTIGUOUS=strides.contiguous,
         L2=l2_normalize,
         KIND=kind,
         # Every f under -2 takes a length of twice the square root of M; a little less, for rounding.
@@ -206,29 +184,27 @@ def terms(
 
 def finish(
     target: Tensor,
-    norms: Tensor,
-    weight: Tensor | None,
-    sums: Tensor,
-    stats: Tensor,
-    result: Tensor,
-    means: Tensor | None,
-    eps: float,
     ignore_index: int,
-    classes: int,
-    centroid_to_sample: bool,
-    batch_ratio: bool,
-    reduction: int,
-    finished: bool,
-    center: Tensor | None = None,
-    batches: Tensor | None = None,
-    moved: tuple[Tensor, Tensor] | None = None,
+    norms: Tensor,
+    reducing: Reducing,
+    terms: Tensor,
+    stats: Tensor,
+    reduced: Reduced,
+    given: bool = False,
+    totals: Tensor | None = None,
+    moving: Moving | None = None,
 ) -> None:
-    """The last launch of a call: the one that moves `center` and `batches`, to what `moved` holds."""
+    """From the sums of the rows, or `given` their terms, to what is asked for.
+
+    The last launch of a call: `moving` is done here.
+    """
+    weight, batch_ratio, reduction, eps, centroid_to_sample, focus = reducing
+    loss, coefficients, means, sums = reduced
+    center, batches, moved_center, moved_batches = moving or (None, None, None, None)
     rows = target.shape[0]
     tiles = max(1, -(-rows // FINISH_BLOCK))
-    whole = rows <= LARGEST_WHOLE or means is None
+    whole = rows <= LARGEST_WHOLE or means is None or totals is not None
     partials = None if whole else norms.new_empty((4, tiles))
-    moved_center, moved_batches = moved or (None, None)
     for stage in (WHOLE,) if whole else (PARTIAL, LAST):
         launch(
             finish_kernel,
@@ -236,11 +212,14 @@ def finish(
             target=target,
             norms=norms,
             weight=weight,
-            sums=sums,
+            terms=terms,
+            totals=totals,
             partials=partials,
             rows=stats,
-            loss=result,
+            coefficients=coefficients,
+            loss=loss,
             means=means,
+            sums=sums,
             center=center,
             batches=batches,
             moved_center=moved_center,
@@ -248,14 +227,15 @@ def finish(
             target_stride=target.stride(0),
             eps=bits(eps),
             ignore_index=ignore_index,
-            classes=classes,
+            classes=norms.shape[0] - 1,
             B=rows,
             tiles=tiles,
             columns=0 if center is None else center.shape[0],
             CENTROID_TO_SAMPLE=centroid_to_sample,
+            FOCUS=focus,
             BATCH_RATIO=batch_ratio,
             REDUCTION=reduction,
-            FINISHED=finished,
+            GIVEN=given,
             STAGE=stage,
             BLOCK=FINISH_BLOCK,
             debug=True,
@@ -263,15 +243,10 @@ def finish(
 
 
 def column_sums(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    classes: int,
-    with_sums: bool,
-    with_weights: bool,
+    batch: Batch, classes: int, weight: Tensor | None, with_sums: bool, with_weights: bool
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """By chunk of rows, float64: column sums [chunks, M], how many rows count [chunks], the sum of their weights."""
+    input, target, _, ignore_index = batch
     rows, columns = input.shape
     chunk_rows = max(SMALLEST_CHUNK, -(-rows // LARGEST_CHUNKS))
     chunks = max(1, -(-rows // chunk_rows))
@@ -279,7 +254,6 @@ def column_sums(
     counts = input.new_empty((chunks,), dtype=torch.float64)
     weight_sums = input.new_empty((chunks,), dtype=torch.float64) if with_weights else None
     width = power_of_two(columns, 256)
-    strides = strides_of(input)
     launch(
         column_sums_kernel,
         (chunks, -(-columns // width) if with_sums else 1),
@@ -289,16 +263,13 @@ def column_sums(
         sums=sums,
         counts=counts,
         weight_sums=weight_sums,
-        unit_stride=strides.units,
-        column_stride=strides.column,
+        **strides_of(input),
         target_stride=target.stride(0),
         ignore_index=ignore_index,
         classes=classes,
         B=rows,
         chunk_rows=chunk_rows,
         M=columns,
-        ALIGN=strides.align,
-        CONTIGUOUS=strides.contiguous,
         WITH_SUMS=with_sums,
         WITH_WEIGHTS=with_weights,
         ROWS=2048 // width if width > 32 else 64,
@@ -354,47 +325,34 @@ def scale(grad: Tensor, upstream: Tensor) -> None:
 
 
 def input_grad(
-    input: Tensor,
-    target: Tensor,
-    center: Tensor | None,
-    log_activation: Tensor,
-    activation: Tensor,
-    reference: Tensor,
-    norms: Tensor,
-    rows: Tensor,
-    upstream: Tensor | None,
-    centroid_to_sample: bool,
-    ignore_index: int,
-    grad: Tensor,
+    batch: Batch, table: Table, rows: Rows, centroid_to_sample: bool, row_reference: Tensor | None, grad: Tensor
 ) -> None:
     """d loss / d input to `grad` [B, M]."""
+    input, target, center, ignore_index = batch
     count, columns = input.shape
-    classes = log_activation.shape[0]
     tile = row_tile(columns, input.dtype, True, centroid_to_sample)
-    strides = strides_of(input)
     launch(
         input_grad_kernel,
         (-(-count // tile.rows),),
         input=input,
         target=target,
         center=center,
-        log_activation=log_activation,
-        activation=activation,
-        reference=reference,
-        norms=norms,
-        rows=rows,
-        upstream=upstream,
+        log_activation=table.log_activation,
+        activation=table.activation,
+        reference=table.reference,
+        row_reference=row_reference,
+        norms=table.norms,
+        rows=rows.stats,
+        coefficients=rows.coefficients,
+        upstream=rows.upstream,
         grad=grad,
-        unit_stride=strides.units,
-        column_stride=strides.column,
+        **strides_of(input),
         target_stride=target.stride(0),
-        upstream_stride=upstream.stride(0) if upstream is not None and upstream.dim() == 1 else 0,
+        upstream_stride=rows.upstream_stride,
         ignore_index=ignore_index,
-        classes=classes,
+        classes=table.log_activation.shape[0],
         B=count,
         M=columns,
-        ALIGN=strides.align,
-        CONTIGUOUS=strides.contiguous,
         FAST=input.dtype in HALF,
         CENTROID_TO_SAMPLE=centroid_to_sample,
         ROWS=tile.rows,
@@ -406,49 +364,44 @@ def input_grad(
 
 
 def class_sums(
-    input: Tensor,
-    center: Tensor | None,
-    norms: Tensor | None,
-    rows: Tensor,
-    upstream: Tensor | None,
+    batch: Batch,
+    rows: Rows,
     order: Tensor,
     begin: Tensor,
     dtype: torch.dtype,
     centroid_to_sample: bool,
+    with_own: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Sums by class of the rows in `order`, float64: of own_factor p and of beta p or beta log a [2, C, M].
+    """Sums by class of the rows in `order`, float64: of own p and of other p or other log a [2, C, M].
 
-    And of own_factor and beta [2, C]. Without `norms` only the second of each.
+    And of own and other [2, C]. Without `with_own` only the second of each.
     """
+    input, center = batch.input, batch.center
     classes, columns = begin.shape[0] - 1, input.shape[1]
-    sums = rows.new_empty((2, classes, columns))
-    factor_sums = rows.new_empty((2, classes))
-    strides = strides_of(input)
+    sums = rows.stats.new_empty((2, classes, columns))
+    factor_sums = rows.stats.new_empty((2, classes))
     width = power_of_two(columns, 256)
     launch(
         class_sums_kernel,
         (classes, -(-columns // width)),
         input=input,
         center=center,
-        norms=norms,
-        rows=rows,
-        upstream=upstream,
+        rows=rows.stats,
+        coefficients=rows.coefficients,
+        upstream=rows.upstream,
         order=order,
         class_begin=begin,
         own_sums=sums[0],
         all_sums=sums[1],
         factor_sums=factor_sums,
-        unit_stride=strides.units,
-        column_stride=strides.column,
-        upstream_stride=upstream.stride(0) if upstream is not None and upstream.dim() == 1 else 0,
+        **strides_of(input),
+        upstream_stride=rows.upstream_stride,
         classes=classes,
         M=columns,
-        ALIGN=strides.align,
-        CONTIGUOUS=strides.contiguous,
         DTYPE=_TL[dtype],
         FAST=input.dtype in HALF,
         CENTROID_TO_SAMPLE=centroid_to_sample,
-        WITH_OWN=norms is not None,
+        WITH_OWN=with_own,
         ROWS=4,
         COLUMNS=width,
     )
@@ -462,32 +415,25 @@ def fold(sums: Tensor, totals: Tensor) -> None:
 
 
 def centroid_grad(
-    input: Tensor,
-    target: Tensor,
-    center: Tensor | None,
+    batch: Batch,
     centroid_logits: Tensor,
     norms: Tensor,
-    rows: Tensor,
-    upstream: Tensor | None,
+    rows: Rows,
     centroid_to_sample: bool,
-    ignore_index: int,
-    totals: Tensor | None,
-    grad: Tensor | None,
+    totals: Tensor | None = None,
+    grad: Tensor | None = None,
     momentum_buffer: Tensor | None = None,
-    lr: float = 0.0,
-    momentum: float = 0.0,
-    weight_decay: float = 0.0,
-    nesterov: bool = False,
+    sgd: SGD | None = None,
 ) -> None:
-    """The gradient of the centroids to `grad` [C, M]; without it they take a step of SGD by it."""
+    """The gradient of the centroids to `grad` [C, M]; without it they take a step by it."""
+    target = batch.target
     classes, columns = centroid_logits.shape
-    dtype = centroid_logits.dtype
+    lr, momentum, weight_decay, nesterov = sgd or (0.0, 0.0, 0.0, False)
     # Rows by class in the order of the batch, ignored ones last. No count is read on the host.
-    of_class = torch.where(target == ignore_index, classes, target)
+    of_class = torch.where(target == batch.ignore_index, classes, target)
     of_class, order = torch.sort(of_class, stable=True)
     begin = torch.searchsorted(of_class, torch.arange(classes + 1, device=target.device))
-    of_centroids = strides_of(centroid_logits)
-    sums, factor_sums = class_sums(input, center, norms, rows, upstream, order, begin, dtype, centroid_to_sample)
+    sums, factor_sums = class_sums(batch, rows, order, begin, centroid_logits.dtype, centroid_to_sample, True)
     folded = totals
     if folded is None:
         folded = norms.new_empty((columns,))
@@ -504,15 +450,12 @@ def centroid_grad(
         grad=grad,
         momentum_buffer=momentum_buffer,
         class_begin=begin,
-        unit_stride=of_centroids.units,
-        column_stride=of_centroids.column,
+        **strides_of(centroid_logits),
         classes=classes,
         lr=bits(lr),
         momentum=bits(momentum),
         weight_decay=bits(weight_decay),
         M=columns,
-        ALIGN=of_centroids.align,
-        CONTIGUOUS=of_centroids.contiguous,
         CENTROID_TO_SAMPLE=centroid_to_sample,
         GIVEN=totals is not None,
         NESTEROV=nesterov,

@@ -14,21 +14,25 @@ from torch.library import Library
 
 from ncmi_kernels import _schema
 from ncmi_kernels._options import REDUCTIONS
+from ncmi_kernels._plain import SGD, Table
 from ncmi_kernels._triton import launches
+from ncmi_kernels._triton.arguments import Batch, Features, Moving, Reduced, Reducing, Rows
+from ncmi_kernels._triton.batch import TERMS
 from ncmi_kernels._triton.checks import (
     ARITHMETIC,
     DOUBLE,
     INT64,
     check,
     check_batch,
-    check_centroids,
     check_matrix,
+    check_reducing,
     check_rows,
+    check_table,
+    check_target,
     require,
 )
 
 NAMESPACE = "ncmi_kernels_triton"
-REDUCTIONS_AND_TERMS = (*REDUCTIONS, "terms")
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -37,9 +41,7 @@ def _on(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device)
 
 
-def centroid_stats(
-    centroid_logits: Tensor, softmax: bool, centroid_to_sample: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def centroid_stats(centroid_logits: Tensor, softmax: bool, centroid_to_sample: bool) -> Table:
     """Logits [C, M] to log_activation [C, M], activation [C or 0, M], reference [2, M], norms [C + 1, 8] float64."""
     classes, columns = check_matrix("centroid_logits", centroid_logits, ARITHMETIC)
     require(classes > 0, "centroid_logits must not be empty")
@@ -47,11 +49,10 @@ def centroid_stats(
     activation = centroid_logits.new_empty((classes if centroid_to_sample else 0, columns))
     reference = centroid_logits.new_empty((2, columns))
     norms = centroid_logits.new_empty((classes + 1, _schema.CLASS_STATS), dtype=torch.float64)
+    table = Table(log_activation, activation, reference, norms)
     with _on(centroid_logits):
-        launches.centroid_stats(
-            centroid_logits, softmax, centroid_to_sample, log_activation, activation, reference, norms
-        )
-    return log_activation, activation, reference, norms
+        launches.centroid_stats(centroid_logits, softmax, centroid_to_sample, table)
+    return table
 
 
 def terms(
@@ -68,44 +69,52 @@ def terms(
     centroid_to_sample: bool,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
-    """Concentration and separation [2, B], and the rows' statistics [B, 9] float64."""
-    classes = log_activation.shape[0]
-    check_centroids(input, log_activation, activation, reference, norms, centroid_to_sample)
-    check_batch(input, target, center, log_activation.dtype, classes, ignore_index)
+    """Concentration and separation [2, B], and the rows' statistics [B, 7], float64."""
+    batch = Batch(input, target, center, ignore_index)
+    table = Table(log_activation, activation, reference, norms)
+    features = Features(temperature, l2_normalize, softmax, centroid_to_sample)
+    check_table(input, table, centroid_to_sample)
+    rows, _ = check_batch(batch, log_activation.dtype, log_activation.shape[0])
     with _on(input):
-        result = log_activation.new_empty((2, target.shape[0]))
-        stats, sums = launches.terms(
-            input=input,
-            target=target,
-            center=center,
-            log_activation=log_activation,
-            activation=activation,
-            reference=reference,
-            norms=norms,
-            temperature=temperature,
-            l2_normalize=l2_normalize,
-            softmax=softmax,
-            centroid_to_sample=centroid_to_sample,
-            ignore_index=ignore_index,
-        )
-        reduction = REDUCTIONS_AND_TERMS.index("terms")
-        launches.finish(
-            target=target,
-            norms=norms,
-            weight=None,
-            sums=sums,
-            stats=stats,
-            result=result,
-            means=None,
-            eps=0.0,
-            ignore_index=ignore_index,
-            classes=classes,
-            centroid_to_sample=centroid_to_sample,
-            batch_ratio=False,
-            reduction=reduction,
-            finished=False,
-        )
+        result = norms.new_empty((2, rows))
+        stats, sums = launches.terms(batch, table, features)
+        no_loss = Reducing(None, False, TERMS, 0.0, centroid_to_sample)
+        launches.finish(target, ignore_index, norms, no_loss, sums, stats, Reduced(result))
     return result, stats
+
+
+def reduce(
+    terms: Tensor,
+    rows: Tensor,
+    target: Tensor,
+    norms: Tensor,
+    weight: Tensor | None,
+    totals: Tensor | None,
+    centroid_to_sample: bool,
+    focus: bool,
+    batch_ratio: bool,
+    reduction: int,
+    eps: float,
+    ignore_index: int,
+) -> Reduced:
+    """The loss [] or [B] of terms [2, B], the rows' coefficients [B, 4], means [2] and sums [4], float64."""
+    (count, _), (records, _) = check_matrix("rows", rows, DOUBLE), check_matrix("norms", norms, DOUBLE)
+    classes = records - 1
+    check("rows", rows, terms, DOUBLE, (count, _schema.ROW_STATS))
+    check("terms", terms, terms, DOUBLE, (2, count))
+    check("norms", norms, terms, DOUBLE, (records, _schema.CLASS_STATS))
+    require(records > (count > 0), "norms must not be empty")
+    check_target(target, terms, count, classes, ignore_index)
+    check("weight", weight, terms, ARITHMETIC, (classes,))
+    check("totals", totals, terms, DOUBLE, (4,))
+    by = Reducing(weight, batch_ratio, reduction, eps, centroid_to_sample, focus)
+    check_reducing(by)
+    with _on(terms):
+        loss = norms.new_empty((count,) if REDUCTIONS[reduction] == "none" else ())
+        coefficients = norms.new_empty((count, _schema.COEFFICIENTS))
+        reduced = Reduced(loss, coefficients, norms.new_empty((2,)), norms.new_empty((4,)))
+        launches.finish(target, ignore_index, norms, by, terms, rows, reduced, given=True, totals=totals)
+    return reduced
 
 
 def update_center_(
@@ -119,10 +128,11 @@ def update_center_(
 ) -> Tensor:
     """Move `center` [M] towards the mean of the rows of `input` [B, M] that count; returns a copy of it."""
     require(center.dtype in ARITHMETIC, "center must be float32, float64")
-    check_batch(input, target, center, center.dtype, num_classes, ignore_index)
+    batch = Batch(input, target, center, ignore_index)
+    check_batch(batch, center.dtype, num_classes)
     check("num_batches_tracked", num_batches_tracked, input, INT64, ())
     with _on(input):
-        sums, counts, _ = launches.column_sums(input, target, None, ignore_index, num_classes, True, False)
+        sums, counts, _ = launches.column_sums(batch, num_classes, None, True, False)
         assert sums is not None
         return launches.move_center(sums, counts, center, num_batches_tracked, momentum, True)[0]
 
@@ -148,21 +158,21 @@ def loss(
     eps: float,
     ignore_index: int,
     with_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss [] or [B], the rows' statistics [B, 9], the moved centre [M] or [0], d loss / d input or [0], means [2].
-
-    Statistics and means are float64.
-    """
+) -> tuple[Tensor, ...]:
+    """The loss [] or [B], the rows' statistics [B, 7] and coefficients [B, 4], the moved centre [M] or [0],
+    d loss / d input or [0], means [2].
+    """  # noqa: D205
+    batch = Batch(input, target, center if running_center is None else running_center, ignore_index)
+    table = Table(log_activation, activation, reference, norms)
+    features = Features(temperature, l2_normalize, softmax, centroid_to_sample)
+    by = Reducing(weight, batch_ratio, reduction, eps, centroid_to_sample)
+    check_table(input, table, centroid_to_sample)
     dtype, classes = log_activation.dtype, log_activation.shape[0]
-    check_centroids(input, log_activation, activation, reference, norms, centroid_to_sample)
-    rows, columns = check_batch(
-        input, target, center if running_center is None else running_center, dtype, classes, ignore_index
-    )
+    rows, columns = check_batch(batch, dtype, classes)
     check("weight", weight, input, (dtype,), (classes,))
     check("num_batches_tracked", num_batches_tracked, input, INT64, ())
-    require(0 <= reduction < len(REDUCTIONS), "unknown reduction")
+    check_reducing(by)
     scalar, mean = REDUCTIONS[reduction] != "none", REDUCTIONS[reduction] == "mean"
-    require(mean or not batch_ratio, "ratio over the batch needs reduction mean")
     require(
         (running_center is None) == (num_batches_tracked is None) and (center is None or running_center is None),
         "pass center, or running_center with num_batches_tracked",
@@ -174,59 +184,31 @@ def loss(
     normalized = with_grad and mean
     with _on(input):
         result = log_activation.new_empty(() if scalar else (rows,))
+        coefficients = norms.new_empty((rows, _schema.COEFFICIENTS))
         means = norms.new_empty((2,))
-        nothing = log_activation.new_empty((0,))
-        grad = log_activation.new_empty((rows, columns)) if with_grad else None
-        weight_sums = moved = None
+        moved_center = grad = log_activation.new_empty((0,))
+        weight_sums = moving = None
         if running_center is not None or normalized:
-            moving = running_center is not None
             sums, counts, weight_sums = launches.column_sums(
-                input, target, weight, ignore_index, classes, moving, normalized
+                batch, classes, weight, running_center is not None, normalized
             )
             if running_center is not None:
                 assert num_batches_tracked is not None
                 assert sums is not None
                 # Until the last launch only a copy: a call that fails has moved nothing.
                 moved = launches.move_center(sums, counts, running_center, num_batches_tracked, momentum, False)
-                center = moved[0]
-        stats, row_sums = launches.terms(
-            input=input,
-            target=target,
-            center=center,
-            log_activation=log_activation,
-            activation=activation,
-            reference=reference,
-            norms=norms,
-            temperature=temperature,
-            l2_normalize=l2_normalize,
-            softmax=softmax,
-            centroid_to_sample=centroid_to_sample,
-            ignore_index=ignore_index,
-            weight=weight,
-            weight_sums=weight_sums,
-            eps=eps,
-            grad=grad,
-        )
-        launches.finish(
-            target=target,
-            norms=norms,
-            weight=weight,
-            sums=row_sums,
-            stats=stats,
-            result=result,
-            means=means,
-            eps=eps,
-            ignore_index=ignore_index,
-            classes=classes,
-            centroid_to_sample=centroid_to_sample,
-            batch_ratio=batch_ratio,
-            reduction=reduction,
-            finished=with_grad,
-            center=running_center,
-            batches=num_batches_tracked,
-            moved=moved,
-        )
-    return result, stats, nothing if moved is None else moved[0], nothing if grad is None else grad, means
+                moving = Moving(running_center, num_batches_tracked, *moved)
+                moved_center = moving.moved_center
+                batch = batch._replace(center=moved_center)
+        if with_grad:
+            grad = log_activation.new_empty((rows, columns))
+            stats, row_sums = launches.terms(batch, table, features, by, weight_sums, coefficients, grad)
+            reduced = Reduced(result, None, means)
+        else:
+            stats, row_sums = launches.terms(batch, table, features)
+            reduced = Reduced(result, coefficients, means)
+        launches.finish(target, ignore_index, norms, by, row_sums, stats, reduced, given=with_grad, moving=moving)
+    return result, stats, coefficients, moved_center, grad, means
 
 
 def scale_(grad: Tensor, upstream: Tensor) -> None:
@@ -248,15 +230,20 @@ def input_grad(
     reference: Tensor,
     norms: Tensor,
     rows: Tensor,
+    coefficients: Tensor,
     upstream: Tensor | None,
     centroid_to_sample: bool,
     ignore_index: int,
+    row_reference: Tensor | None = None,
 ) -> Tensor:
     """d loss / d input [B, M], in the dtype of `input`; `upstream` is None, a scalar or [B]."""
-    classes = log_activation.shape[0]
-    check_centroids(input, log_activation, activation, reference, norms, centroid_to_sample)
-    count, columns = check_batch(input, target, center, log_activation.dtype, classes, ignore_index)
-    check_rows(input, rows, upstream)
+    batch = Batch(input, target, center, ignore_index)
+    table = Table(log_activation, activation, reference, norms)
+    of_rows = Rows(rows, coefficients, upstream)
+    check_table(input, table, centroid_to_sample)
+    count, columns = check_batch(batch, log_activation.dtype, log_activation.shape[0])
+    check_rows(input, of_rows)
+    check("row_reference", row_reference, input, (log_activation.dtype,), (count, columns))
     require(
         (input.dtype is torch.float64) == (log_activation.dtype is torch.float64),
         "float64 input and float64 centroid_logits go together",
@@ -264,20 +251,7 @@ def input_grad(
     grad = torch.empty((count, columns), dtype=input.dtype, device=input.device)
     if count:
         with _on(input):
-            launches.input_grad(
-                input=input,
-                target=target,
-                center=center,
-                log_activation=log_activation,
-                activation=activation,
-                reference=reference,
-                norms=norms,
-                rows=rows,
-                upstream=upstream,
-                centroid_to_sample=centroid_to_sample,
-                ignore_index=ignore_index,
-                grad=grad,
-            )
+            launches.input_grad(batch, table, of_rows, centroid_to_sample, row_reference, grad)
     return grad
 
 
@@ -291,33 +265,25 @@ def centroid_grad(
     reference: Tensor,
     norms: Tensor,
     rows: Tensor,
+    coefficients: Tensor,
     upstream: Tensor | None,
     centroid_to_sample: bool,
     ignore_index: int,
     totals: Tensor | None = None,
 ) -> Tensor:
     """d loss / d centroid_logits [C, M]; `totals` [M + 1] float64 are for the sums over all rows, as class_totals."""
-    check_centroids(input, log_activation, activation, reference, norms, centroid_to_sample)
+    batch = Batch(input, target, center, ignore_index)
+    table = Table(log_activation, activation, reference, norms)
+    of_rows = Rows(rows, coefficients, upstream)
+    check_table(input, table, centroid_to_sample)
     classes, columns = log_activation.shape
-    check_batch(input, target, center, log_activation.dtype, classes, ignore_index)
-    check_rows(input, rows, upstream)
+    check_batch(batch, log_activation.dtype, classes)
+    check_rows(input, of_rows)
     check("centroid_logits", centroid_logits, input, (log_activation.dtype,), (classes, columns), strided=True)
     check("totals", totals, input, DOUBLE, (columns + 1,))
     grad = torch.empty((classes, columns), dtype=centroid_logits.dtype, device=centroid_logits.device)
     with _on(input):
-        launches.centroid_grad(
-            input=input,
-            target=target,
-            center=center,
-            centroid_logits=centroid_logits,
-            norms=norms,
-            rows=rows,
-            upstream=upstream,
-            centroid_to_sample=centroid_to_sample,
-            ignore_index=ignore_index,
-            totals=totals,
-            grad=grad,
-        )
+        launches.centroid_grad(batch, centroid_logits, norms, of_rows, centroid_to_sample, totals, grad)
     return grad
 
 
@@ -332,6 +298,7 @@ def centroid_step_(
     reference: Tensor,
     norms: Tensor,
     rows: Tensor,
+    coefficients: Tensor,
     softmax: bool,
     centroid_to_sample: bool,
     ignore_index: int,
@@ -341,33 +308,20 @@ def centroid_step_(
     nesterov: bool,
 ) -> None:
     """A step of SGD on contiguous `centroid_logits` and `momentum_buffer` [C, M]; the statistics follow."""
-    check_centroids(input, log_activation, activation, reference, norms, centroid_to_sample)
-    check_batch(input, target, center, log_activation.dtype, log_activation.shape[0], ignore_index)
-    check_rows(input, rows, None)
+    batch = Batch(input, target, center, ignore_index)
+    table = Table(log_activation, activation, reference, norms)
+    of_rows = Rows(rows, coefficients, None)
+    check_table(input, table, centroid_to_sample)
+    check_batch(batch, log_activation.dtype, log_activation.shape[0])
+    check_rows(input, of_rows)
     for name, tensor in (("centroid_logits", centroid_logits), ("momentum_buffer", momentum_buffer)):
         check(name, tensor, input, (log_activation.dtype,), tuple(log_activation.shape))
     with _on(input):
+        sgd = SGD(lr, momentum, weight_decay, nesterov)
         launches.centroid_grad(
-            input=input,
-            target=target,
-            center=center,
-            centroid_logits=centroid_logits,
-            norms=norms,
-            rows=rows,
-            upstream=None,
-            centroid_to_sample=centroid_to_sample,
-            ignore_index=ignore_index,
-            totals=None,
-            grad=None,
-            momentum_buffer=momentum_buffer,
-            lr=lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
+            batch, centroid_logits, norms, of_rows, centroid_to_sample, momentum_buffer=momentum_buffer, sgd=sgd
         )
-        launches.centroid_stats(
-            centroid_logits, softmax, centroid_to_sample, log_activation, activation, reference, norms
-        )
+        launches.centroid_stats(centroid_logits, softmax, centroid_to_sample, table)
 
 
 def class_totals(
@@ -375,14 +329,16 @@ def class_totals(
     target: Tensor,
     center: Tensor | None,
     rows: Tensor,
+    coefficients: Tensor,
     upstream: Tensor | None,
     centroid_to_sample: bool,
     ignore_index: int,
 ) -> Tensor:
-    """The sums over all rows that each class's gradient has, [M + 1] float64: of beta p or beta log a, and of beta."""
+    """What each class's gradient has of all rows, [M + 1] float64: the sums of other p or other log a, and of other."""
     dtype = torch.float64 if input.dtype is torch.float64 else torch.float32
-    count, columns = check_batch(input, target, center, dtype, 2**63 - 1, ignore_index)
-    check_rows(input, rows, upstream)
+    batch, of_rows = Batch(input, target, center, ignore_index), Rows(rows, coefficients, upstream)
+    count, columns = check_batch(batch, dtype, 2**63 - 1)
+    check_rows(input, of_rows)
     # Chunks of the rows that count, the others last, for classes.
     ignored, order = torch.sort((target == ignore_index).to(torch.int32), stable=True)
     chunk_rows = max(launches.SMALLEST_CHUNK, -(-count // launches.LARGEST_CHUNKS))
@@ -390,9 +346,7 @@ def class_totals(
     begin = torch.minimum(begin, (ignored == 0).sum())
     totals = rows.new_empty((columns + 1,))
     with _on(input):
-        sums, factor_sums = launches.class_sums(
-            input, center, None, rows, upstream, order, begin, dtype, centroid_to_sample
-        )
+        sums, factor_sums = launches.class_sums(batch, of_rows, order, begin, dtype, centroid_to_sample, False)
         launches.fold(sums[1], totals)
         totals[columns] = factor_sums[1].sum()
     return totals

@@ -1,12 +1,10 @@
-"""Kernels by row of the batch: the sums that its terms are made of, and d loss / d input."""
+"""Kernels by row of the batch: the sums that its terms are made of."""
 
 import triton
 import triton.language as tl
 
 from ncmi_kernels._triton.elements import (
     ALL_MEAN,
-    BY_CONCENTRATION,
-    BY_SEPARATION,
     INVERSE_LENGTH,
     INVERSE_NORM,
     LOG_NORM,
@@ -24,23 +22,20 @@ from ncmi_kernels._triton.elements import (
     STATS,
     WEIGHT_SUM,
     WEIGHTED_LOG_NORM,
-    activate,
     activate_for_sums,
     checked,
     class_count,
     double,
-    least_kind,
     load_features,
     load_rows,
     load_vector,
     near_zero,
     neighbours,
-    opaque,
-    rounded,
-    share_of,
+    store_coefficients,
     sums3,
     sums4,
 )
+from ncmi_kernels._triton.input_grad import grad_rows
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Stretches of rows
@@ -149,157 +144,21 @@ def terms_of(norm, own, total, own_cross, own_log_norm, norms, classes, CENTROID
     return concentration, separation, inverse_norm, own_mean, all_mean
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The gradient of rows
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 @triton.jit
-def _grad_factors(
-    scale, shift, inverse_norm, own_mean, all_mean, alpha, beta, own_log_norm, all_classes, dtype: tl.constexpr,
-    KIND: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr,
+def coefficients_of(
+    own_mean, all_mean, by_concentration, by_separation, all_classes, CENTROID_TO_SAMPLE: tl.constexpr,
+    FOCUS: tl.constexpr,
 ):  # fmt: skip
-    """What `_grad_stretch` multiplies by, formed in double: numbers [ROWS, 1] of `dtype`."""
-    inverse_norm = share_of(inverse_norm, shift, KIND)
+    """Own, other, share and constant of rows, from the derivatives of the loss by their terms, as in csrc/rows.h."""
     inverse_classes = 1.0 / all_classes
+    zero = tl.full(own_mean.shape, 0.0, tl.float64)
+    share = zero if FOCUS else by_separation * inverse_classes
+    other = by_separation * (1.0 - inverse_classes) if FOCUS else by_separation
     if CENTROID_TO_SAMPLE:
-        factors = (
-            (alpha * scale * inverse_norm).to(dtype)[:, None],
-            own_mean.to(dtype)[:, None],
-            (beta * scale).to(dtype)[:, None],
-            (inverse_norm * (1.0 - inverse_classes)).to(dtype)[:, None],
-            (tl.exp(-own_log_norm) * inverse_classes).to(dtype)[:, None],
-        )
+        return by_concentration, other, share, by_concentration * own_mean
     else:
-        # With alpha' = alpha - beta / C. Near a minimum alpha' + beta is small beside either.
-        by_gap = alpha - beta * inverse_classes
-        factor = scale * inverse_norm
-        factors = (
-            (factor * (by_gap + beta)).to(dtype)[:, None],
-            (factor * by_gap).to(dtype)[:, None],
-            (factor * (by_gap * own_mean + beta * all_mean)).to(dtype)[:, None],
-        )
-    return factors
-
-
-@triton.jit
-def _grad_stretch(
-    x, scale, shift, factors, own_log, own_activation, reference, q_mean, inside, KIND: tl.constexpr,
-    FAST: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """d loss / d z of a stretch, but for what the chain rule of the length takes away; 0 past the last column."""
-    scale = scale.to(x.dtype)[:, None]
-    shift = shift.to(x.dtype)[:, None]
-    if not EVEN:
-        x = tl.where(inside[None, :], x, shift)
-    value, log, slope, value_slope = activate(x, scale, shift, KIND, FAST)
-    if CENTROID_TO_SAMPLE:
-        # (1 - sigma) [alpha p (log p - log q_y - A) + beta (p - mean over v of q_v + (q_y - p) / C)]
-        by_concentration, own_mean, by_separation, share, own_share = factors
-        grad = by_concentration * (value_slope * (log - own_log - own_mean))
-        grad += by_separation * (slope * ((share * value - q_mean) + own_share * own_activation))
-    else:
-        # (1 - sigma) p [alpha' (all + gap - mean) + beta (all - mean)] with all = log a - reference and
-        # gap = reference - log a_y.
-        by_all, by_gap, constant = factors
-        grad = value_slope * (by_all * (log - reference) + (by_gap * (reference - own_log) - constant))
-    if not EVEN:
-        grad = tl.where(inside[None, :], grad, 0.0)
-    return grad
-
-
-@triton.jit
-def _grad_rows(
-    xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm, scale,
-    inverse_length, shift, inverse_norm, own_mean, all_mean, alpha, beta, unit_stride, column_stride, all_classes,
-    M: tl.constexpr, ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr,
-    CENTROID_TO_SAMPLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRETCHES: tl.constexpr,
-    KEEP: tl.constexpr,
-):  # fmt: skip
-    """Write d loss / d z of whole rows, from `xs` where they are held on chip; 0 for rows that do not count.
-
-    With KEEP the gradient is on chip as well until its last part is known; else it is formed twice.
-    """
-    SINGLE: tl.constexpr = STRETCHES > 0
-    EVEN: tl.constexpr = M % COLUMNS == 0
-    dtype: tl.constexpr = log_activation.dtype.element_ty
-    out: tl.constexpr = grad.dtype.element_ty
-    written = row < B
-    k = tl.arange(0, COLUMNS)
-    factors = _grad_factors(
-        scale, shift, inverse_norm, own_mean, all_mean, alpha, beta, own_log_norm, all_classes, dtype, KIND,
-        CENTROID_TO_SAMPLE,
-    )  # fmt: skip
-    if not KEEP:
-        scale = opaque(scale)
-        shift = opaque(shift)
-    # g - x (x . g) / ||x||^2: the product is not known until the row is done.
-    dot = tl.full([ROWS, COLUMNS], 0.0, dtype)
-    gs = ()
-    for j in tl.static_range(STRETCHES):
-        inside = k < M - j * COLUMNS
-        own_log, compared, own_activation, q_mean = _load_centroids(
-            log_activation, activation, reference, y, j * COLUMNS, k, M, CENTROID_TO_SAMPLE, (j + 1) * COLUMNS <= M
-        )
-        g = _grad_stretch(
-            xs[j], scale, shift, factors, own_log, own_activation, compared, q_mean, inside, KIND, FAST,
-            CENTROID_TO_SAMPLE, (j + 1) * COLUMNS <= M,
-        )  # fmt: skip
-        dot += xs[j] * g
-        if KEEP:
-            gs = gs + (g,)
-    if not SINGLE:
-        for start in range(0, M, COLUMNS):
-            inside = k < M - start
-            x = load_features(
-                input, center, row, live, start, k, inside, unit_stride, column_stride, dtype, ALIGN, CONTIGUOUS, EVEN
-            )
-            own_log, compared, own_activation, q_mean = _load_centroids(
-                log_activation, activation, reference, y, start, k, M, CENTROID_TO_SAMPLE, EVEN
-            )
-            g = _grad_stretch(
-                x, scale, shift, factors, own_log, own_activation, compared, q_mean, inside, KIND, FAST,
-                CENTROID_TO_SAMPLE, EVEN,
-            )  # fmt: skip
-            dot += x * g
-    # x . g may be infinite where no length counts, and the square of a length's inverse may underflow.
-    inverse_length = inverse_length.to(dtype)
-    share = tl.where(inverse_length == 0.0, 0.0, tl.sum(dot, axis=1) * inverse_length)[:, None]
-    inverse_length = inverse_length[:, None]
-    if not KEEP:
-        scale = opaque(scale)
-        shift = opaque(shift)
-    for j in tl.static_range(STRETCHES):
-        inside = k < M - j * COLUMNS
-        if KEEP:
-            g = gs[j]
-        else:
-            own_log, compared, own_activation, q_mean = _load_centroids(
-                log_activation, activation, reference, y, j * COLUMNS, k, M, CENTROID_TO_SAMPLE, (j + 1) * COLUMNS <= M
-            )
-            g = _grad_stretch(
-                xs[j], scale, shift, factors, own_log, own_activation, compared, q_mean, inside, KIND, FAST,
-                CENTROID_TO_SAMPLE, (j + 1) * COLUMNS <= M,
-            )  # fmt: skip
-        g = tl.where(live[:, None], g, 0.0) - (xs[j] * inverse_length) * share
-        mask = written[:, None] if (j + 1) * COLUMNS <= M else written[:, None] & inside[None, :]
-        tl.store((grad + row * M + j * COLUMNS)[:, None] + k[None, :], rounded(g, out), mask=mask)
-    if not SINGLE:
-        for start in range(0, M, COLUMNS):
-            inside = k < M - start
-            x = load_features(
-                input, center, row, live, start, k, inside, unit_stride, column_stride, dtype, ALIGN, CONTIGUOUS, EVEN
-            )
-            own_log, compared, own_activation, q_mean = _load_centroids(
-                log_activation, activation, reference, y, start, k, M, CENTROID_TO_SAMPLE, EVEN
-            )
-            g = _grad_stretch(
-                x, scale, shift, factors, own_log, own_activation, compared, q_mean, inside, KIND, FAST,
-                CENTROID_TO_SAMPLE, EVEN,
-            )  # fmt: skip
-            g = tl.where(live[:, None], g, 0.0) - (x * inverse_length) * share
-            mask = written[:, None] if EVEN else written[:, None] & inside[None, :]
-            tl.store((grad + row * M + start)[:, None] + k[None, :], rounded(g, out), mask=mask)
+        own = by_concentration - share
+        return own, other, zero, own * own_mean + other * all_mean
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -362,17 +221,18 @@ def _sum_rows(
     ]
 )
 def terms_kernel(
-    input, target, center, log_activation, activation, reference, norms, weight, weight_sums, rows, sums, grad,
-    unit_stride, column_stride, target_stride, inverse_temperature_bits, eps, ignore_index, classes, B, columns, chunks,
-    M: tl.constexpr, ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr, L2: tl.constexpr, KIND: tl.constexpr,
-    MAY_SHIFT: tl.constexpr, FAST: tl.constexpr, RESCUE: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr,
-    WITH_GRAD: tl.constexpr, NORMALIZED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    STRETCHES: tl.constexpr, VEC: tl.constexpr, CHUNKS: tl.constexpr, KEEP: tl.constexpr,
+    input, target, center, log_activation, activation, reference, norms, weight, weight_sums, rows, coefficients,
+    sums, grad, unit_stride, column_stride, target_stride, inverse_temperature_bits, eps, ignore_index, classes, B,
+    columns, chunks, M: tl.constexpr, ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr, L2: tl.constexpr,
+    KIND: tl.constexpr, MAY_SHIFT: tl.constexpr, FAST: tl.constexpr, RESCUE: tl.constexpr,
+    CENTROID_TO_SAMPLE: tl.constexpr, WITH_GRAD: tl.constexpr, NORMALIZED: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, STRETCHES: tl.constexpr, VEC: tl.constexpr, CHUNKS: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """One reading of ROWS rows: scale, length and shift to `rows` [B, 9], what `_row_sums` sums to `sums` [4, B].
+    """One reading of ROWS rows: scale, length and shift to `rows` [B, 7], what `_row_sums` sums to `sums` [4, B].
 
-    WITH_GRAD: all of `rows`, the terms A and G to `sums`, and to `grad` [B, M] d / d input of the sum over rows of
-    w A / (G + eps), w the class weight, with NORMALIZED over the sum of all, which `weight_sums` [chunks] holds.
+    WITH_GRAD: all of `rows`, the terms A and G to `sums`, and of the sum over rows of w A / (G + eps) `coefficients`
+    [B, 4] and `grad` [B, M], d / d input. w is the class weight, with NORMALIZED over the sum of all, which
+    `weight_sums` [chunks] holds.
 
     A row is STRETCHES times COLUMNS, all on chip, or with STRETCHES = 0 read in a loop, for every pass over it.
     """
@@ -396,20 +256,9 @@ def terms_kernel(
     for j in tl.static_range(STRETCHES):
         inside = k < M - j * COLUMNS
         x = load_features(
-            input,
-            center,
-            row,
-            live,
-            j * COLUMNS,
-            k,
-            inside,
-            unit_stride,
-            column_stride,
-            dtype,
-            ALIGN,
-            CONTIGUOUS,
+            input, center, row, live, j * COLUMNS, k, inside, unit_stride, column_stride, dtype, ALIGN, CONTIGUOUS,
             (j + 1) * COLUMNS <= M,
-        )
+        )  # fmt: skip
         if L2:
             squares += x * x
         if LARGEST:
@@ -446,20 +295,9 @@ def terms_kernel(
             for start in range(0, end, RESCUE):
                 column = tl.arange(0, RESCUE)
                 small = tiny * load_features(
-                    input,
-                    center,
-                    row,
-                    live,
-                    start,
-                    column,
-                    column < M - start,
-                    unit_stride,
-                    column_stride,
-                    dtype,
-                    ALIGN,
-                    CONTIGUOUS,
-                    False,
-                )
+                    input, center, row, live, start, column, column < M - start, unit_stride, column_stride, dtype,
+                    ALIGN, CONTIGUOUS, False,
+                )  # fmt: skip
                 small_squares += small * small
                 if ROWS == 1:
                     tl.debug_barrier()
@@ -474,7 +312,7 @@ def terms_kernel(
         # No rescued row is floored.
         inverse = tl.where(floored, 1.0 / SMALLEST_LENGTH, inverse * prescale)
         scale = inverse_temperature * inverse
-        inverse_length = tl.where(floored, 0.0, inverse)
+        inverse_length = tl.where(live & (floored == 0), inverse, 0.0)
     shift = tl.full([ROWS], 0.0, dtype)
     if LARGEST:
         # An infinite element would otherwise be hidden from the loss: as far below the others as a finite one can be.
@@ -507,7 +345,7 @@ def terms_kernel(
     written = row < B
     of_row = rows + row * STATS
     tl.store(of_row + SCALE, tl.where(live, scale.to(tl.float64), 0.0), mask=written)
-    tl.store(of_row + INVERSE_LENGTH, tl.where(live, inverse_length.to(tl.float64), 0.0), mask=written)
+    tl.store(of_row + INVERSE_LENGTH, inverse_length.to(tl.float64), mask=written)
     tl.store(of_row + ROW_KIND, zero + kind, mask=written)
     tl.store(of_row + SHIFT, tl.where(live, shift.to(tl.float64), 0.0), mask=written)
     if not WITH_GRAD:
@@ -519,7 +357,6 @@ def terms_kernel(
     else:
         # 4. The loss of the row, and its gradient while x is here.
         own_log_norm = tl.load(norms + y * RECORD + LOG_NORM)
-        all_classes = class_count(norms, classes)
         concentration, separation, inverse_norm, own_mean, all_mean = terms_of(
             norm, own, total, own_cross, own_log_norm, norms, classes, CENTROID_TO_SAMPLE
         )
@@ -528,101 +365,24 @@ def terms_kernel(
             chunk = tl.arange(0, CHUNKS)
             factor = factor / tl.sum(tl.load(weight_sums + chunk, mask=chunk < chunks, other=0.0), axis=0)
         inverse = 1.0 / (separation + double(eps))
-        alpha = tl.where(live, factor * inverse, 0.0)
-        beta = tl.where(live, -(factor * ((concentration * inverse) * inverse)), 0.0)
+        made = coefficients_of(
+            own_mean, all_mean, factor * inverse, -(factor * ((concentration * inverse) * inverse)),
+            class_count(norms, classes), CENTROID_TO_SAMPLE, False,
+        )  # fmt: skip
+        store_coefficients(coefficients, row, B, live, made)
         tl.store(sums + row, concentration, mask=written)
         tl.store(sums + B + row, separation, mask=written)
         tl.store(of_row + INVERSE_NORM, tl.where(live, inverse_norm, 0.0), mask=written)
         tl.store(of_row + OWN_MEAN, tl.where(live, own_mean, 0.0), mask=written)
         tl.store(of_row + ALL_MEAN, tl.where(live, all_mean, 0.0), mask=written)
-        tl.store(of_row + BY_CONCENTRATION, alpha, mask=written)
-        tl.store(of_row + BY_SEPARATION, beta, mask=written)
         # The same formulas as a backward pass takes, for the same bits: that has no branch for NSF.
         if KIND == NSF:
             kind = tl.where(kind == NEAR, NEAR, SHIFTED)
         for AS in tl.static_range(SHIFTED if KIND == NSF else KIND, MOST + 1):
             if AS != NSF and kind == AS:
-                _grad_rows(
-                    xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm,
-                    scale.to(tl.float64), inverse_length.to(tl.float64), shift.to(tl.float64), inverse_norm,
-                    own_mean, all_mean, alpha, beta, unit_stride, column_stride, all_classes, M, ALIGN, CONTIGUOUS,
-                    AS, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
+                grad_rows(
+                    xs, input, center, log_activation, activation, reference, None, grad, row, live, y, B, own_log_norm,
+                    scale.to(tl.float64), inverse_length.to(tl.float64), shift.to(tl.float64), inverse_norm, made,
+                    unit_stride, column_stride, M, ALIGN, CONTIGUOUS, AS, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS,
+                    STRETCHES, KEEP,
                 )  # fmt: skip
-
-
-@triton.jit(
-    do_not_specialize=[
-        "unit_stride",
-        "column_stride",
-        "target_stride",
-        "upstream_stride",
-        "ignore_index",
-        "classes",
-        "B",
-    ]
-)
-def input_grad_kernel(
-    input, target, center, log_activation, activation, reference, norms, rows, upstream, grad, unit_stride,
-    column_stride, target_stride, upstream_stride, ignore_index, classes, B, M: tl.constexpr, ALIGN: tl.constexpr,
-    CONTIGUOUS: tl.constexpr, FAST: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, STRETCHES: tl.constexpr, KEEP: tl.constexpr,
-):  # fmt: skip
-    """d loss / d input, `grad` [B, M] in the dtype of input: rows read once, written once."""
-    dtype: tl.constexpr = log_activation.dtype.element_ty
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    y, live, _ = checked(target, row, target_stride, ignore_index, classes, B)
-    of_row = rows + row * STATS
-    scale = tl.load(of_row + SCALE, mask=live, other=0.0)
-    inverse_length = tl.load(of_row + INVERSE_LENGTH, mask=live, other=0.0)
-    shift = tl.load(of_row + SHIFT, mask=live, other=0.0)
-    inverse_norm = tl.load(of_row + INVERSE_NORM, mask=live, other=0.0)
-    own_mean = tl.load(of_row + OWN_MEAN, mask=live, other=0.0)
-    all_mean = tl.load(of_row + ALL_MEAN, mask=live, other=0.0)
-    alpha = tl.load(of_row + BY_CONCENTRATION, mask=live, other=0.0)
-    beta = tl.load(of_row + BY_SEPARATION, mask=live, other=0.0)
-    if upstream is not None:
-        factor = tl.load(upstream + row * upstream_stride, mask=live, other=0.0).to(tl.float64)
-        alpha *= factor
-        beta *= factor
-    own_log_norm = tl.load(norms + y * RECORD + LOG_NORM)
-    all_classes = class_count(norms, classes)
-    kind = least_kind(tl.load(of_row + ROW_KIND, mask=live, other=SOFTMAX))
-    k = tl.arange(0, COLUMNS)
-    xs = ()
-    for j in tl.static_range(STRETCHES):
-        inside = k < M - j * COLUMNS
-        x = load_features(
-            input,
-            center,
-            row,
-            live,
-            j * COLUMNS,
-            k,
-            inside,
-            unit_stride,
-            column_stride,
-            dtype,
-            ALIGN,
-            CONTIGUOUS,
-            (j + 1) * COLUMNS <= M,
-        )
-        xs = xs + (x,)
-    # All of a row in one branch: a branch for each stretch would pass what it made through registers that spill.
-    if kind == NEAR:
-        _grad_rows(
-            xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm, scale,
-            inverse_length, shift, inverse_norm, own_mean, all_mean, alpha, beta, unit_stride, column_stride,
-            all_classes, M, ALIGN, CONTIGUOUS, NEAR, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
-        )  # fmt: skip
-    elif kind == SOFTMAX:
-        _grad_rows(
-            xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm, scale,
-            inverse_length, shift, inverse_norm, own_mean, all_mean, alpha, beta, unit_stride, column_stride,
-            all_classes, M, ALIGN, CONTIGUOUS, SOFTMAX, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
-        )  # fmt: skip
-    else:
-        _grad_rows(
-            xs, input, center, log_activation, activation, reference, grad, row, live, y, B, own_log_norm, scale,
-            inverse_length, shift, inverse_norm, own_mean, all_mean, alpha, beta, unit_stride, column_stride,
-            all_classes, M, ALIGN, CONTIGUOUS, SHIFTED, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
-        )  # fmt: skip

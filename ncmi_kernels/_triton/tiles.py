@@ -2,7 +2,7 @@
 
 import struct
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,20 +59,12 @@ def bits(value: float) -> int:
     return int(struct.unpack("<q", struct.pack("<d", value))[0])
 
 
-class Strides(NamedTuple):
-    """Strides of a matrix as kernels take them."""
-
-    units: int  # between rows, in units of `align` elements
-    column: int
-    align: int
-    contiguous: bool
-
-
-def strides_of(matrix: Tensor) -> Strides:
+def strides_of(matrix: Tensor) -> dict[str, Any]:
+    """Strides of a matrix by the names that kernels have for them: between rows in units of ALIGN elements."""
     row, column = matrix.stride()
     if column != 1 and matrix.shape[1] > 1:
-        return Strides(row, column, 1, False)
+        return {"unit_stride": row, "column_stride": column, "ALIGN": 1, "CONTIGUOUS": False}
     align = 16
     while row % align:
         align //= 2
-    return Strides(row // align, 1, align, True)
+    return {"unit_stride": row // align, "column_stride": 1, "ALIGN": align, "CONTIGUOUS": True}

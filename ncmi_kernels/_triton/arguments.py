@@ -1,0 +1,64 @@
+"""What goes together in the arguments of operators. Shapes: B rows, M columns, C classes."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """The rows and their classes."""
+
+    input: Tensor  # [B, M]
+    target: Tensor  # [B]
+    center: Tensor | None  # [M]
+    ignore_index: int
+
+
+class Features(NamedTuple):
+    """How rows become probabilities, and what their terms are."""
+
+    temperature: float
+    l2_normalize: bool
+    softmax: bool
+    centroid_to_sample: bool
+
+
+class Reducing(NamedTuple):
+    """How terms become a loss."""
+
+    weight: Tensor | None  # [C]
+    batch_ratio: bool
+    reduction: Any  # an index into REDUCTIONS, or TERMS
+    eps: float
+    centroid_to_sample: bool
+    focus: bool = False
+
+
+class Reduced(NamedTuple):
+    """What they come to; None is not written."""
+
+    loss: Tensor  # [], [B], or for TERMS [2, B]
+    coefficients: Tensor | None = None  # [B, 4]
+    means: Tensor | None = None  # [2]; None for TERMS alone
+    sums: Tensor | None = None  # [4]
+
+
+class Moving(NamedTuple):
+    """A running centre and how often it was moved, and what both are to be."""
+
+    center: Tensor  # [M]
+    batches: Tensor  # []
+    moved_center: Tensor
+    moved_batches: Tensor
+
+
+class Rows(NamedTuple):
+    """What a backward pass has of the rows."""
+
+    stats: Tensor  # [B, 7]
+    coefficients: Tensor  # [B, 4]
+    upstream: Tensor | None  # [] or [B], which multiplies the coefficients
+
+    @property
+    def upstream_stride(self) -> int:
+        return self.upstream.stride(0) if self.upstream is not None and self.upstream.dim() else 0
