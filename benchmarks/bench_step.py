@@ -9,7 +9,7 @@ layer is the linear head, to C logits for cross-entropy and to M features for NC
 is cut where the features leave the network; its phases are the network's forward pass, the loss, its gradient by the
 features (and, "jointly", by the centroids), the network's backward pass, the network's step of torch.optim.SGD, and
 the centroids' step: of CentroidSGD where they alternate with the network, of torch.optim.SGD where they train jointly.
-There it is a call of its own, to be timed, and does what the README's group in the network's optimiser would do.
+There it is a call of its own, to be timed, and does what a group of the network's optimiser would do.
 `share` is that of the loss, forward and backward, and the centroid step in the whole step: the median of the quotients
 of each step.
 

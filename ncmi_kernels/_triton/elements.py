@@ -1,6 +1,6 @@
 """What the Triton kernels are made of: constants, activations, loads, and sums along rows.
 
-The formulas are those of csrc/ncmi_math.h and README "What is computed"; the statistics of a row and of the centroids
+The formulas are those of csrc/ncmi_math.h and docs/maths.md; the statistics of a row and of the centroids
 mean what csrc/layout.h says.
 
 Arithmetic is float64 for float64 centroids, else float32. Python floats would reach a kernel as float32, so options
