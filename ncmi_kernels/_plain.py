@@ -10,15 +10,7 @@ from torch import Tensor
 from ncmi_kernels import _ops
 from ncmi_kernels._options import Options
 from ncmi_kernels._problem import Problem
-
-
-class Table(NamedTuple):
-    """What rows are compared with: the outputs of the operator centroid_stats."""
-
-    log_activation: Tensor  # [C, M]
-    activation: Tensor  # [C, M], or [0, M] for sample_to_centroid
-    reference: Tensor  # [2, M]
-    norms: Tensor  # [C + 1, 8] float64: a record a class, then one of all
+from ncmi_kernels._schema import SGD, Table
 
 
 def table_of(centroid_logits: Tensor, options: Options, backend: str) -> Table:
@@ -117,15 +109,6 @@ def class_totals(input: Tensor, problem: Problem, rows: Rows, upstream: Tensor |
     target, center, _, options, backend, *_ = problem
     run = _ops.operators(backend).class_totals
     return run(input, target, center, *rows, upstream, options.centroid_to_sample, options.ignore_index)
-
-
-class SGD(NamedTuple):
-    """The numbers of a step of torch.optim.SGD, in the order that the operator centroid_step_ takes them."""
-
-    lr: float
-    momentum: float
-    weight_decay: float
-    nesterov: bool
 
 
 def centroid_step_(

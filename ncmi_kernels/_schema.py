@@ -5,7 +5,7 @@ B rows, M columns, C classes. "Arithmetic type": float64 where centroid_logits a
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,25 @@ ROW_STATS, COEFFICIENTS, CLASS_STATS = 7, 4, 8
 SCALE, SHIFT, INVERSE_NORM, OWN_MEAN, ALL_MEAN = 0, 3, 4, 5, 6  # of rows
 CLASS_LOG_NORM = 0  # of a class's record in norms
 MEAN_LOG_NORM, CLASSES = 1, 2  # of the last one
+
+
+class Table(NamedTuple):
+    """What rows are compared with: the outputs of the operator centroid_stats."""
+
+    log_activation: Tensor  # [C, M]
+    activation: Tensor  # [C, M], or [0, M] for sample_to_centroid
+    reference: Tensor  # [2, M]
+    norms: Tensor  # [C + 1, 8] float64: a record a class, then one of all
+
+
+class SGD(NamedTuple):
+    """The numbers of a step of torch.optim.SGD, in the order that the operator centroid_step_ takes them."""
+
+    lr: float
+    momentum: float
+    weight_decay: float
+    nesterov: bool
+
 
 _BATCH = "Tensor input, Tensor target, Tensor? center"
 _TABLE = "Tensor log_activation, Tensor activation, Tensor reference, Tensor norms"

@@ -13,9 +13,9 @@ from ncmi_kernels._loss import Result
 from ncmi_kernels._memo import Memo
 from ncmi_kernels._modes import concrete, forward_mode, jit_tracing, transforming
 from ncmi_kernels._options import OPTION_NAMES, Options, check_choice, check_fraction
-from ncmi_kernels._plain import SGD
 from ncmi_kernels._prediction import Predictor
 from ncmi_kernels._problem import CenterUpdate, problem_of
+from ncmi_kernels._schema import SGD
 from ncmi_kernels._watch import Watch
 
 INITIAL_LOGIT = 10.0

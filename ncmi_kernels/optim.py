@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ncmi_kernels._options import check_positive
-from ncmi_kernels._plain import SGD
 from ncmi_kernels._problem import check_batch
+from ncmi_kernels._schema import SGD
 from ncmi_kernels.modules import NCMILoss
 
 

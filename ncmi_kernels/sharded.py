@@ -331,7 +331,7 @@ class Lookup(NamedTuple):
 class Shard(NamedTuple):
     """What is known of this process's centroids: their table, None without any, and their part of the sums."""
 
-    table: _plain.Table | None
+    table: _schema.Table | None
     sums: Tensor  # float64, [M + 1] or [3 M + 1]
 
 
@@ -401,7 +401,7 @@ class Shards:
         counts: Tensor
 
     class Table(NamedTuple):
-        """As :class:`_plain.Table`, of the classes that occur, and of this process's. Both have `reference`."""
+        """As :class:`_schema.Table`, of the classes that occur, and of this process's. Both have `reference`."""
 
         log_activation: Tensor
         activation: Tensor
@@ -411,9 +411,9 @@ class Shards:
         shard_activation: Tensor
         shard_norms: Tensor
 
-        def of_shard(self) -> _plain.Table:
+        def of_shard(self) -> _schema.Table:
             """That of this process's centroids."""
-            return _plain.Table(self.shard_log_activation, self.shard_activation, self.reference, self.shard_norms)
+            return _schema.Table(self.shard_log_activation, self.shard_activation, self.reference, self.shard_norms)
 
     def forward(self, input: Tensor, logits: Tensor, problem: Problem, with_grad: bool = False) -> _plain.Found:
         """As :func:`_plain.forward`, from this process's logits."""
@@ -426,7 +426,7 @@ class Shards:
         lookup, present = Lookup.of(target, options.ignore_index, self.rows_per_process, group)
         own_logits = lookup.fetch(logits, group)
 
-        def of_all(table: _plain.Table) -> _plain.Table:
+        def of_all(table: _schema.Table) -> _schema.Table:
             return table._replace(reference=reference, norms=torch.cat([table.norms[:-1], record[None]]))
 
         own = of_all(_plain.table_of(own_logits, options, backend))
@@ -440,7 +440,7 @@ class Shards:
 
     def input_grad(self, input: Tensor, problem: Problem, rows: Rows, upstream: Tensor | None) -> Tensor:
         """As :func:`_plain.input_grad`."""
-        own = self._of_occurring(problem, rows.target, _plain.Table(*problem.table[:4]))
+        own = self._of_occurring(problem, rows.target, _schema.Table(*problem.table[:4]))
         return _plain.input_grad(input, own, _plain.Rows(*rows[:2]), upstream)
 
     def centroid_grad(
@@ -449,7 +449,7 @@ class Shards:
         """As :func:`_plain.centroid_grad`, by this process's logits: the part of all rows of all processes."""
         group = problem.group
         assert group is not None
-        own = self._of_occurring(problem, rows.target, _plain.Table(*problem.table[:4]))
+        own = self._of_occurring(problem, rows.target, _schema.Table(*problem.table[:4]))
         of_rows = _plain.Rows(*rows[:2])
         totals = group.all_reduce(_plain.class_totals(input, own, of_rows, upstream))
         nothing = torch.zeros_like(totals)
@@ -463,7 +463,7 @@ class Shards:
         return grad
 
     def _of_occurring(
-        self, problem: Problem, target: Tensor, table: _plain.Table, weight: Tensor | None = None
+        self, problem: Problem, target: Tensor, table: _schema.Table, weight: Tensor | None = None
     ) -> Problem:
         """The problem of the classes that occur in the batch, where rows that are ignored have `NOBODY`."""
         options = problem.options.ignoring(NOBODY)

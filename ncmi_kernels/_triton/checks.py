@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ncmi_kernels import _backends, _schema
 from ncmi_kernels._options import REDUCTIONS
-from ncmi_kernels._plain import Table
+from ncmi_kernels._schema import Table
 from ncmi_kernels._triton.arguments import Batch, Reducing, Rows
 from ncmi_kernels._triton.tiles import HALF
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ncmi_kernels import _schema
-from ncmi_kernels._plain import SGD, Table
+from ncmi_kernels._schema import SGD, Table
 from ncmi_kernels._triton.arguments import Batch, Features, Moving, Reduced, Reducing, Rows
 from ncmi_kernels._triton.batch import (
     LAST,

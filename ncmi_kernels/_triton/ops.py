@@ -14,7 +14,7 @@ from torch.library import Library
 
 from ncmi_kernels import _schema
 from ncmi_kernels._options import REDUCTIONS
-from ncmi_kernels._plain import SGD, Table
+from ncmi_kernels._schema import SGD, Table
 from ncmi_kernels._triton import launches
 from ncmi_kernels._triton.arguments import Batch, Features, Moving, Reduced, Reducing, Rows
 from ncmi_kernels._triton.batch import TERMS
