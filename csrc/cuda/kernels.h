@@ -37,7 +37,8 @@ struct TermsArgs {
   // For the gradient of sum_i w_i A_i / (G_i + eps) while a row is on chip.
   Weights<T> weights;
   double eps;
-  T* grad;  // [B, M] contiguous, or null
+  T* grad;                     // [B, M] contiguous, or null
+  Coefficients* coefficients;  // [B], of grad
 };
 
 template <class T>
@@ -83,7 +84,7 @@ struct ReduceArgs {
   double eps;
   Loss* loss;                  // scalar
   Loss* row_loss;              // [B], or null: reduction none
-  Coefficients* coefficients;  // [B]
+  Coefficients* coefficients;  // [B], or null: those that the gradient was made of stand
   double* means;               // [2] of A and G over the rows, weighted
   double* over_rows;           // [kReduceSums] the sums over the rows, or null
   double* partials;            // [reduce_partials(rows), kReduceSums] workspace

@@ -201,7 +201,8 @@ std::tuple<Tensor, Tensor> terms(const Tensor& input, const Tensor& target, cons
                      .stats = output<RowStats>(stats),
                      .weights = {},
                      .eps = 0,
-                     .grad = nullptr},
+                     .grad = nullptr,
+                     .coefficients = nullptr},
                     device.stream());
     launch_finish_terms<T>({.rows = rows,
                             .target = y,
@@ -357,7 +358,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss(
                      .stats = output<RowStats>(stats),
                      .weights = weights,
                      .eps = eps,
-                     .grad = with_grad ? output<T>(grad) : nullptr},
+                     .grad = with_grad ? output<T>(grad) : nullptr,
+                     .coefficients = output<Coefficients>(coefficients)},
                     device.stream());
     launch_reduce<T, T>({.rows = rows,
                          .target = y,
@@ -370,7 +372,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss(
                          .eps = eps,
                          .loss = reduction == kNone ? nullptr : output<T>(result),
                          .row_loss = reduction == kNone ? output<T>(result) : nullptr,
-                         .coefficients = output<Coefficients>(coefficients),
+                         .coefficients = with_grad ? nullptr : output<Coefficients>(coefficients),
                          .means = output<double>(means),
                          .partials = partial_sums},
                         device.stream());

@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, 1) reduce_kernel(const ReduceArgs<T,
        i += int64_t(gridDim.x) * blockDim.x) {
     const int64_t target = args.target[i];
     if (target == args.target.ignore_index) {  // its statistics are zeros already
-      args.coefficients[i] = {};
+      if (args.coefficients) args.coefficients[i] = {};
       if (args.row_loss) args.row_loss[i] = 0;
       continue;
     }
@@ -90,8 +90,10 @@ __global__ void __launch_bounds__(kThreads, 1) reduce_kernel(const ReduceArgs<T,
     double w = weight_of(args.weights, y);
     if (args.mean) w /= weight_sum;
     if (!args.terms) complete(args.stats[i], t);
-    args.coefficients[i] = coefficients_of(args.stats[i], w * r.d_concentration, w * r.d_separation,
-                                           args.centroids.all().classes, args.centroids.centroid_to_sample, args.focus);
+    if (args.coefficients)
+      args.coefficients[i] =
+          coefficients_of(args.stats[i], w * r.d_concentration, w * r.d_separation, args.centroids.all().classes,
+                          args.centroids.centroid_to_sample, args.focus);
     if (args.row_loss) args.row_loss[i] = Loss(w * r.value);
   }
 }

@@ -320,6 +320,15 @@ NCMI_DEVICE void complete(RowStats& stats, const RowTerms& terms) {
   stats.all_mean = terms.all_mean;
 }
 
+// Rounded before it is added to anything: a gradient is then the same, formed here or from what is left in memory.
+NCMI_DEVICE double product(double a, double b) {
+#if defined(__CUDA_ARCH__)
+  return __dmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
 template <class T>
 NCMI_DEVICE double weight_of(const Weights<T>& weights, int64_t y) {
   return weights.by_class ? double(weights.by_class[y]) : 1.0;
@@ -413,7 +422,10 @@ __global__ void __maxnreg__((kTermsRegisters<In, T, kept, centroid_to_sample>)) 
       args.sums[i] = {};
       args.stats[i] = {};
     }
-    if constexpr (with_grad) zero_row<In, T>(group, args.input, i, q.columns, args.grad);
+    if constexpr (with_grad) {
+      if (group.first()) args.coefficients[i] = {};
+      zero_row<In, T>(group, args.input, i, q.columns, args.grad);
+    }
     return;
   }
   const int64_t y = class_of(target, q.classes);
@@ -431,8 +443,10 @@ __global__ void __maxnreg__((kTermsRegisters<In, T, kept, centroid_to_sample>)) 
     double w = weight_of(args.weights, y);
     if (args.weights.total) w /= *args.weights.total;
     complete(stats, terms);
-    const Coefficients coefficients = coefficients_of(stats, w * r.d_concentration, w * r.d_separation,
-                                                      q.all().classes, centroid_to_sample, false);
+    const Coefficients coefficients =
+        coefficients_of(stats, product(w, r.d_concentration), product(w, r.d_separation), q.all().classes,
+                        centroid_to_sample, false);
+    if (group.first()) args.coefficients[i] = coefficients;
     grad_of_row<centroid_to_sample, fast>(row, of, stats, coefficients, args.grad);
   }
 }
