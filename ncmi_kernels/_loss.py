@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from ncmi_kernels import _focus, _ops, _plain, reference
+from ncmi_kernels._autograd import grads_by_autograd, save, saved
 from ncmi_kernels._modes import jit_tracing, mapped_backward, plain_backward, transforming
 from ncmi_kernels._options import Options
 from ncmi_kernels._problem import Problem, check_range
 from ncmi_kernels._schema import SGD
-from ncmi_kernels._terms import grads_by_autograd, save, saved, transformable_loss
+from ncmi_kernels._terms import transformable_loss
 
 
 class Result(NamedTuple):
