@@ -1,6 +1,6 @@
 """The loss: one autograd Function, whatever the backend and the way through it."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,17 +9,10 @@ from ncmi_kernels import _focus, _ops, _plain, reference
 from ncmi_kernels._autograd import grads_by_autograd, save, saved
 from ncmi_kernels._modes import jit_tracing, mapped_backward, plain_backward, transforming
 from ncmi_kernels._options import Options
+from ncmi_kernels._plain import Found
 from ncmi_kernels._problem import Problem, check_range
 from ncmi_kernels._schema import SGD
 from ncmi_kernels._terms import transformable_loss
-
-
-class Result(NamedTuple):
-    """The loss of a batch, and what is to be known of it without a graph."""
-
-    loss: Tensor  # [], or [N] for reduction "none"
-    means: Tensor | None  # [2] float64, CMI and Gamma: NaN where no row counts. None within a transform
-    rows: Any = None  # what a step of the centroids may use again, where that was asked for
 
 
 def way_of(options: Options, shards: Any = None) -> Any:
@@ -104,7 +97,7 @@ class _Loss(torch.autograd.Function):
         return grad_input, grad_centroids, None, None
 
 
-def loss(input: Tensor, centroid_logits: Tensor, problem: Problem, *, with_rows: bool = False) -> Result:
+def loss(input: Tensor, centroid_logits: Tensor, problem: Problem, *, with_rows: bool = False) -> Found:
     """The loss of features [N, M] and centroid logits [C, M]. A table that the problem lacks is computed.
 
     With a group, the loss over the batches of all processes, and gradients times their number. `with_rows`: for
@@ -114,7 +107,7 @@ def loss(input: Tensor, centroid_logits: Tensor, problem: Problem, *, with_rows:
     if backend == "reference":
         check_range(target, len(centroid_logits), options.ignore_index)
         value, means = reference.loss_and_means(input, target, centroid_logits, center, weight, options, group=group)
-        return Result(value, means)
+        return Found(value, means)
     if transforming() or jit_tracing():
         assert update is None
         if group is not None:
@@ -122,19 +115,19 @@ def loss(input: Tensor, centroid_logits: Tensor, problem: Problem, *, with_rows:
                 "process_group: got several processes inside a torch.func transform, expected None: a transform cannot "
                 "communicate"
             )
-        return Result(transformable_loss(input, centroid_logits, problem), None)
+        return Found(transformable_loss(input, centroid_logits, problem), None)  # means would outlive the transform
     graph = torch.is_grad_enabled() and (input.requires_grad or centroid_logits.requires_grad)
     compiling = torch.compiler.is_compiling()
     way = way_of(options, shards)
     if not (graph or compiling):
-        found = way.forward(input, centroid_logits, problem)
-        return Result(found.loss, found.means, found.rows if with_rows else None)
+        found: Found = way.forward(input, centroid_logits, problem)
+        return found
     value, means, *rows = _Loss.apply(input, centroid_logits, problem, with_rows and not compiling)
-    return Result(value, means, way.Rows(*rows) if rows else None)
+    return Found(value, means, way.Rows(*rows) if rows else None)
 
 
 def centroid_gradient(
-    input: Tensor, centroid_logits: Tensor, problem: Problem, known: Result | None = None
+    input: Tensor, centroid_logits: Tensor, problem: Problem, known: Found | None = None
 ) -> tuple[Tensor, Tensor]:
     """Without a graph: the gradient of :func:`loss` by `centroid_logits` [C, M], and means of terms [2].
 
@@ -146,7 +139,7 @@ def centroid_gradient(
     if problem.backend == "reference":
         with torch.enable_grad():
             leaf = centroid_logits.requires_grad_()
-            value, means, _ = loss(input, leaf, problem)
+            value, means, *_ = loss(input, leaf, problem)
             grad = torch.autograd.grad(value, leaf)[0]
         assert means is not None
         if group is not None:
@@ -168,7 +161,7 @@ def centroid_step_(
     input: Tensor,
     centroid_logits: Tensor,
     problem: Problem,
-    known: Result | None,
+    known: Found | None,
     momentum_buffer: Tensor | None,
     sgd: SGD,
 ) -> None:

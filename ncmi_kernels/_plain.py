@@ -30,10 +30,10 @@ class Found(NamedTuple):
     """What a forward pass finds."""
 
     loss: Tensor  # [], or [B] for reduction "none"
-    means: Tensor  # [2] float64, of the terms
-    rows: Any  # Rows, or those of another way
-    table: Any  # Table, likewise
-    center: Tensor | None  # the centre of the batch, where that was moved the new one
+    means: Tensor | None  # [2] float64, of the terms: NaN where no row counts. None within a transform
+    rows: Any = None  # Rows, or those of another way; with a graph only where they were asked for
+    table: Any = None  # Table, likewise
+    center: Tensor | None = None  # the centre of the batch, where that was moved the new one
     grad: Tensor | None = None  # of the input, for an upstream gradient of 1, where the same pass made it
 
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from ncmi_kernels import _backends, _loss, _ops, _problem, functional
 from ncmi_kernels._group import Group
-from ncmi_kernels._loss import Result
 from ncmi_kernels._memo import Memo
 from ncmi_kernels._modes import concrete, forward_mode, jit_tracing, transforming
 from ncmi_kernels._options import OPTION_NAMES, Options, check_choice, check_fraction
+from ncmi_kernels._plain import Found
 from ncmi_kernels._prediction import Predictor
 from ncmi_kernels._problem import CenterUpdate, problem_of
 from ncmi_kernels._schema import SGD
@@ -211,10 +211,10 @@ class NCMILoss(Predictor):
             table = self._fixed_table(input, logits, backend)
         group = self._group if self.training and self.options.reduction != "none" else None
         problem = problem_of(input, target, logits, center, weight, self.options, backend, table, group, update)
-        result = _loss.loss(*problem, with_rows=self._keeps_rows)
+        found = _loss.loss(*problem, with_rows=self._keeps_rows)
         self._commit_center(moved)
-        self._keep(result, input, target, backend, group)
-        loss = result.loss
+        self._keep(found, input, target, backend, group)
+        loss = found.loss
         return loss.reshape(target.shape) if self.options.reduction == "none" else loss
 
     @property
@@ -227,9 +227,9 @@ class NCMILoss(Predictor):
         """
         return None if self._last_terms is None else BatchTerms(*self._last_terms)
 
-    def _keep(self, result: Result, input: Tensor, target: Tensor, backend: str, group: Group | None) -> None:
+    def _keep(self, found: Found, input: Tensor, target: Tensor, backend: str, group: Group | None) -> None:
         """Keep what is known of a batch: for `last_terms`, and for the step of the centroids."""
-        means = result.means
+        means = found.means
         if means is None or transforming() or forward_mode() or jit_tracing():
             return  # the tensors would outlive the transform
         if not concrete(means):
@@ -239,10 +239,10 @@ class NCMILoss(Predictor):
             return
         self.__dict__["_last_terms"] = means  # past Module.__setattr__, which takes a microsecond
         self._last_result.forget()
-        if result.rows is not None:
+        if self._keeps_rows and found.rows is not None:
             tensors = self._tensors_of_rows(input, target)
             if not any(t.is_inference() or not concrete(t) for t in tensors):  # else no version counter tells
-                known = result._replace(loss=means)  # the loss has a graph
+                known = Found(means, means, found.rows)  # without the loss, which has a graph
                 self._last_result.keep(known, tensors, self._settings_of_rows(backend, group))
         if self.training:
             self._watch.look(means, self.options, target)
@@ -254,13 +254,13 @@ class NCMILoss(Predictor):
     def _settings_of_rows(self, backend: str, group: Group | None) -> tuple[Any, ...]:
         return self.options, self.center_momentum is None, backend, group
 
-    def _known(self, input: Tensor, target: Tensor, backend: str) -> Result | None:
+    def _known(self, input: Tensor, target: Tensor, backend: str) -> Found | None:
         """What the last forward pass gave, if it had this batch and nothing moved since.
 
         The operators move no version counter of the centre; but what moves it is a forward pass, which is the last one.
         """
         tensors = self._tensors_of_rows(input, target)
-        known: Result | None = self._last_result.find(tensors, self._settings_of_rows(backend, self._group))
+        known: Found | None = self._last_result.find(tensors, self._settings_of_rows(backend, self._group))
         return known
 
     def _forget(self) -> None:

@@ -156,10 +156,10 @@ class ShardedNCMILoss(NCMILoss):
         backend = self._backend_for(input, target)
         center, weight = self._buffers_for(self.centroid_logits)
         center, _, moved = self._center_for(center, input, target, self.centroid_logits, backend)
-        result = _loss.loss(*self._problem(input, target, center, weight, backend))
+        found = _loss.loss(*self._problem(input, target, center, weight, backend))
         self._commit_center(moved)
-        self._keep(result, input, target, backend, self._processes)
-        return result.loss.reshape(target.shape) if self.options.reduction == "none" else result.loss
+        self._keep(found, input, target, backend, self._processes)
+        return found.loss.reshape(target.shape) if self.options.reduction == "none" else found.loss
 
     def centroid_gradient(self, features: Tensor, target: Tensor) -> Tensor:
         """As of :class:`NCMILoss` with a process group; a DTensor [C, M] like `centroid_logits`."""
