@@ -46,9 +46,11 @@ class _Loss(torch.autograd.Function):
         ctx.spent = False  # whether a backward pass has taken over the gradient that the forward pass made
         if not compiling:
             ctx.set_materialize_grads(False)
-        outputs = (found.means, *found.rows) if with_rows else (found.means,)
-        ctx.mark_non_differentiable(*[each for each in outputs if each is not None])
-        return found.loss, *outputs
+        if not with_rows:
+            ctx.mark_non_differentiable(found.means)
+            return found.loss, found.means
+        ctx.mark_non_differentiable(found.means, *[each for each in found.rows if each is not None])
+        return found.loss, found.means, *found.rows
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -58,7 +60,7 @@ class _Loss(torch.autograd.Function):
         way = way_of(options, shards)
         (center, centroid_logits, input, target, weight, grad, *kept), repeated = saved(ctx)
         count = len(way.Rows._fields)
-        rows, table = way.Rows(*kept[:count]), way.Table(*kept[count:])
+        rows, table = way.Rows._make(kept[:count]), way.Table._make(kept[count:])
         problem = Problem(target, center, weight, options, ctx.backend, table, group, None, shards)
         wanted = ctx.needs_input_grad
         if not plain_backward(upstream):
@@ -117,13 +119,14 @@ def loss(input: Tensor, centroid_logits: Tensor, problem: Problem, *, with_rows:
             )
         return Found(transformable_loss(input, centroid_logits, problem), None)  # means would outlive the transform
     graph = torch.is_grad_enabled() and (input.requires_grad or centroid_logits.requires_grad)
-    compiling = torch.compiler.is_compiling()
-    way = way_of(options, shards)
-    if not (graph or compiling):
-        found: Found = way.forward(input, centroid_logits, problem)
+    if not (graph or torch.compiler.is_compiling()):
+        found: Found = way_of(options, shards).forward(input, centroid_logits, problem)
         return found
-    value, means, *rows = _Loss.apply(input, centroid_logits, problem, with_rows and not compiling)
-    return Found(value, means, way.Rows(*rows) if rows else None)
+    if not with_rows or torch.compiler.is_compiling():
+        value, means = _Loss.apply(input, centroid_logits, problem, False)
+        return Found(value, means)
+    value, means, *rows = _Loss.apply(input, centroid_logits, problem, True)
+    return Found(value, means, way_of(options, shards).Rows(*rows))
 
 
 def centroid_gradient(

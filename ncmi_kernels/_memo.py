@@ -22,26 +22,14 @@ class Memo:
     def keep(self, value: Any, tensors: tuple[Tensor, ...], settings: tuple[Any, ...], *alive: Tensor) -> None:
         """Keep `value`, and `alive` with it."""
         held = [t if isinstance(t, Parameter) else t.detach() for t in tensors]
-        states = [(t._version, t.data_ptr(), t.stride(), t.dtype, t.shape) for t in tensors]
-        self._entry = states, settings, value, held, alive
+        self._entry = _states(tensors), settings, value, held, alive
 
     def find(self, tensors: tuple[Tensor, ...], settings: tuple[Any, ...]) -> Any:
         """The value for these, or None."""
         if self._entry is None:
             return None
         states, known, value, *_ = self._entry
-        if known != settings or len(states) != len(tensors):
-            return None
-        for t, (version, address, stride, dtype, shape) in zip(tensors, states, strict=True):
-            if (
-                t._version != version
-                or t.data_ptr() != address
-                or t.stride() != stride
-                or t.dtype is not dtype
-                or t.shape != shape
-            ):
-                return None
-        return value
+        return value if known == settings and states == _states(tensors) else None
 
     def forget(self) -> None:
         """Drop the value, for changes that no version counter sees."""
@@ -50,3 +38,7 @@ class Memo:
 
     def __reduce__(self) -> Any:
         return Memo, ()
+
+
+def _states(tensors: tuple[Tensor, ...]) -> list[tuple[Any, ...]]:
+    return [(t._version, t.data_ptr(), t.stride(), t.shape, t.dtype) for t in tensors]
