@@ -406,7 +406,7 @@ def test_steps_of_the_centroids_are_those_of_torch_sgd(backend, dtype, separatio
     logits, start = expected.centroid_logits, expected.centroid_logits.detach().clone()
     sgd = {"lr": 30.0, "momentum": 0.9, "weight_decay": 1e-3, "nesterov": True}
     theirs, ours = torch.optim.SGD([logits], **sgd), CentroidSGD(actual, **sgd)
-    monkeypatch.setattr(actual, "centroid_gradient", lambda *_: pytest.fail("formed a gradient"))
+    monkeypatch.setattr(actual, "_step_gradient", lambda *_: pytest.fail("formed a gradient"))
     for number in range(5):
         z, y = problem(rows, classes, columns, dtype)
         y[::5] = -100
