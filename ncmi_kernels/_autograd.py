@@ -58,3 +58,11 @@ def saved(ctx: Any) -> tuple[Sequence[Any], bool]:
     if tensors[0] is center or center is None or torch.equal(tensors[0], center):
         return tensors, False
     return (center, *tensors[1:]), True
+
+
+def restored(way: Any, kept: Sequence[Any]) -> tuple[Any, Any]:
+    """The `Rows` and the `Table` of a way, from their fields one after the other."""
+    count = len(way.Rows._fields)
+    if torch.compiler.is_compiling():
+        return way.Rows(*kept[:count]), way.Table(*kept[count:])
+    return tuple.__new__(way.Rows, kept[:count]), tuple.__new__(way.Table, kept[count:])  # half a microsecond less

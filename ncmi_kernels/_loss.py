@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ncmi_kernels import _focus, _ops, _plain, reference
-from ncmi_kernels._autograd import grads_by_autograd, save, saved
+from ncmi_kernels._autograd import grads_by_autograd, restored, save, saved
 from ncmi_kernels._modes import jit_tracing, mapped_backward, plain_backward, transforming
 from ncmi_kernels._options import Options
 from ncmi_kernels._plain import Found
@@ -59,8 +59,7 @@ class _Loss(torch.autograd.Function):
         options, group, shards = ctx.options, ctx.group, ctx.shards
         way = way_of(options, shards)
         (center, centroid_logits, input, target, weight, grad, *kept), repeated = saved(ctx)
-        count = len(way.Rows._fields)
-        rows, table = way.Rows._make(kept[:count]), way.Table._make(kept[count:])
+        rows, table = restored(way, kept)
         problem = Problem(target, center, weight, options, ctx.backend, table, group, None, shards)
         wanted = ctx.needs_input_grad
         if not plain_backward(upstream):

@@ -22,14 +22,18 @@ class Memo:
     def keep(self, value: Any, tensors: tuple[Tensor, ...], settings: tuple[Any, ...], *alive: Tensor) -> None:
         """Keep `value`, and `alive` with it."""
         held = [t if isinstance(t, Parameter) else t.detach() for t in tensors]
-        self._entry = _states(tensors), settings, value, held, alive
+        states = [(t._version, t.data_ptr(), t.stride(), t.shape, t.dtype) for t in tensors]
+        self._entry = states, settings, value, held, alive
 
     def find(self, tensors: tuple[Tensor, ...], settings: tuple[Any, ...]) -> Any:
         """The value for these, or None."""
-        if self._entry is None:
+        entry = self._entry
+        if entry is None or entry[1] != settings or len(entry[0]) != len(tensors):
             return None
-        states, known, value, *_ = self._entry
-        return value if known == settings and states == _states(tensors) else None
+        for state, t in zip(entry[0], tensors, strict=False):  # as in `keep`
+            if state != (t._version, t.data_ptr(), t.stride(), t.shape, t.dtype):
+                return None
+        return entry[2]
 
     def forget(self) -> None:
         """Drop the value, for changes that no version counter sees."""
@@ -38,7 +42,3 @@ class Memo:
 
     def __reduce__(self) -> Any:
         return Memo, ()
-
-
-def _states(tensors: tuple[Tensor, ...]) -> list[tuple[Any, ...]]:
-    return [(t._version, t.data_ptr(), t.stride(), t.shape, t.dtype) for t in tensors]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ncmi_kernels import _focus, _ops, _plain, reference
-from ncmi_kernels._autograd import grads_by_autograd, save, saved
+from ncmi_kernels._autograd import grads_by_autograd, restored, save, saved
 from ncmi_kernels._modes import forward_mode, jit_tracing, mapped_backward, plain_backward, transforming
 from ncmi_kernels._options import Options
 from ncmi_kernels._problem import Problem
@@ -33,8 +33,7 @@ class _Terms(torch.autograd.Function):
         (center, centroid_logits, input, target, *kept), repeated = saved(ctx)
         options, backend = ctx.options, ctx.backend
         way = _focus if options.separation_focus else _plain
-        count = len(way.Rows._fields)
-        rows, table = way.Rows(*kept[:count]), way.Table(*kept[count:])
+        rows, table = restored(way, kept)
         problem = Problem(target, center, None, options, backend, table)
         wanted = ctx.needs_input_grad[:2]
         if plain_backward(*upstream):

@@ -238,7 +238,8 @@ class NCMILoss(Predictor):
                 self._last_result.forget()
             return
         self.__dict__["_last_terms"] = means  # past Module.__setattr__, which takes a microsecond
-        self._last_result.forget()
+        if self._keeps_rows:
+            self._last_result.forget()
         if self._keeps_rows and found.rows is not None:
             tensors = self._tensors_of_rows(input, target)
             if not any(t.is_inference() or not concrete(t) for t in tensors):  # else no version counter tells
@@ -506,7 +507,6 @@ class NCMILoss(Predictor):
 
     def _step_(self, features: Tensor, target: Tensor, momentum_buffer: Tensor | None, sgd: SGD) -> None:
         """Move the centroids by a step of SGD, in one pass with their table where that can be."""
-        self._check_one_loss()
         logits = self._tensor("centroid_logits")
         if not self._step_in_one_pass_(logits, features, target, momentum_buffer, sgd):
             grad, means = self._step_gradient(features, target)

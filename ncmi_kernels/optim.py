@@ -160,6 +160,7 @@ class CentroidSGD(torch.optim.Optimizer):
         (logits,) = group["params"]
         if logits is not self.criterion.centroid_logits:
             raise RuntimeError("criterion: its centroid_logits is another parameter now, expected a new CentroidSGD")
+        self.criterion._check_one_loss()
         state = self.state[logits]
         count = state.get("step", 0)
         check_batch(features, target, logits)
