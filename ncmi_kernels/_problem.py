@@ -68,13 +68,12 @@ def to_arithmetic_dtype(
         dtype = torch.float32
     if centroid_logits.dtype is not dtype:
         centroid_logits = centroid_logits.to(dtype)
-    return input, centroid_logits, _as_constant(center, dtype), _as_constant(weight, dtype)
+    center = None if center is None else _as_constant(center, dtype)
+    return input, centroid_logits, center, None if weight is None else _as_constant(weight, dtype)
 
 
-def _as_constant(vector: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _as_constant(vector: Tensor, dtype: torch.dtype) -> Tensor:
     """A vector as the kernels take it, which a graph can save: autograd refuses what was made in inference mode."""
-    if vector is None:
-        return None
     if vector.dtype is not dtype or vector.requires_grad or not vector.is_contiguous():
         vector = vector.detach().to(dtype).contiguous()
     if not torch.compiler.is_compiling() and vector.is_inference():

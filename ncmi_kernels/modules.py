@@ -212,7 +212,8 @@ class NCMILoss(Predictor):
         group = self._group if self.training and self.options.reduction != "none" else None
         problem = problem_of(input, target, logits, center, weight, self.options, backend, table, group, update)
         found = _loss.loss(*problem, with_rows=self._keeps_rows)
-        self._commit_center(moved)
+        if moved is not None:
+            self._commit_center(moved)
         self._keep(found, input, target, backend, group)
         loss = found.loss
         return loss.reshape(target.shape) if self.options.reduction == "none" else loss
@@ -439,11 +440,10 @@ class NCMILoss(Predictor):
         usable = moved.isfinite().all()
         return _Moved(torch.where(usable, moved, self.center), self.num_batches_tracked + usable)
 
-    def _commit_center(self, moved: _Moved | None) -> None:
-        if moved is not None:
-            with torch.no_grad():
-                self.center.copy_(moved.center)
-                self.num_batches_tracked.copy_(moved.batches)
+    @torch.no_grad()
+    def _commit_center(self, moved: _Moved) -> None:
+        self.center.copy_(moved.center)
+        self.num_batches_tracked.copy_(moved.batches)
 
     def _fixed_table(self, input: Tensor, logits: Tensor, backend: str) -> Any:
         """The table of fixed centroids, kept for as long as they stay; None where it has to be computed.

@@ -157,7 +157,8 @@ class ShardedNCMILoss(NCMILoss):
         center, weight = self._buffers_for(self.centroid_logits)
         center, _, moved = self._center_for(center, input, target, self.centroid_logits, backend)
         found = _loss.loss(*self._problem(input, target, center, weight, backend))
-        self._commit_center(moved)
+        if moved is not None:
+            self._commit_center(moved)
         self._keep(found, input, target, backend, self._processes)
         return found.loss.reshape(target.shape) if self.options.reduction == "none" else found.loss
 
