@@ -312,7 +312,7 @@ def terms_kernel(
         # No rescued row is floored.
         inverse = tl.where(floored, 1.0 / SMALLEST_LENGTH, inverse * prescale)
         scale = inverse_temperature * inverse
-        inverse_length = tl.where(live & (floored == 0), inverse, 0.0)
+        inverse_length = tl.where(floored, 0.0, inverse)
     shift = tl.full([ROWS], 0.0, dtype)
     if LARGEST:
         # An infinite element would otherwise be hidden from the loss: as far below the others as a finite one can be.
@@ -345,7 +345,7 @@ def terms_kernel(
     written = row < B
     of_row = rows + row * STATS
     tl.store(of_row + SCALE, tl.where(live, scale.to(tl.float64), 0.0), mask=written)
-    tl.store(of_row + INVERSE_LENGTH, inverse_length.to(tl.float64), mask=written)
+    tl.store(of_row + INVERSE_LENGTH, tl.where(live, inverse_length.to(tl.float64), 0.0), mask=written)
     tl.store(of_row + ROW_KIND, zero + kind, mask=written)
     tl.store(of_row + SHIFT, tl.where(live, shift.to(tl.float64), 0.0), mask=written)
     if not WITH_GRAD:
@@ -375,6 +375,7 @@ def terms_kernel(
         tl.store(of_row + INVERSE_NORM, tl.where(live, inverse_norm, 0.0), mask=written)
         tl.store(of_row + OWN_MEAN, tl.where(live, own_mean, 0.0), mask=written)
         tl.store(of_row + ALL_MEAN, tl.where(live, all_mean, 0.0), mask=written)
+        inverse_length = tl.where(live, inverse_length, 0.0)
         # The same formulas as a backward pass takes, for the same bits: that has no branch for NSF.
         if KIND == NSF:
             kind = tl.where(kind == NEAR, NEAR, SHIFTED)
