@@ -63,6 +63,4 @@ def saved(ctx: Any) -> tuple[Sequence[Any], bool]:
 def restored(way: Any, kept: Sequence[Any]) -> tuple[Any, Any]:
     """The `Rows` and the `Table` of a way, from their fields one after the other."""
     count = len(way.Rows._fields)
-    if torch.compiler.is_compiling():
-        return way.Rows(*kept[:count]), way.Table(*kept[count:])
-    return tuple.__new__(way.Rows, kept[:count]), tuple.__new__(way.Table, kept[count:])  # half a microsecond less
+    return way.Rows(*kept[:count]), way.Table(*kept[count:])

@@ -109,6 +109,8 @@ _CANDIDATES = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 def _fastest(device: str) -> str:
     """The first that can run, for a device type. CUDA before Triton: the same bytes, and launches that cost less."""
+    if device == "cpu" and load_library() is None:
+        return "cpu"
     if device == "meta":
         return "reference"
     candidates = _CANDIDATES.get(device, ())

@@ -49,7 +49,7 @@ def plain_backward(*upstream: Tensor) -> bool:
 
 def jit_tracing() -> bool:
     """Whether torch.jit.trace records this call. It does not see tensors that are in a tuple."""
-    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+    return torch._C._get_tracing_state() is not None  # torch.compile knows the answer to this one
 
 
 def concrete(tensor: Tensor) -> bool:
