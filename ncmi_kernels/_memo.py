@@ -7,38 +7,40 @@ from torch.nn import Parameter
 
 
 class Memo:
-    """One value, with the state of the tensors and the settings that it was computed from.
+    """One value under one key, which tells the state of all that the value comes from.
 
-    A change shows in a tensor's version counter or memory. The memory is kept alive, so that no other tensor gets its
-    address; of a parameter the parameter itself, as another tensor of its memory would make it look shared. A copy, or
-    one that was pickled, is empty.
+    A change of a tensor shows in its version counter or memory (:func:`state_of`). The memory is kept alive, so that no
+    other tensor gets its address. A copy of a memo, or one that was pickled, is empty.
     """
 
-    __slots__ = ("_entry",)
-
     def __init__(self) -> None:
-        self._entry: tuple[Any, ...] | None = None
+        self._key: tuple[Any, ...] | None = None
+        self._value: Any = None
+        self._alive: tuple[Tensor, ...] = ()
+        self.of: Tensor | None = None  # the first of those that are kept alive
 
-    def keep(self, value: Any, tensors: tuple[Tensor, ...], settings: tuple[Any, ...], *alive: Tensor) -> None:
-        """Keep `value`, and `alive` with it."""
-        held = [t if isinstance(t, Parameter) else t.detach() for t in tensors]
-        states = [(t._version, t.data_ptr(), t.stride(), t.shape, t.dtype) for t in tensors]
-        self._entry = states, settings, value, held, alive
+    def keep(self, key: tuple[Any, ...], value: Any, *alive: Tensor) -> None:
+        """Keep `value`, and the tensors `alive` with it."""
+        self._key, self._value, self._alive, self.of = key, value, alive, alive[0]
 
-    def find(self, tensors: tuple[Tensor, ...], settings: tuple[Any, ...]) -> Any:
-        """The value for these, or None."""
-        entry = self._entry
-        if entry is None or entry[1] != settings or len(entry[0]) != len(tensors):
-            return None
-        for state, t in zip(entry[0], tensors, strict=False):  # as in `keep`
-            if state != (t._version, t.data_ptr(), t.stride(), t.shape, t.dtype):
-                return None
-        return entry[2]
+    def find(self, key: tuple[Any, ...] | None) -> Any:
+        """The value for this key, or None."""
+        return self._value if self._key == key else None
 
     def forget(self) -> None:
         """Drop the value, for changes that no version counter sees."""
-        if self._entry is not None:
-            self._entry = None
+        if self._key is not None:
+            self._key, self._value, self._alive, self.of = None, None, (), None
 
     def __reduce__(self) -> Any:
         return Memo, ()
+
+
+def state_of(*tensors: Tensor) -> tuple[Any, ...]:
+    """What an operation on these tensors, or in their place, would change."""
+    return tuple((t._version, t.data_ptr(), t.stride(), t.shape, t.dtype) for t in tensors)
+
+
+def memory_of(*tensors: Tensor) -> list[Tensor]:
+    """What keeps the tensors' memory. Of a parameter itself: another tensor of its memory makes it look shared."""
+    return [t if isinstance(t, Parameter) else t.detach() for t in tensors]

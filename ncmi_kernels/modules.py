@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ncmi_kernels import _backends, _loss, _ops, _problem, functional
 from ncmi_kernels._group import Group
-from ncmi_kernels._memo import Memo
+from ncmi_kernels._memo import Memo, memory_of, state_of
 from ncmi_kernels._modes import concrete, forward_mode, jit_tracing, transforming
 from ncmi_kernels._options import OPTION_NAMES, Options, check_choice, check_fraction
 from ncmi_kernels._plain import Found
@@ -243,9 +243,10 @@ class NCMILoss(Predictor):
             self._last_result.forget()
         if self._keeps_rows and found.rows is not None:
             tensors = self._tensors_of_rows(input, target)
-            if not any(t.is_inference() or not concrete(t) for t in tensors):  # else no version counter tells
+            key = self._key_of_rows(tensors, backend, group)
+            if key is not None:
                 known = Found(means, means, found.rows)  # without the loss, which has a graph
-                self._last_result.keep(known, tensors, self._settings_of_rows(backend, group))
+                self._last_result.keep(key, known, *memory_of(*tensors))
         if self.training:
             self._watch.look(means, self.options, target)
 
@@ -253,16 +254,18 @@ class NCMILoss(Predictor):
         tensors = (input, target, self._tensor("centroid_logits"), self._tensor("center"), self._tensor("weight"))
         return tuple(t for t in tensors if t is not None)
 
-    def _settings_of_rows(self, backend: str, group: Group | None) -> tuple[Any, ...]:
-        return self.options, self.center_momentum is None, backend, group
+    def _key_of_rows(self, tensors: tuple[Tensor, ...], backend: str, group: Group | None) -> tuple[Any, ...] | None:
+        if any(t.is_inference() or not concrete(t) for t in tensors):
+            return None  # no version counter would tell of a change
+        return state_of(*tensors), self.options, self.center_momentum is None, backend, group
 
     def _known(self, input: Tensor, target: Tensor, backend: str) -> Found | None:
         """What the last forward pass gave, if it had this batch and nothing moved since.
 
         The operators move no version counter of the centre; but what moves it is a forward pass, which is the last one.
         """
-        tensors = self._tensors_of_rows(input, target)
-        known: Found | None = self._last_result.find(tensors, self._settings_of_rows(backend, self._group))
+        key = self._key_of_rows(self._tensors_of_rows(input, target), backend, self._group)
+        known: Found | None = self._last_result.find(key)
         return known
 
     def _forget(self) -> None:
@@ -460,7 +463,7 @@ class NCMILoss(Predictor):
         options = self.options
         if torch.compiler.is_compiling():  # a traced read would be guarded on versions
             return None
-        table = self._table.find((logits,), (id(logits), options, backend))
+        table = self._table.find(self._key_of_table(logits, backend)) if self._table.of is logits else None
         if (
             table is not None
             and (input.dtype is not torch.float64 or logits.dtype is torch.float64)
@@ -487,10 +490,13 @@ class NCMILoss(Predictor):
         self._keep_table(table, backend)
         return table
 
+    def _key_of_table(self, logits: Tensor, backend: str) -> tuple[Any, ...]:
+        return logits._version, logits.data_ptr(), logits.stride(), logits.dtype, self.options, backend
+
     def _keep_table(self, table: Any, backend: str) -> None:
         """Keep the table of the centroids as they are now."""
         logits = self._tensor("centroid_logits")
-        self._table.keep(table, (logits,), (id(logits), self.options, backend), logits.detach())
+        self._table.keep(self._key_of_table(logits, backend), table, logits, logits.detach())
 
     def _check_one_loss(self) -> None:
         if self.options.reduction == "none":

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ncmi_kernels import _backends, _loss, _plain, _problem, _schema, reference
 from ncmi_kernels._group import Group
+from ncmi_kernels._memo import state_of
 from ncmi_kernels._options import Options
 from ncmi_kernels._problem import Problem, problem_of
 from ncmi_kernels.modules import INITIAL_LOGIT, NCMILoss
@@ -279,12 +280,12 @@ class ShardedNCMILoss(NCMILoss):
         # Operations on the DTensor move its counter, those on what its to_local() gives that of the rows. The rows of a
         # detached DTensor count for themselves: writing through them cannot be seen, as through `.data`.
         local = _to_local(logits)
-        settings = self.options, backend, logits._version, input.dtype
-        shard: Shard | None = self._table.find((local,), settings)
+        key = state_of(local), self.options, backend, logits._version, input.dtype
+        shard: Shard | None = self._table.find(key)
         if shard is None:
             wide = _problem.to_arithmetic_dtype(input, local, None, None)[1]
             shard = shard_of(wide, self.options, backend)
-            self._table.keep(shard, (local,), settings)
+            self._table.keep(key, shard, local)
         return shard
 
 

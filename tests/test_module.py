@@ -577,7 +577,7 @@ COPIES = {
 def test_copies(learnt, fitted, name):
     criterion = trained(fitted=fitted, learnt=learnt, separation="centroid_to_sample")
     other = COPIES[name](criterion)
-    assert other._table._entry is None
+    assert other._table._key is None
     assert repr(other) == repr(criterion)
     assert other.centroid_logits.requires_grad == learnt
     assert_same(criterion, other)
