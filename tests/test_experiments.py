@@ -402,7 +402,7 @@ def test_command_line(tmp_path, capsys):
     assert not list((tmp_path / "work").iterdir())
     with pytest.raises(SystemExit):
         main(["compare", "--data", "cifar-100", "--data-dir", str(tmp_path)])
-    assert "train.bin: not there" in capsys.readouterr().err, "before anything is trained"
+    assert "train: not there" in capsys.readouterr().err, "before anything is trained"
     whole, header = file.read_text(), ",".join(reader.fieldnames)
     for text, message in (
         ("a,b\n", "out.csv: got columns ['a', 'b']"),
