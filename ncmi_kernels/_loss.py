@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ncmi_kernels import _focus, _ops, _plain, reference
 from ncmi_kernels._autograd import grads_by_autograd, restored, save, saved
-from ncmi_kernels._modes import jit_tracing, mapped_backward, plain_backward, transforming
+from ncmi_kernels._modes import forward_mode, jit_tracing, mapped_backward, plain_backward, transforming
 from ncmi_kernels._options import Options
 from ncmi_kernels._plain import Found
 from ncmi_kernels._problem import Problem, check_range
@@ -62,12 +62,9 @@ class _Loss(torch.autograd.Function):
         rows, table = restored(way, kept)
         problem = Problem(target, center, weight, options, ctx.backend, table, group, None, shards)
         wanted = ctx.needs_input_grad
-        if not plain_backward(upstream):
-            if group is not None:
-                raise RuntimeError(
-                    "create_graph: got True for a loss over several processes (process_group, device_mesh), expected "
-                    "False: double backward is not supported there, nor are several upstream gradients at once"
-                )
+        if group is not None:
+            reference.refuse_double_backward()
+        elif not plain_backward(upstream):
             by_reference = mapped_backward(upstream)
             return (
                 *grads_by_autograd(
@@ -82,7 +79,8 @@ class _Loss(torch.autograd.Function):
         if repeated:
             found = way.forward(input, centroid_logits, problem, grad is not None)
             rows, grad = found.rows, found.grad
-        # Of the average that DistributedDataParallel takes over the processes, the sum is left. Shards take none.
+        # Of the average that DistributedDataParallel takes over the processes, the sum is left. Gradients of shards are
+        # not averaged.
         alone = group is None or options.reduction == "none"
         shared = upstream if alone else upstream * group.size
         grad_input = grad_centroids = None
@@ -103,19 +101,22 @@ def loss(input: Tensor, centroid_logits: Tensor, problem: Problem, *, with_rows:
 
     With a group, the loss over the batches of all processes, and gradients times their number. `with_rows`: for
     :func:`centroid_gradient` and the step of the centroids.
+
+    Raises:
+        RuntimeError: with a group within a transform of torch.func, forward mode or torch.jit.trace.
     """
     target, center, weight, options, backend, _, group, update, shards = problem
+    if group is not None and (transforming() or forward_mode() or jit_tracing()):
+        raise RuntimeError(
+            "process_group: got several processes within a torch.func transform, forward-mode derivatives or "
+            "torch.jit.trace, expected None: these do not communicate"
+        )
     if backend == "reference":
         check_range(target, len(centroid_logits), options.ignore_index)
         value, means = reference.loss_and_means(input, target, centroid_logits, center, weight, options, group=group)
         return Found(value, means)
     if transforming() or jit_tracing():
         assert update is None
-        if group is not None:
-            raise RuntimeError(
-                "process_group: got several processes inside a torch.func transform, expected None: a transform cannot "
-                "communicate"
-            )
         return Found(transformable_loss(input, centroid_logits, problem), None)  # means would outlive the transform
     graph = torch.is_grad_enabled() and (input.requires_grad or centroid_logits.requires_grad)
     if not (graph or torch.compiler.is_compiling()):

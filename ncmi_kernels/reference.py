@@ -264,14 +264,15 @@ def reduce(
 def _sums_of_all(sums: Tensor, group: Group) -> Tensor:
     """The sums over all processes; their gradients are this process's, times the number of processes."""
     if sums.requires_grad:
-        sums.register_hook(_refuse_double_backward)
+        sums.register_hook(lambda grad: refuse_double_backward())
     own = group.size * sums
     return group.all_reduce(sums.detach().clone()) + (own - own.detach())  # the same bits on each process
 
 
-def _refuse_double_backward(grad: Tensor) -> None:
+def refuse_double_backward() -> None:
+    """In the backward pass of a loss over several processes: raises where that is to be differentiated itself."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "create_graph: got True for a loss over several processes (process_group), expected False: double backward "
-            "is not supported there"
+            "create_graph: got True for a loss over several processes (process_group, device_mesh), expected False: "
+            "double backward is not supported there"
         )

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from conftest import relative
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 
 from ncmi_kernels import CentroidSGD, NCMILoss
@@ -327,6 +328,22 @@ def check_refused():
     features.requires_grad_()
     loss = criterion(features, target.clamp(max=3))
     refused(RuntimeError, lambda: torch.autograd.grad(loss, features, create_graph=True), "create_graph: got True")
+    # What is communicated has no tangents: they would be of this process alone.
+    for backend in (None, "reference"):
+        criterion.backend, criterion.center_momentum = backend, None
+        plain, ones, classes = features.detach(), torch.ones_like(features), target.clamp(max=3)
+
+        def of(features, classes=classes):
+            return criterion(features, classes)
+
+        def dual(of=of, plain=plain, ones=ones):
+            with forward_ad.dual_level():
+                return of(forward_ad.make_dual(plain, ones))
+
+        parts = "process_group: got several processes within", "expected None"
+        refused(RuntimeError, dual, *parts)
+        refused(RuntimeError, lambda of=of, plain=plain, ones=ones: torch.func.jvp(of, (plain,), (ones,)), *parts)
+        refused(RuntimeError, lambda of=of, plain=plain: torch.func.grad(of)(plain), *parts)
     dist.barrier()
     dist.destroy_process_group()
     refused(RuntimeError, lambda: NCMILoss(C, process_group=criterion.process_group), "not initialized")
@@ -334,6 +351,25 @@ def check_refused():
 
 def test_what_is_refused():
     processes.run(2, check_refused)
+
+
+def check_several_upstream_gradients():
+    upstream = torch.tensor([1.0, -2.0, 0.5])
+    for options in ({}, {"separation_focus": 5.0}, {"ratio": "sample"}, {"backend": "reference"}):
+        criterion = with_group(criterion_of(torch.float32))
+        for name, value in options.items():
+            setattr(criterion, name, value)
+        features, target = batches(SIZES_OF_TWO)[0][dist.get_rank()]
+        leaves = features.float().requires_grad_(), criterion.centroid_logits.requires_grad_()
+        loss = criterion(leaves[0], target.clamp(max=3))
+        each = [torch.autograd.grad(loss, leaves, one, retain_graph=True) for one in upstream]
+        at_once = torch.autograd.grad(loss, leaves, upstream, is_grads_batched=True)
+        for a, *e in zip(at_once, *each, strict=True):
+            assert relative(a, torch.stack(e)) < 1e-6
+
+
+def test_several_upstream_gradients_at_once():
+    processes.run(2, check_several_upstream_gradients)
 
 
 def check_copies():
