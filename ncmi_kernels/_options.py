@@ -1,8 +1,7 @@
 """The options of the loss, checked once."""
 
 import math
-from dataclasses import dataclass, field, fields, replace
-from functools import cache
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
 
@@ -79,11 +78,6 @@ class Options:
             ("for_loss", (*features, batch_ratio, reduction, self.eps, self.ignore_index)),
         ):
             object.__setattr__(self, name, value)
-
-    @cache  # noqa: B019
-    def ignoring(self, index: int) -> "Options":
-        """The same with another ignore_index."""
-        return replace(self, ignore_index=index)
 
 
 OPTION_NAMES = tuple(option.name for option in fields(Options) if option.init)

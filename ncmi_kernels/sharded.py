@@ -1,7 +1,7 @@
 """NCMI for very many classes: each process holds a part of the centroids, and [C, M] exists on none."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -160,7 +160,7 @@ class ShardedNCMILoss(NCMILoss):
         found = _loss.loss(*self._problem(input, target, center, weight, backend))
         if moved is not None:
             self._commit_center(moved)
-        self._keep(found, input, target, backend, self._processes)
+        self._keep(found._replace(rows=None), input, target, backend, self._processes)  # no step takes them again
         return found.loss.reshape(target.shape) if self.options.reduction == "none" else found.loss
 
     def centroid_gradient(self, features: Tensor, target: Tensor) -> Tensor:
@@ -468,6 +468,6 @@ class Shards:
         self, problem: Problem, target: Tensor, table: _schema.Table, weight: Tensor | None = None
     ) -> Problem:
         """The problem of the classes that occur in the batch, where rows that are ignored have `NOBODY`."""
-        options = problem.options.ignoring(NOBODY)
+        options = replace(problem.options, ignore_index=NOBODY)
         group = None if options.reduction == "none" else problem.group
         return problem._replace(target=target, weight=weight, options=options, table=table, group=group, shards=None)
