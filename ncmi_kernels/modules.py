@@ -108,9 +108,9 @@ class NCMILoss(Predictor):
         does, they are those of one process with all rows. `DistributedDataParallel(criterion)` does it for learnt
         centroids. With reduction "none" only the centre is shared: the losses and their gradients are those of the
         process's own rows, not multiplied. In eval mode nothing is communicated, as in SyncBatchNorm. A process that
-        fails or hangs is torch.distributed's error in the others, after its timeout. Double
-        backward, forward mode and torch.func are refused.
-        Deep copies share the group; a state_dict does not contain it; pickling raises RuntimeError.
+        fails or hangs is torch.distributed's error in the others, after its timeout. Double backward, forward mode and
+        torch.func are refused. Deep copies share the group; a state_dict does not contain it; pickling raises
+        RuntimeError.
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as :func:`ncmi_loss`. Of `process_group`: TypeError where it
