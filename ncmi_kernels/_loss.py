@@ -5,21 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ncmi_kernels import _focus, _ops, _plain, reference
+from ncmi_kernels import _ops, _plain, reference
 from ncmi_kernels._autograd import grads_by_autograd, restored, save, saved
 from ncmi_kernels._modes import forward_mode, jit_tracing, mapped_backward, plain_backward, transforming
-from ncmi_kernels._options import Options
 from ncmi_kernels._plain import Found
 from ncmi_kernels._problem import Problem, check_range
 from ncmi_kernels._schema import SGD
-from ncmi_kernels._terms import transformable_loss
-
-
-def way_of(options: Options, shards: Any = None) -> Any:
-    """What has `forward`, `input_grad` and `centroid_grad`, and their `Rows` and `Table`, for these options."""
-    if shards is not None:
-        return shards
-    return _focus if options.separation_focus else _plain
+from ncmi_kernels._terms import transformable_loss, way_of
 
 
 class _Loss(torch.autograd.Function):

@@ -13,13 +13,20 @@ from ncmi_kernels._problem import Problem
 from ncmi_kernels._schema import ALL_MEAN, CLASSES, OWN_MEAN
 
 
+def way_of(options: Options, shards: Any = None) -> Any:
+    """What has `forward`, `input_grad` and `centroid_grad`, and their `Rows` and `Table`, for these options."""
+    if shards is not None:
+        return shards
+    return _focus if options.separation_focus else _plain
+
+
 class _Terms(torch.autograd.Function):
     """Concentration and separation, of the arguments of :func:`terms`."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, centroid_logits: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
         options = problem.options
-        way = _focus if options.separation_focus else _plain
+        way = way_of(options)
         table = way.table_of(centroid_logits, options, problem.backend)
         problem = problem._replace(table=table)
         values, rows = way.terms(input, problem)
@@ -32,7 +39,7 @@ class _Terms(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (center, centroid_logits, input, target, *kept), repeated = saved(ctx)
         options, backend = ctx.options, ctx.backend
-        way = _focus if options.separation_focus else _plain
+        way = way_of(options)
         rows, table = restored(way, kept)
         problem = Problem(target, center, None, options, backend, table)
         wanted = ctx.needs_input_grad[:2]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ncmi_kernels import _backends, _loss, _ops, _problem, functional
+from ncmi_kernels import _backends, _loss, _ops, _problem, _terms, functional
 from ncmi_kernels._group import Group
 from ncmi_kernels._memo import Memo, memory_of, state_of
 from ncmi_kernels._modes import concrete, forward_mode, jit_tracing, transforming
@@ -487,7 +487,7 @@ class NCMILoss(Predictor):
         ):
             return None
         with torch.inference_mode(False):  # a graph could not save what was made in it
-            table = _loss.way_of(options).table_of(logits, options, backend)
+            table = _terms.way_of(options).table_of(logits, options, backend)
         self._keep_table(table, backend)
         return table
 
