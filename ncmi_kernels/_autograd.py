@@ -19,6 +19,15 @@ def grads_by_autograd(
     return tuple(next(found) if needed else None for needed in wanted)
 
 
+def apply(function: type[torch.autograd.Function], input: Tensor, centroid_logits: Tensor, *others: Any) -> Any:
+    """`function.apply` where no transform of torch.func is active: what it does for those costs as much again."""
+    if torch.compiler.is_compiling():
+        return function.apply(input, centroid_logits, *others)
+    alive = torch._C._functorch.unwrap_if_dead  # a tensor that outlived its transform
+    # mypy: the base class of torch.autograd.Function has no stubs.
+    return super(torch.autograd.Function, function).apply(alive(input), alive(centroid_logits), *others)  # type: ignore[misc]
+
+
 def save(ctx: Any, *tensors: Any) -> None:
     """Save what a backward pass needs, for :func:`saved`: autograd lets go of it after that pass, and hooks see it.
 

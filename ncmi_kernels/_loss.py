@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ncmi_kernels import _ops, _plain, reference
-from ncmi_kernels._autograd import grads_by_autograd, restored, save, saved
+from ncmi_kernels._autograd import apply, grads_by_autograd, restored, save, saved
 from ncmi_kernels._modes import forward_mode, jit_tracing, mapped_backward, plain_backward, transforming
 from ncmi_kernels._plain import Found
 from ncmi_kernels._problem import Problem, check_range
@@ -115,9 +115,9 @@ def loss(input: Tensor, centroid_logits: Tensor, problem: Problem, *, with_rows:
         found: Found = way_of(options, shards).forward(input, centroid_logits, problem)
         return found
     if not with_rows or torch.compiler.is_compiling():
-        value, means = _Loss.apply(input, centroid_logits, problem, False)
+        value, means = apply(_Loss, input, centroid_logits, problem, False)
         return Found(value, means)
-    value, means, *rows = _Loss.apply(input, centroid_logits, problem, True)
+    value, means, *rows = apply(_Loss, input, centroid_logits, problem, True)
     return Found(value, means, way_of(options, shards).Rows(*rows))
 
 

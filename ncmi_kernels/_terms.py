@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ncmi_kernels import _focus, _ops, _plain, reference
-from ncmi_kernels._autograd import grads_by_autograd, restored, save, saved
+from ncmi_kernels._autograd import apply, grads_by_autograd, restored, save, saved
 from ncmi_kernels._modes import forward_mode, jit_tracing, mapped_backward, plain_backward, transforming
 from ncmi_kernels._options import Options
 from ncmi_kernels._problem import Problem
@@ -239,4 +239,4 @@ def terms(input: Tensor, centroid_logits: Tensor, problem: Problem) -> tuple[Ten
         return reference.terms(input, target, centroid_logits, center, options)
     if transforming():
         return _TransformableTerms.apply(input, target, centroid_logits, center, options, backend)
-    return _Terms.apply(input, centroid_logits, problem)
+    return apply(_Terms, input, centroid_logits, problem)
