@@ -89,6 +89,14 @@ struct Centroids {
   NCMI_INLINE_MEMBER const AllStats& all() const { return *reinterpret_cast<const AllStats*>(of + classes); }
 };
 
+// What a class has of all rows in the gradient of its centroid, but for the sums by column: sums over the rows of their
+// coefficient `other` times the weight of the class.
+struct ClassWeights {
+  double other;
+  double base;  // the same by what p has in every column (InProduct, rows.h): share base
+};
+constexpr int64_t kClassWeights = sizeof(ClassWeights) / sizeof(double);
+
 // One batch more, of a count that a checkpoint may have set to anything.
 NCMI_INLINE int64_t next_batch(int64_t batches) { return batches < INT64_MAX ? batches + 1 : batches; }
 

@@ -1,25 +1,27 @@
 """The way of a batch with `separation_focus`, whose sum over the classes does not factorise: as :mod:`_plain`.
 
-The divergences of all samples and classes are a product of [B, M] and [M, C], as the logits of a linear head are, and
-each gradient takes another one. The rest is the same operators: a row is compared with a mixture of the centroids,
-weighed by how near they are, in the place of the mean of all of them.
+The divergences of all samples and classes are a product of [B, M] and [M, C], as the logits of a linear head are. A
+row is compared with a mixture of the centroids, weighed by how near they are, in the place of the mean of all of them:
+another product; and so are the sums over the rows that the centroids' gradient takes. None of the three waits for an
+upstream gradient. So a forward pass makes them all, by tiles of rows, of which nothing of size [B, C] is left.
 """
 
-import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ncmi_kernels import _ops, _plain, reference
-from ncmi_kernels._modes import concrete
 from ncmi_kernels._options import Options
 from ncmi_kernels._problem import Problem
-from ncmi_kernels._schema import ALL_MEAN, CLASS_LOG_NORM, INVERSE_NORM, MEAN_LOG_NORM, SCALE, SHIFT
+from ncmi_kernels._schema import SGD
+
+_TILE = 1 << 22  # elements of [rows, classes] at once: beside it a product of fewer rows would not fill a machine
 
 
 class Table(NamedTuple):
-    """:class:`_plain.Table`, and logarithms relative to what the classes share, hence small."""
+    """:class:`_plain.Table`, and what matrix products take: outputs of the operator focus_table."""
 
     log_activation: Tensor  # [C, M]
     activation: Tensor  # [C, M], or [0, M] for sample_to_centroid
@@ -27,158 +29,163 @@ class Table(NamedTuple):
     norms: Tensor  # [C + 1, 8] float64
     relative: Tensor  # [C, M], log q less what the classes share
     distribution: Tensor  # [C, M] q, or [0, M] for sample_to_centroid
-    entropy: Tensor  # [C], sum_k q_k relative_k, or [0]
+    class_level: Tensor  # [C] float64
 
 
 def table_of(centroid_logits: Tensor, options: Options, backend: str) -> Table:
     """The table of centroid logits [C, M], float32 or float64. Not differentiable: the autograd Functions are."""
-    with torch.no_grad(), reference.no_autocast(centroid_logits.device):
-        table = _plain.table_of(centroid_logits, options, backend)
-        log_norm = table.norms[:-1, CLASS_LOG_NORM, None]
-        above_mean = (log_norm - table.norms[-1, MEAN_LOG_NORM]).to(table.log_activation.dtype)
-        relative = table.log_activation - table.reference[0] - above_mean
-        distribution = table.activation
-        if options.centroid_to_sample:
-            distribution = distribution * (-log_norm).exp().to(distribution.dtype)
-        entropy = (distribution * relative[: len(distribution)]).sum(dim=1)
-        return Table(*table, relative, distribution, entropy)
+    table = _plain.table_of(centroid_logits, options, backend)
+    return Table(*table, *_ops.operators(backend).focus_table(*table, options.centroid_to_sample))
 
 
 class Rows(NamedTuple):
-    """What the backward passes need to know of a batch; of ignored rows any finite numbers."""
+    """What the backward passes need to know of a batch; the last three where the forward pass was to make them."""
 
     stats: Tensor  # [B, 7] float64, those of the operators; all_mean is that to the row's own mixture
     coefficients: Tensor | None  # [B, 4] float64; None where there are only terms
-    nearness: Tensor  # [B, C], the weights of the other classes, with sum one; 0 for the own one
-    distribution: Tensor  # [B, M] p
-    relative: Tensor | None  # [B, M] log p less what the classes share; centroid_to_sample only
+    mixture: Tensor | None = None  # [B, M] of log q, for centroid_to_sample of q
+    class_weights: Tensor | None = None  # [C, 2] float64 and
+    weighted: Tensor | None = None  # [C, M], as the operator centroid_grad takes them
 
 
-def forward(input: Tensor, centroid_logits: Tensor, problem: Problem, with_grad: bool = False) -> _plain.Found:
-    """As :func:`_plain.forward`, but that a gradient never comes of the same pass."""
+def forward(input: Tensor, centroid_logits: Tensor, problem: Problem, wanted: tuple[bool, bool]) -> _plain.Found:
+    """As :func:`_plain.forward`."""
+    options = problem.options
     if problem.table is None:
-        problem = problem._replace(table=table_of(centroid_logits, problem.options, problem.backend))
-    values, rows = terms(input, problem)
-    result, coefficients, means = _plain.reduce(values, rows.stats, problem)
-    rows = rows._replace(coefficients=coefficients)
-    return _plain.Found(result.to(centroid_logits.dtype), means, rows, problem.table, problem.center)
-
-
-# Nothing that is kept is a view or comes of an operation in place: torch.compile refuses to keep an alias.
-def terms(input: Tensor, problem: Problem) -> tuple[Tensor, Rows]:
-    """As :func:`_plain.terms`; without a graph."""
-    with torch.no_grad(), reference.no_autocast(input.device):
-        return _terms(input, problem)
-
-
-def _terms(input: Tensor, problem: Problem) -> tuple[Tensor, Rows]:
-    target, center, _, options, backend, table, *_ = problem
-    dtype = table.relative.dtype
-    values, stats = _ops.operators(backend).terms(input, target, center, *table[:4], *options.for_terms)
-    kept, classes = _classes(problem)
-    inverse_norm = stats[:, INVERSE_NORM]
-    log_inverse_norm = torch.where(kept, inverse_norm, 1).log() + table.norms[-1, MEAN_LOG_NORM]
-    level = stats[:, ALL_MEAN] + log_inverse_norm  # sum_k p_k (log p_k less what the classes share)
-
-    x = input.to(dtype)
-    if center is not None:
-        x = x - center
-    # An ignored row may hold NaN, which zero times anything would keep. Only a CPU tells for nothing if there is one.
-    if not (concrete(x) and x.is_cpu) or not kept.all():
-        x = x.masked_fill(~kept[:, None], 0)
-    p, log_activation = _activate(x, stats, inverse_norm, options, dtype)
-    relative = None
-    if log_activation is not None:
-        relative = log_activation - table.reference[0] + log_inverse_norm.to(dtype)[:, None]
-        divergence = torch.addmm(table.entropy, relative, table.distribution.T, alpha=-1)
+        problem = problem._replace(table=table_of(centroid_logits, options, problem.backend))
+    products = _Products(input, problem)
+    found = None
+    if products.tiles == 1:
+        # The coefficients are known between the products.
+        def coefficients_of(tile: slice) -> Tensor:
+            nonlocal found
+            found = _plain.reduce(products.values, products.stats, problem)
+            return found.coefficients
     else:
-        divergence = torch.addmm(level.to(dtype)[:, None], p, table.relative.T, alpha=-1)
-
-    own = classes[:, None]
-    divergence.clamp_(min=0).scatter_(1, own, torch.inf)  # rounding may leave less than zero
-    nearest = divergence.amin(dim=1, keepdim=True).clamp_(min=torch.finfo(dtype).tiny)
-    nearness = torch.softmax((divergence / nearest).mul_(-options.separation_focus), dim=1)
-    from_mixture = divergence.scatter_(1, own, 0).mul_(nearness).sum(dim=1)
-    share = (len(table.relative) - 1) / len(table.relative)  # what the other classes count for, together
-    values = torch.stack([values[0], torch.where(kept, from_mixture.double() * share, 0)])
-    stats = torch.cat([stats[:, :ALL_MEAN], (from_mixture - log_inverse_norm)[:, None]], dim=1)
-    return values, Rows(stats, None, nearness, p, relative)
+        coefficients_of = products.coefficients_but_for_a_factor
+    # Sums over the rows take one factor for all of them.
+    rows = products.run(wanted[0], coefficients_of if wanted[1] and options.reduction != "none" else None)
+    if found is None:
+        found = _plain.reduce(products.values, rows.stats, problem)
+        if rows.weighted is not None:
+            rows = products.times_the_factor(rows, found.coefficients)
+    rows = rows._replace(coefficients=found.coefficients)
+    return _plain.Found(found.loss.to(centroid_logits.dtype), found.means, rows, problem.table, problem.center)
 
 
-def _classes(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Which rows count, [B], and their classes, [B]; of the others any class."""
-    kept = problem.target != problem.options.ignore_index
-    return kept, problem.target.masked_fill(~kept, 0)
+def terms(input: Tensor, problem: Problem, with_mixture: bool = False) -> tuple[Tensor, Rows]:
+    """As :func:`_plain.terms`; `with_mixture` where the gradient of the input is to come."""
+    products = _Products(input, problem)
+    rows = products.run(with_mixture, None)
+    return products.values, rows
 
 
-def _activate(
-    x: Tensor, stats: Tensor, inverse_norm: Tensor, options: Options, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """p [B, M] of centred features, and for centroid_to_sample log a [B, M] as the operators have it."""
-    norm = inverse_norm.to(dtype)[:, None]
-    scale = stats[:, SCALE, None].to(dtype)
-    # Shifted rows have every f at -2 or below, and so at least M (2 tau)^2 for the square of their length.
-    shifts = not options.l2_normalize or 4 * x.shape[1] * options.temperature**2 < 1.01
-    if not (shifts or options.softmax or options.centroid_to_sample):
-        return torch.sigmoid(x * scale) * norm, None
-    shift = stats[:, SHIFT, None].to(dtype)
-    shifted = ((x - shift) * scale).clamp_(min=torch.finfo(dtype).min)  # finite, where the logits are
-    if options.softmax:
-        log_activation = shifted
-        p = log_activation.exp() * norm
-    else:
-        # log 2 sigma, as the operators have it: small and exact where f is small, which log sigma + log 2 would not be.
-        f = x * scale
-        plain = f.clamp(max=0).sub_(f.abs().neg_().expm1_().div_(2).log1p_())
-        below = shifted.sub_(f.clamp(max=0).exp_().log1p_())
-        log_activation = torch.where(shift != 0, below, plain)  # NSF shifts by what is below zero, or not at all
-        p = log_activation.exp() * (norm / 2)
-    return p, log_activation if options.centroid_to_sample else None
+class _Products:
+    """A pass over the rows of a batch, a tile after another."""
+
+    def __init__(self, input: Tensor, problem: Problem) -> None:
+        self.input, self.problem = input, problem
+        target, center, _, options, backend, table, *_ = problem
+        self.operators = _ops.operators(backend)
+        self.values, self.stats = self.operators.terms(input, target, center, *table[:4], *options.for_terms)
+        count = len(input)
+        self.size = max(64, _TILE // len(table.relative) // 64 * 64)
+        if torch.compiler.is_compiling():  # a loop would be for one size of batch
+            self.size = max(1, count)
+        self.tiles = 1 if count <= self.size else -(-count // self.size)
+        self._factors: list[Tensor] = []
+
+    def run(self, with_mixture: bool, coefficients_of: Callable[[slice], Tensor] | None) -> Rows:
+        """`coefficients_of` a tile, asked for once its terms are known; None where no sums over the rows are wanted."""
+        with torch.no_grad(), reference.no_autocast(self.input.device):
+            return self._run(with_mixture, coefficients_of)
+
+    def _run(self, with_mixture: bool, coefficients_of: Callable[[slice], Tensor] | None) -> Rows:
+        target, center, _, options, _, table, *_ = self.problem
+        run, last = self.operators, (options.centroid_to_sample, options.ignore_index)
+        classes = table.distribution if options.centroid_to_sample else table.relative
+        mixtures: list[Tensor] = []
+        weighted = class_weights = None
+        for first in range(0, self.tiles * self.size, self.size):
+            tile = slice(first, first + self.size)
+            if self.tiles == 1:
+                input, to, stats, separation = self.input, target, self.stats, self.values[1]
+            else:
+                input, to, stats, separation = self.input[tile], target[tile], self.stats[tile], self.values[1, tile]
+            x = run.focus_rows(input, to, center, *table[:4], stats, *last)
+            weights = x @ classes.T
+            run.focus_weights_(
+                weights, separation, stats, to, table.norms, table.class_level, options.separation_focus, *last
+            )
+            if with_mixture:
+                shared = None if options.centroid_to_sample else table.reference[0]
+                mixtures.append(weights @ classes if shared is None else torch.addmm(shared, weights, classes))
+            if coefficients_of is not None:
+                if class_weights is None:
+                    class_weights = table.norms.new_zeros((len(classes), 2))
+                run.focus_sums_(weights, class_weights, stats, coefficients_of(tile), to, *last)
+                weighted = weights.T @ x if weighted is None else weighted.addmm_(weights.T, x)
+        mixture = None
+        if with_mixture:
+            mixture = mixtures[0] if self.tiles == 1 else torch.cat(mixtures)
+        return Rows(self.stats, None, mixture, class_weights, weighted)
+
+    def coefficients_but_for_a_factor(self, tile: slice) -> Tensor:
+        """Those of the rows of a tile, up to a factor that takes all rows to know and is the same for each."""
+        target, _, weight, options, _, table, *_ = self.problem
+        ones = table.norms.new_ones(4)
+        values = self.values[:, tile].contiguous()
+        batch = values, self.stats[tile], target[tile], table.norms, weight, ones
+        coefficients: Tensor = self.operators.reduce(*batch, *options.for_reduce)[1]
+        self._factors.append(coefficients[:, 1].sum())
+        return coefficients
+
+    def times_the_factor(self, rows: Rows, coefficients: Tensor) -> Rows:
+        """The sums over the rows by the coefficients that are now known."""
+        assert rows.weighted is not None
+        assert rows.class_weights is not None
+        by = coefficients[:, 1].sum() / torch.stack(self._factors).sum()
+        by = torch.where(rows.class_weights[:, 0].any(), by, 0)  # every coefficient is 0, and so is every sum
+        return rows._replace(class_weights=rows.class_weights * by, weighted=rows.weighted.mul_(by.to(rows.weighted)))
 
 
 def input_grad(input: Tensor, problem: Problem, rows: Rows, upstream: Tensor | None) -> Tensor:
     """As :func:`_plain.input_grad`."""
     target, center, _, options, backend, table, *_ = problem
-    with torch.no_grad(), reference.no_autocast(input.device):
-        if options.centroid_to_sample:
-            mixture = rows.nearness @ table.distribution
-        else:
-            mixture = torch.addmm(table.reference[0], rows.nearness, table.relative)
-    return _ops.operators(backend).input_grad(
-        input,
-        target,
-        center,
-        *table[:4],
-        rows.stats,
-        rows.coefficients,
-        upstream,
-        options.centroid_to_sample,
-        options.ignore_index,
-        mixture,
-    )
+    last = options.centroid_to_sample, options.ignore_index, rows.mixture
+    run = _ops.operators(backend).input_grad
+    return run(input, target, center, *table[:4], rows.stats, rows.coefficients, upstream, *last)
 
 
 def centroid_grad(
     input: Tensor, centroid_logits: Tensor, problem: Problem, rows: Rows, upstream: Tensor | None
 ) -> Tensor:
     """As :func:`_plain.centroid_grad`."""
-    options, table = problem.options, problem.table
-    kept, classes = _classes(problem)
-    assert rows.coefficients is not None
+    target, center, _, options, backend, table, *_ = problem
     coefficients = rows.coefficients
-    if upstream is not None:
-        # Ignored rows have zeros, which an infinite gradient would not keep.
-        coefficients = torch.where(kept, coefficients.T * upstream, 0).T
-    with torch.no_grad(), reference.no_autocast(input.device):
-        own, other = coefficients[:, :2].to(table.relative.dtype).T[:, :, None]
-        weight = rows.nearness * other
-        if rows.relative is not None:
-            q = table.distribution
-            grad = (table.relative * weight.sum(dim=0)[:, None]).addmm_(weight.T, rows.relative, alpha=-1).mul_(q)
-            grad.index_add_(0, classes, rows.distribution * own, alpha=-1)
-        else:
-            log_norm = table.norms[:-1, CLASS_LOG_NORM, None] + (0 if options.softmax else math.log(2))
-            q = (table.log_activation - log_norm.to(weight.dtype)).exp_()
-            grad = weight.scatter_(1, classes[:, None], own).neg_().T @ rows.distribution
-        grad.addcmul_(q, grad.sum(dim=1, keepdim=True), value=-1)
-        return grad if options.softmax else grad.mul_(torch.sigmoid_(-centroid_logits))
+    if rows.weighted is None:
+        assert coefficients is not None
+        if upstream is not None:
+            # Ignored rows have zeros, which an infinite gradient would not keep.
+            kept = target != options.ignore_index
+            coefficients, upstream = torch.where(kept, coefficients.T * upstream, 0).T.contiguous(), None
+        by_row = coefficients
+        again = _Products(input, problem).run(False, lambda tile: by_row[tile])
+        rows = rows._replace(class_weights=again.class_weights, weighted=again.weighted)
+    last = options.centroid_to_sample, options.ignore_index, None, rows.class_weights, rows.weighted
+    run = _ops.operators(backend).centroid_grad
+    return run(input, target, center, centroid_logits, *table[:4], rows.stats, coefficients, upstream, *last)
+
+
+def centroid_step_(
+    input: Tensor, centroid_logits: Tensor, problem: Problem, rows: Rows, momentum_buffer: Tensor | None, sgd: SGD
+) -> Table:
+    """As :func:`_plain.centroid_step_`."""
+    target, center, _, options, backend, table, *_ = problem
+    assert rows.weighted is not None
+    flags = options.softmax, options.centroid_to_sample, options.ignore_index
+    run, plain = _ops.operators(backend), table[:4]
+    of_batch = rows.stats, rows.coefficients
+    last = *sgd, rows.class_weights, rows.weighted
+    run.centroid_step_(input, target, center, centroid_logits, momentum_buffer, *plain, *of_batch, *flags, *last)
+    return Table(*plain, *run.focus_table(*plain, options.centroid_to_sample))

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ncmi_kernels import _ops, _plain, reference
+from ncmi_kernels import _ops, reference
 from ncmi_kernels._autograd import apply, grads_by_autograd, restored, save, saved
 from ncmi_kernels._modes import forward_mode, jit_tracing, mapped_backward, plain_backward, transforming
 from ncmi_kernels._plain import Found
@@ -23,15 +23,8 @@ class _Loss(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         options, shards = problem.options, problem.shards
         compiling = torch.compiler.is_compiling()
-        # By sample the gradient of a row is known once the row is: made in this pass, it needs no second one. Half
-        # precisions wait for the upstream gradient, which may be what keeps them from underflow.
-        with_grad = (
-            options.scalar_by_sample
-            and not compiling
-            and ctx.needs_input_grad[0]
-            and input.dtype is centroid_logits.dtype
-        )
-        found = way_of(options, shards).forward(input, centroid_logits, problem, with_grad)
+        wanted = ctx.needs_input_grad
+        found = way_of(options, shards).forward(input, centroid_logits, problem, (wanted[0], wanted[1] or with_rows))
         batch = input, problem.target, problem.weight
         save(ctx, found.center, centroid_logits, *batch, found.grad, *found.rows, *found.table)
         ctx.options, ctx.backend, ctx.group, ctx.shards = options, problem.backend, problem.group, shards
@@ -69,7 +62,7 @@ class _Loss(torch.autograd.Function):
                 None,
             )
         if repeated:
-            found = way.forward(input, centroid_logits, problem, grad is not None)
+            found = way.forward(input, centroid_logits, problem, wanted[:2])
             rows, grad = found.rows, found.grad
         # Of the average that DistributedDataParallel takes over the processes, the sum is left. Gradients of shards are
         # not averaged.
@@ -112,7 +105,7 @@ def loss(input: Tensor, centroid_logits: Tensor, problem: Problem, *, with_rows:
         return Found(transformable_loss(input, centroid_logits, problem), None)  # means would outlive the transform
     graph = torch.is_grad_enabled() and (input.requires_grad or centroid_logits.requires_grad)
     if not (graph or torch.compiler.is_compiling()):
-        found: Found = way_of(options, shards).forward(input, centroid_logits, problem)
+        found: Found = way_of(options, shards).forward(input, centroid_logits, problem, (False, with_rows))
         return found
     if not with_rows or torch.compiler.is_compiling():
         value, means = apply(_Loss, input, centroid_logits, problem, False)
@@ -142,7 +135,7 @@ def centroid_gradient(
         return grad, means
     way = way_of(problem.options, problem.shards)
     if known is None or known.means is None:
-        found = way.forward(input, centroid_logits, problem)
+        found = way.forward(input, centroid_logits, problem, (False, True))
         rows, means, problem = found.rows, found.means, problem._replace(table=found.table)
     else:
         rows, means = known.rows, known.means
@@ -159,14 +152,16 @@ def centroid_step_(
     known: Found | None,
     momentum_buffer: Tensor | None,
     sgd: SGD,
-) -> None:
-    """:func:`_plain.centroid_step_`; no graph uses the old table unnoticed, as all see that the centroids changed."""
-    rows = _plain.forward(input, centroid_logits, problem).rows if known is None else known.rows
-    _plain.centroid_step_(input, centroid_logits, problem, rows, momentum_buffer, sgd)
+) -> Any:
+    """A way's `centroid_step_`; no graph uses the old table unnoticed, as all see that the centroids changed."""
+    way = way_of(problem.options)
+    rows = way.forward(input, centroid_logits, problem, (False, True)).rows if known is None else known.rows
+    table = way.centroid_step_(input, centroid_logits, problem, rows, momentum_buffer, sgd)
     # The operators pass the dispatcher's layers that would do it.
     torch.autograd.graph.increment_version(centroid_logits)
     if momentum_buffer is not None:
         torch.autograd.graph.increment_version(momentum_buffer)
+    return table
 
 
 def sgd_(logits: Tensor, grad: Tensor, means: Tensor, momentum_buffer: Tensor | None, sgd: SGD) -> None:

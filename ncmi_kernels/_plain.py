@@ -5,6 +5,7 @@
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ncmi_kernels import _ops
@@ -37,9 +38,18 @@ class Found(NamedTuple):
     grad: Tensor | None = None  # of the input, for an upstream gradient of 1, where the same pass made it
 
 
-def forward(input: Tensor, centroid_logits: Tensor, problem: Problem, with_grad: bool = False) -> Found:
-    """The loss, and what its backward passes need; `with_grad` for a ratio by sample alone."""
+def forward(input: Tensor, centroid_logits: Tensor, problem: Problem, wanted: tuple[bool, bool]) -> Found:
+    """The loss, and what its backward passes need. `wanted`: whether gradients of input and centroids are to come."""
     target, center, weight, options, backend, table, group, update, _ = problem
+    # By sample the gradient of a row is known once the row is: made in this pass, it needs no second one. Half
+    # precisions wait for the upstream gradient, which may be what keeps them from underflow.
+    with_grad = (
+        options.scalar_by_sample
+        and wanted[0]
+        and group is None
+        and input.dtype is centroid_logits.dtype
+        and not torch.compiler.is_compiling()
+    )
     if table is None:
         table = table_of(centroid_logits, options, backend)
     run = _ops.operators(backend)
@@ -56,7 +66,7 @@ def forward(input: Tensor, centroid_logits: Tensor, problem: Problem, with_grad:
     return Found(loss, means, Rows(stats, coefficients), table, center, grad if with_grad else None)
 
 
-def terms(input: Tensor, problem: Problem) -> tuple[Tensor, Rows]:
+def terms(input: Tensor, problem: Problem, with_mixture: bool = False) -> tuple[Tensor, Rows]:
     """Terms [2, B] float64, and what is known of the rows: no coefficients yet."""
     target, center, _, options, backend, table, *_ = problem
     values, stats = _ops.operators(backend).terms(input, target, center, *table, *options.for_terms)
@@ -113,23 +123,14 @@ def class_totals(input: Tensor, problem: Problem, rows: Rows, upstream: Tensor |
 
 def centroid_step_(
     input: Tensor, centroid_logits: Tensor, problem: Problem, rows: Rows, momentum_buffer: Tensor | None, sgd: SGD
-) -> None:
+) -> Any:
     """Move `centroid_logits` [C, M] against :func:`centroid_grad`, in place; `momentum_buffer` goes with a momentum.
 
-    The problem's table, which is that of the centroids, becomes that of the new ones. A batch with terms that are not
-    finite moves nothing.
+    Returns the table of the new ones, to which the problem's has been changed. A batch with terms that are not finite
+    moves nothing.
     """
     target, center, _, options, backend, table, *_ = problem
-    _ops.operators(backend).centroid_step_(
-        input,
-        target,
-        center,
-        centroid_logits,
-        momentum_buffer,
-        *table,
-        *rows,
-        options.softmax,
-        options.centroid_to_sample,
-        options.ignore_index,
-        *sgd,
-    )
+    flags = options.softmax, options.centroid_to_sample, options.ignore_index
+    run = _ops.operators(backend).centroid_step_
+    run(input, target, center, centroid_logits, momentum_buffer, *table, *rows, *flags, *sgd)
+    return table

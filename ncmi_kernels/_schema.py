@@ -91,10 +91,13 @@ SCHEMAS = {
     ),
     #
     # The centroid sums: d loss / d centroid_logits [C, M]. `totals`, as class_totals gives them, stand in for the sums
-    # over all rows: those over the rows of a class are of the rows that are passed, which may be none.
+    # over all rows: those over the rows of a class are of the rows that are passed, which may be none. `class_weights`
+    # [C, 2] and `weighted` [C, M], of focus_sums_ and the product after it, do where every row and class have a weight:
+    # then `other` of the coefficients is no part of the gradient, and `upstream` is a scalar.
     "centroid_grad": (
         f"({_BATCH}, Tensor centroid_logits, {_TABLE}, Tensor rows, Tensor coefficients, Tensor? upstream,"
-        " bool centroid_to_sample, int ignore_index, Tensor? totals=None) -> Tensor"
+        " bool centroid_to_sample, int ignore_index, Tensor? totals=None, Tensor? class_weights=None,"
+        " Tensor? weighted=None) -> Tensor"
     ),
     #
     # What every class's gradient has of all rows, [M + 1] float64: sum_i other_i p_i, for centroid_to_sample
@@ -112,7 +115,36 @@ SCHEMAS = {
         f"({_BATCH}, Tensor(a!) centroid_logits, Tensor(b!)? momentum_buffer, Tensor(c!) log_activation,"
         " Tensor(d!) activation, Tensor(e!) reference, Tensor(f!) norms, Tensor rows, Tensor coefficients,"
         " bool softmax, bool centroid_to_sample, int ignore_index,"
-        " float lr, float momentum, float weight_decay, bool nesterov) -> ()"
+        " float lr, float momentum, float weight_decay, bool nesterov,"
+        " Tensor? class_weights=None, Tensor? weighted=None) -> ()"
+    ),
+    #
+    # With separation_focus every row and class have a divergence D, and a weight: softmax_v(-focus D_iv / min_u D_iu)
+    # over the other classes. They come of matrix products, one tile of rows after another; between these products:
+    #
+    # The centroids in products: relative [C, M], log q less what the classes share; distribution [C, M], q, or [0, M]
+    # for sample_to_centroid; class_level [C] float64, the sum of relative over the columns, for centroid_to_sample
+    # that of q relative.
+    "focus_table": f"({_TABLE}, bool centroid_to_sample) -> (Tensor relative, Tensor distribution, Tensor class_level)",
+    #
+    # The rows in products, [B, M]: x of p = share (base + x), by numbers share and base that a backend forms of `rows`.
+    # x is small: 2 sigma - 1, where sigma is not. For centroid_to_sample log p less what the classes share. 0 in
+    # ignored rows.
+    "focus_rows": f"({_BATCH}, {_TABLE}, Tensor rows, bool centroid_to_sample, int ignore_index) -> Tensor",
+    #
+    # In place: `product` [B, C], of focus_rows and relative (or distribution), to the weights, 0 for the own class and
+    # in ignored rows; `separation` [B] float64; all_mean of `rows`, to that against the classes by their weights.
+    "focus_weights_": (
+        "(Tensor(a!) product, Tensor(b!) separation, Tensor(c!) rows, Tensor target, Tensor norms, Tensor class_level,"
+        " float focus, bool centroid_to_sample, int ignore_index) -> ()"
+    ),
+    #
+    # In place: `weights` [B, C] times `other` of a row's coefficients, for sample_to_centroid times share too, as their
+    # product with focus_rows gives sums over rows of other w p. Added to `class_weights` [C, 2] float64: the sums over
+    # the rows of other w, and for sample_to_centroid of other w share base.
+    "focus_sums_": (
+        "(Tensor(a!) weights, Tensor(b!) class_weights, Tensor rows, Tensor coefficients, Tensor target,"
+        " bool centroid_to_sample, int ignore_index) -> ()"
     ),
     #
     # The running centre: set to the mean of the rows at the first batch, then momentum * center +
@@ -171,6 +203,12 @@ _FAKES: dict[str, Callable[[SimpleNamespace], Any]] = {
     "input_grad": lambda a: a.input.new_empty(a.input.shape),
     "centroid_grad": lambda a: a.centroid_logits.new_empty(a.centroid_logits.shape),
     "class_totals": lambda a: a.rows.new_empty((a.input.shape[1] + 1,)),
+    "focus_table": lambda a: (
+        a.log_activation.new_empty(a.log_activation.shape),
+        a.activation.new_empty(a.activation.shape),
+        a.norms.new_empty(a.log_activation.shape[:1]),
+    ),
+    "focus_rows": lambda a: a.reference.new_empty(a.input.shape),
     "update_center_": lambda a: a.center.new_empty(a.center.shape),
 }
 

@@ -29,7 +29,7 @@ class _Terms(torch.autograd.Function):
         way = way_of(options)
         table = way.table_of(centroid_logits, options, problem.backend)
         problem = problem._replace(table=table)
-        values, rows = way.terms(input, problem)
+        values, rows = way.terms(input, problem, ctx.needs_input_grad[0])
         save(ctx, problem.center, centroid_logits, input, problem.target, *rows, *table)
         ctx.options, ctx.backend = options, problem.backend
         dtype = centroid_logits.dtype
@@ -45,7 +45,7 @@ class _Terms(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:2]
         if plain_backward(*upstream):
             if repeated:
-                _, rows = way.terms(input, problem)
+                _, rows = way.terms(input, problem, wanted[0])
             rows = rows._replace(coefficients=coefficients_of(rows.stats, upstream, table.norms, options))
             return (
                 way.input_grad(input, problem, rows, None) if wanted[0] else None,

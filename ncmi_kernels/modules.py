@@ -527,15 +527,15 @@ class NCMILoss(Predictor):
         for written in (logits, momentum_buffer):
             if written is not None and not written.is_contiguous():
                 return False
-        if self._group is not None or self.options.separation_focus:
+        if self._group is not None:
             return False
         table = self._fixed_table(features, logits, backend)
         if table is None:
             return False
         center, weight = self._buffers_for(logits)
         rows, _, problem = problem_of(features, target, logits, center, weight, self.options, backend, table)
-        _loss.centroid_step_(rows, logits, problem, self._known(features, target, backend), momentum_buffer, sgd)
-        self._keep_table(table, backend)
+        known = self._known(features, target, backend)
+        self._keep_table(_loss.centroid_step_(rows, logits, problem, known, momentum_buffer, sgd), backend)
         return True
 
     def train(self, mode: bool = True) -> "NCMILoss":

@@ -417,7 +417,7 @@ class Shards:
             """That of this process's centroids."""
             return _schema.Table(self.shard_log_activation, self.shard_activation, self.reference, self.shard_norms)
 
-    def forward(self, input: Tensor, logits: Tensor, problem: Problem, with_grad: bool = False) -> _plain.Found:
+    def forward(self, input: Tensor, logits: Tensor, problem: Problem, wanted: tuple[bool, bool]) -> _plain.Found:
         """As :func:`_plain.forward`, from this process's logits."""
         target, _, weight, options, backend, shard, group, *_ = problem
         assert group is not None
@@ -436,7 +436,7 @@ class Shards:
         count = len(logits)
         table = self.Table(*own, here.log_activation[:count], here.activation[:count], here.norms)
         counted = None if weight is None else weight.index_select(0, present)
-        found = _plain.forward(input, own_logits, self._of_occurring(problem, lookup.target, own, counted))
+        found = _plain.forward(input, own_logits, self._of_occurring(problem, lookup.target, own, counted), wanted)
         stats, coefficients = found.rows
         return found._replace(rows=self.Rows(stats, coefficients, own_logits, *lookup), table=table)
 

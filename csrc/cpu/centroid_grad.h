@@ -224,19 +224,21 @@ struct GradFromSample {
   const T* __restrict x;
   int64_t n;
   T shift;
-  double inverse_norm, inverse_classes, other_sum;
+  double inverse_norm, other_mean;
   const ClassSums& of_class;
   const T* own;  // of the class; not read where it has no rows; may be grad
   double level;
   const T* __restrict variation;
+  T by;  // times variation
   T* grad;
 
   template <Kind kind, Own sums>
   void loop() const {
-    // own + all = (excess_base + own_excess) - own_sum q + (1/C) (total - other_sum q); with own finished, without own.
+    // own + all = (excess_base + own_excess) - own_sum q + (level + variation) - other_mean q; with own finished, without
+    // own.
     const double own_sum = sums == Own::kExcess ? of_class.own : 0;
     const double base = level + (sums == Own::kExcess ? of_class.excess_base : 0);
-    const double q_factor = (own_sum + inverse_classes * other_sum) * inverse_norm;
+    const double q_factor = (own_sum + other_mean) * inverse_norm;
     // Near the centre q = (1 + t) / 2 S: what cancels is constant along the row, and the rest, small with a small
     // error, need not be double.
     const T near_base = T(base - 0.5 * q_factor), near_factor = T(0.5 * q_factor);
@@ -244,7 +246,7 @@ struct GradFromSample {
       const T s = argument_scale<as, T>(1.0);
       NCMI_SIMD()
       for (int64_t k = begin; k < begin + m; ++k) {
-        const T rest = sums == Own::kNothing ? variation[k] : variation[k] + own[k];
+        const T other = by * variation[k], rest = sums == Own::kNothing ? other : other + own[k];
         if constexpr (is_near(as)) {
           const T t = near<as>(x[k] * s).excess;
           grad[k] = (T(0.5) * t - T(0.5)) * ((near_base + rest) - near_factor * t);
@@ -273,17 +275,21 @@ struct GradFromCentroid {
   T shift;
   double inverse_norm, inverse_classes, other_sum;
   const double* __restrict totals;
+  const T* __restrict weighted;   // in the place of totals, with
+  const T* __restrict reference;  // what its logarithms are less, and
+  double by;                      // its factor; else null
   const T* own;  // of the class, and may be grad; null where it has no rows, as own_separation is
   const T* __restrict own_separation;
   T* grad;
 
-  template <Kind kind, bool has_rows>
+  template <Kind kind, bool has_rows, bool by_class>
   void loop() const {
     // Copies, which a loop that writes numbers of their type does not read again.
     const T row_shift = shift;
     const double q_factor = inverse_norm, by_log = other_sum;
     const T share = T(inverse_classes * inverse_norm);
     const auto s_at = [&](int64_t k, T log) __attribute__((always_inline)) {
+      if constexpr (by_class) return by_log * double(log - reference[k]) - by * double(weighted[k]);
       const double s = by_log * double(log) - totals[k];
       if constexpr (has_rows) return s + double(own_separation[k]);
       return s;
@@ -315,7 +321,8 @@ struct GradFromCentroid {
 
   template <Kind kind>
   void operator()() const {
-    own ? loop<kind, true>() : loop<kind, false>();
+    if (weighted) return own ? loop<kind, true, true>() : loop<kind, false, true>();
+    own ? loop<kind, true, false>() : loop<kind, false, false>();
   }
 };
 
@@ -329,12 +336,35 @@ void grad_of_class(const CentroidGradArgs<T>& args, int64_t c, const T* x, T* gr
   const T shift = T(q.of[c].shift);
   const double inverse_norm = exp(-q.of[c].log_norm), inverse_classes = 1.0 / q.all().classes;
   const T* own = of_class.has_rows ? args.own + of_class.slot * n : nullptr;
+  const T* weighted = args.class_weights ? args.weighted + c * n : nullptr;
+  const double by = args.weighted_by;
   if (q.centroid_to_sample)
-    with_kind<T>(kind, GradFromCentroid<T>{x, n, shift, inverse_norm, inverse_classes, args.other_sum, args.totals, own,
-                                           own ? args.own_separation + of_class.slot * n : nullptr, grad});
+    with_kind<T>(kind, GradFromCentroid<T>{.x = x,
+                                           .n = n,
+                                           .shift = shift,
+                                           .inverse_norm = inverse_norm,
+                                           .inverse_classes = weighted ? 1.0 : inverse_classes,
+                                           .other_sum = weighted ? by * args.class_weights[c].other : args.other_sum,
+                                           .totals = args.totals,
+                                           .weighted = weighted,
+                                           .reference = q.reference,
+                                           .by = by,
+                                           .own = own,
+                                           .own_separation = own ? args.own_separation + of_class.slot * n : nullptr,
+                                           .grad = grad});
   else
-    with_kind<T>(kind, GradFromSample<T>{x, n, shift, inverse_norm, inverse_classes, args.other_sum, of_class, own,
-                                         args.level, args.variation, grad});
+    with_kind<T>(kind, GradFromSample<T>{
+                           .x = x,
+                           .n = n,
+                           .shift = shift,
+                           .inverse_norm = inverse_norm,
+                           .other_mean = weighted ? by * args.class_weights[c].other : inverse_classes * args.other_sum,
+                           .of_class = of_class,
+                           .own = own,
+                           .level = weighted ? by * args.class_weights[c].base : args.level,
+                           .variation = weighted ? weighted : args.variation,
+                           .by = weighted ? T(by) : T(1),
+                           .grad = grad});
 }
 
 template <class T>

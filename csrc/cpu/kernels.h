@@ -93,6 +93,10 @@ struct CentroidGradArgs {
   // compared with, so that in T their difference would be mostly rounding.
   double level;
   const T* variation;                // [M]
+  // With a weight for every row and class, in the place of other_sum / C, level and variation or totals:
+  const ClassWeights* class_weights;  // [C], or null
+  const T* weighted;                  // [C, M] sums of x of InProduct, or of log p less what the classes share
+  double weighted_by;                 // what both are multiplied by
 };
 
 // The sums over all rows that the gradient of every centroid has.
@@ -108,6 +112,51 @@ struct TotalsArgs {
   double* totals;                    // [M]
 };
 
+// What matrix products take of the centroids.
+template <class T>
+struct FocusTableArgs {
+  Centroids<T> centroids;
+  T* relative;      // [C, M] log q less what the classes share
+  T* distribution;  // [C, M] q; centroid_to_sample only
+  double* level;    // [C] the sum of relative over the columns, for centroid_to_sample weighed by q
+};
+
+// What matrix products take of the rows.
+template <class T>
+struct FocusRowsArgs {
+  Matrix input;          // [B, M]
+  Targets target;        // [B]
+  const T* center;       // [M] or null
+  Centroids<T> centroids;
+  const RowStats* rows;  // [B]
+  T* out;                // [B, M] x of InProduct; for centroid_to_sample log p less what the classes share
+};
+
+template <class T>
+struct FocusWeightsArgs {
+  Targets target;             // [B]
+  int64_t classes;
+  const AllStats* all;
+  const double* class_level;  // [C] of FocusTableArgs
+  bool centroid_to_sample;
+  double focus;
+  T* product;                 // [B, C] in, weights out
+  RowStats* rows;             // [B], whose all_mean becomes that to the mixture of the classes by the weights
+  double* separation;         // [B]
+};
+
+template <class T>
+struct FocusSumsArgs {
+  Targets target;                    // [B]
+  int64_t row_count;                 // B
+  int64_t classes;
+  const RowStats* rows;              // [B]
+  const Coefficients* coefficients;  // [B]
+  bool centroid_to_sample;
+  T* weights;                        // [B, C] in place times other, but for centroid_to_sample and share
+  ClassWeights* sums;                // [C], added to
+};
+
 // `scratch` is [columns] elements, for terms and input_grad [4, columns]. centroid_sums begins at a multiple of kWide.
 template <class T>
 struct Kernels {
@@ -121,6 +170,10 @@ struct Kernels {
   void (*centroid_step)(const CentroidGradArgs<T>&, const StepArgs<T>&, const CentroidStatsArgs<T>&,
                         int64_t chunk_begin, int64_t chunk_end, T* scratch);
   void (*totals)(const TotalsArgs<T>&, int64_t column_begin, int64_t column_end);
+  void (*focus_table)(const FocusTableArgs<T>&, int64_t class_begin, int64_t class_end);
+  void (*focus_rows)(const FocusRowsArgs<T>&, int64_t row_begin, int64_t row_end, T* scratch);
+  void (*focus_weights)(const FocusWeightsArgs<T>&, int64_t row_begin, int64_t row_end);
+  void (*focus_sums)(const FocusSumsArgs<T>&, int64_t class_begin, int64_t class_end);
   void (*column_sums)(const Matrix&, const Targets&, int64_t rows, int64_t column_begin, int64_t column_end,
                       double* sums);
 };

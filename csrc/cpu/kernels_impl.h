@@ -7,6 +7,7 @@
 #include "centroid_grad.h"
 #include "centroid_stats.h"
 #include "centroid_step.h"
+#include "focus.h"
 #include "input_grad.h"
 #include "terms.h"
 
@@ -24,6 +25,10 @@ constexpr Kernels<T> table() {
           .centroid_grad = centroid_grad<T>,
           .centroid_step = centroid_step<T>,
           .totals = totals<T>,
+          .focus_table = focus_table<T>,
+          .focus_rows = focus_rows<T>,
+          .focus_weights = focus_weights<T>,
+          .focus_sums = focus_sums<T>,
           .column_sums = column_sums<T>};
 }
 

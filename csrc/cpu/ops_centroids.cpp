@@ -114,7 +114,7 @@ class BatchSums {
   BatchSums(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center, const Tensor& logits,
             const Centroids<T>& q, const Tensor& row_stats, const Tensor& coefficients,
             const std::optional<Tensor>& upstream, int64_t ignore_index, const std::optional<Tensor>& given_totals,
-            T* own_grad)
+            const std::optional<Tensor>& class_weights, const std::optional<Tensor>& weighted, T* own_grad)
       : coefficients_(coefficients, upstream, rows_of(input)),
         class_begin_(q.classes + 1, 0),
         order_(rows_of(input)),
@@ -156,7 +156,13 @@ class BatchSums {
              .totals = totals_.data(),
              .other_sum = given ? given[q.columns] : other_sum,
              .level = 0,
-             .variation = nullptr};
+             .variation = nullptr,
+             .class_weights = reinterpret_cast<const ClassWeights*>(
+                 data<double>(class_weights, "class_weights", {q.classes, kClassWeights})),
+             .weighted = data<T>(weighted, "weighted", {q.classes, q.columns}),
+             .weighted_by = 1};
+    STD_TORCH_CHECK(!args_.class_weights == !args_.weighted, "ncmi_kernels: pass both class_weights and weighted");
+    if (args_.weighted && upstream) args_.weighted_by = double(*data<T>(*upstream, "upstream", {}));
     kernels_for<T>().class_sums(args_, class_sums_.data());
     parallel_columns<kWide>(q.columns, rows,
                             [&](int64_t begin, int64_t end) { kernels_for<T>().centroid_sums(args_, begin, end); });
@@ -186,12 +192,13 @@ Tensor centroid_grad(const Tensor& input, const Tensor& target, const std::optio
                      const Tensor& centroid_logits, const Tensor& log_activation, const Tensor& activation,
                      const Tensor& reference, const Tensor& norms, const Tensor& row_stats,
                      const Tensor& coefficients, const std::optional<Tensor>& upstream, bool centroid_to_sample,
-                     int64_t ignore_index, const std::optional<Tensor>& totals) {
+                     int64_t ignore_index, const std::optional<Tensor>& totals,
+                     const std::optional<Tensor>& class_weights, const std::optional<Tensor>& weighted) {
   return with_arithmetic_type(centroid_logits.scalar_type(), "centroid_logits", [&]<class T>() {
     const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample);
     Tensor grad = empty({q.classes, q.columns}, kScalarType<T>);
     const BatchSums<T> sums(input, target, center, centroid_logits, q, row_stats, coefficients, upstream,
-                            ignore_index, totals, output<T>(grad));
+                            ignore_index, totals, class_weights, weighted, output<T>(grad));
     parallel_rows(q.classes, q.columns, [&](int64_t begin, int64_t end) {
       Vector<T> scratch(q.columns);
       kernels_for<T>().centroid_grad(sums.args(), begin, end, output<T>(grad), scratch.data());
@@ -205,7 +212,8 @@ void centroid_step_(const Tensor& input, const Tensor& target, const std::option
                     const Tensor& log_activation, const Tensor& activation, const Tensor& reference,
                     const Tensor& norms, const Tensor& row_stats, const Tensor& coefficients, bool softmax,
                     bool centroid_to_sample, int64_t ignore_index, double lr, double momentum, double weight_decay,
-                    bool nesterov) {
+                    bool nesterov, const std::optional<Tensor>& class_weights,
+                    const std::optional<Tensor>& weighted) {
   with_arithmetic_type(centroid_logits.scalar_type(), "centroid_logits", [&]<class T>() {
     const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample);
     const int64_t columns = q.columns;
@@ -217,7 +225,7 @@ void centroid_step_(const Tensor& input, const Tensor& target, const std::option
         .weight_decay = weight_decay,
         .nesterov = nesterov};
     const BatchSums<T> sums(input, target, center, centroid_logits, q, row_stats, coefficients, std::nullopt,
-                            ignore_index, std::nullopt, nullptr);
+                            ignore_index, std::nullopt, class_weights, weighted, nullptr);
     // A row whose terms are not finite has derivatives that are not: such a batch moves nothing, for good, as the
     // centre; nor does one without rows, whose loss is 0 / 0.
     if (!sums.has_rows() || !std::isfinite(sums.args().other_sum)) return;

@@ -1,0 +1,181 @@
+// What lies between the matrix products of separation_focus: the factors of the products, and in place on a tile of
+// their result the weights of the other classes.
+#pragma once
+
+#include "activation.h"
+#include "load.h"
+
+namespace ncmi::cpu {
+namespace {
+
+// Calls f(k, n) over stretches [k, k + n) of [0, size), n <= kWide.
+template <class F>
+NCMI_INLINE void for_wide(int64_t size, const F& f) {
+  for (int64_t k = 0; k < size; k += kWide) f(k, min(kWide, size - k));
+}
+
+// A row of the table as it meets the rows of features: log q less what the classes share, and its sum over the columns;
+// for centroid_to_sample also q, and the sum of its products with the former.
+template <class T>
+void focus_table(const FocusTableArgs<T>& args, int64_t class_begin, int64_t class_end) {
+  const Centroids<T>& q = args.centroids;
+  const int64_t n = q.columns;
+  const T* __restrict reference = q.reference;
+  for (int64_t c = class_begin; c < class_end; ++c) {
+    const T* __restrict log = q.log_activation + c * n;
+    T* __restrict relative = args.relative + c * n;
+    const T above_mean = T(q.of[c].log_norm - q.all().weighted_log_norm);
+    Lanes<double> sum;
+    if (q.centroid_to_sample) {
+      const T* __restrict activation = q.activation + c * n;
+      T* __restrict distribution = args.distribution + c * n;
+      const T inverse_norm = T(exp(-q.of[c].log_norm));
+      for_wide(n, [&](int64_t first, int64_t m) __attribute__((always_inline)) {
+        NCMI_SIMD()
+        for (int64_t j = 0; j < m; ++j) {
+          const int64_t k = first + j;
+          relative[k] = (log[k] - reference[k]) - above_mean;
+          distribution[k] = activation[k] * inverse_norm;
+          sum.lane[j] += double(distribution[k]) * double(relative[k]);
+        }
+      });
+    } else {
+      for_wide(n, [&](int64_t first, int64_t m) __attribute__((always_inline)) {
+        NCMI_SIMD()
+        for (int64_t j = 0; j < m; ++j) {
+          const int64_t k = first + j;
+          relative[k] = (log[k] - reference[k]) - above_mean;
+          sum.lane[j] += double(relative[k]);
+        }
+      });
+    }
+    args.level[c] = sum.total();
+  }
+}
+
+template <bool centroid_to_sample, class T>
+struct ProductRow {
+  const T* __restrict x;
+  const T* __restrict reference;
+  int64_t n;
+  const RowStats& row;
+  double log_norm;  // of a, less what the classes share
+  T* __restrict out;
+
+  template <Kind kind>
+  void operator()() const {
+    const T s = argument_scale<kind, T>(row.scale), shift = T(row.shift), above = T(-log_norm);
+    NCMI_SIMD()
+    for (int64_t k = 0; k < n; ++k) {
+      if constexpr (centroid_to_sample) {
+        out[k] = (activate<kind>(x[k], s, shift).log - reference[k]) + above;
+      } else if constexpr (is_near(kind)) {
+        out[k] = near<kind>(x[k] * s).excess;
+      } else {
+        const T a = activate<kind>(x[k], s, shift).value;
+        out[k] = kind == Kind::kNsf ? (a - T(0.5)) + (a - T(0.5)) : a;
+      }
+    }
+  }
+};
+
+template <class T>
+void focus_rows(const FocusRowsArgs<T>& args, int64_t row_begin, int64_t row_end, T* x) {
+  const Centroids<T>& q = args.centroids;
+  const int64_t n = q.columns;
+  for (int64_t i = row_begin; i < row_end; ++i) {
+    T* out = args.out + i * n;
+    if (args.target[i] == args.target.ignore_index) {
+      memset(out, 0, n * sizeof(T));
+      continue;
+    }
+    const RowStats& row = args.rows[i];
+    load(args.input, i, 0, n, args.center, x);
+    const double log_norm = relative_log_norm(q.all(), row);
+    if (q.centroid_to_sample)
+      with_kind<T>(kind_of(row.kind), ProductRow<true, T>{x, q.reference, n, row, log_norm, out});
+    else
+      with_kind<T>(kind_of(row.kind), ProductRow<false, T>{x, q.reference, n, row, log_norm, out});
+  }
+}
+
+// Of the products of a row with the classes: its divergences D from the other ones, and in their place the weights
+// softmax(-focus D / min D). Returns the mean of D under them; NaN where there is one.
+template <class T>
+double weigh_row(const double* __restrict class_level, int64_t classes, int64_t y, double level, double by_level,
+                 double by_product, double focus, T* __restrict values) {
+  T nearest = kLargest<T>;
+  NCMI_SIMD(reduction(min : nearest))
+  for (int64_t c = 0; c < classes; ++c) {
+    const T d = T(level + by_level * class_level[c] + by_product * double(values[c]));
+    values[c] = d < T(kSmallestDivergence) ? T(kSmallestDivergence) : d;  // rounding may leave less than zero
+    const T other = c == y ? kLargest<T> : values[c];
+    nearest = other < nearest ? other : nearest;
+  }
+  values[y] = nearest;  // whose weight, then 1, is taken out again
+  const double by = focus / double(nearest);
+  const T by_distance = by < double(kLargest<T>) ? T(by) : kLargest<T>;
+  Lanes<double> sum, weighted;
+  for_wide(classes, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+    NCMI_SIMD()
+    for (int64_t j = 0; j < n; ++j) {
+      const T farther = values[k + j] - nearest;
+      const T e = exp_minus(absolute(by_distance * farther));
+      values[k + j] = e;
+      sum.lane[j] += double(e);
+      weighted.lane[j] += double(e) * double(farther);
+    }
+  });
+  const double total = sum.total() - 1;
+  const T inverse = T(1.0 / total);
+  NCMI_SIMD()
+  for (int64_t c = 0; c < classes; ++c) values[c] *= inverse;
+  values[y] = 0;
+  return double(nearest) + weighted.total() / total;
+}
+
+template <class T>
+void focus_weights(const FocusWeightsArgs<T>& args, int64_t row_begin, int64_t row_end) {
+  for (int64_t i = row_begin; i < row_end; ++i) {
+    T* values = args.product + i * args.classes;
+    const int64_t y = args.target[i];
+    if (y == args.target.ignore_index) {
+      memset(values, 0, args.classes * sizeof(T));
+      args.separation[i] = 0;
+      continue;
+    }
+    RowStats& row = args.rows[i];
+    const double log_norm = relative_log_norm(*args.all, row);
+    const InProduct p = in_product(row);
+    const double mean =
+        args.centroid_to_sample
+            ? weigh_row(args.class_level, args.classes, y, 0.0, 1.0, -1.0, args.focus, values)
+            : weigh_row(args.class_level, args.classes, y, row.all_mean - log_norm, -p.share * p.base, -p.share,
+                        args.focus, values);
+    row.all_mean = mean + log_norm;
+    args.separation[i] = mean * (1.0 - 1.0 / args.all->classes);
+  }
+}
+
+// In place: the weights times what the rows' gradients have of their separation; and the sums over the rows.
+template <class T>
+void focus_sums(const FocusSumsArgs<T>& args, int64_t class_begin, int64_t class_end) {
+  for (int64_t i = 0; i < args.row_count; ++i) {
+    if (args.target[i] == args.target.ignore_index) continue;
+    const InProduct p = in_product(args.rows[i]);
+    const double other = args.coefficients[i].other, share = args.centroid_to_sample ? 1.0 : p.share;
+    const double by_base = args.centroid_to_sample ? 0.0 : other * p.share * p.base;
+    const T by = T(other * share);
+    T* __restrict weights = args.weights + i * args.classes;
+    ClassWeights* __restrict sums = args.sums;
+    NCMI_SIMD()
+    for (int64_t c = class_begin; c < class_end; ++c) {
+      sums[c].other += other * double(weights[c]);
+      sums[c].base += by_base * double(weights[c]);
+      weights[c] *= by;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace ncmi::cpu

@@ -1,0 +1,96 @@
+// The CPU implementations of the operators between the matrix products of separation_focus.
+
+#include "host.h"
+
+namespace ncmi::cpu {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> focus_table(const Tensor& log_activation, const Tensor& activation,
+                                               const Tensor& reference, const Tensor& norms, bool centroid_to_sample) {
+  return with_arithmetic_type(log_activation.scalar_type(), "log_activation", [&]<class T>() {
+    const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample);
+    Tensor relative = empty({q.classes, q.columns}, kScalarType<T>);
+    Tensor distribution = empty({centroid_to_sample ? q.classes : 0, q.columns}, kScalarType<T>);
+    Tensor level = empty({q.classes}, ScalarType::Double);
+    const FocusTableArgs<T> args{.centroids = q,
+                                 .relative = output<T>(relative),
+                                 .distribution = output<T>(distribution),
+                                 .level = output<double>(level)};
+    parallel_rows(q.classes, q.columns,
+                  [&](int64_t begin, int64_t end) { kernels_for<T>().focus_table(args, begin, end); });
+    return std::make_tuple(relative, distribution, level);
+  });
+}
+
+Tensor focus_rows(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
+                  const Tensor& log_activation, const Tensor& activation, const Tensor& reference,
+                  const Tensor& norms, const Tensor& row_stats, bool centroid_to_sample, int64_t ignore_index) {
+  const Matrix z = matrix(input, "input");
+  return with_arithmetic_type(log_activation.scalar_type(), "log_activation", [&]<class T>() {
+    const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample);
+    const int64_t rows = input.size(0), columns = q.columns;
+    check_shape(input, "input", {rows, columns});
+    Tensor out = empty({rows, columns}, kScalarType<T>);
+    const FocusRowsArgs<T> args{.input = z,
+                                .target = targets(target, rows, ignore_index, q.classes),
+                                .center = data<T>(center, "center", {columns}),
+                                .centroids = q,
+                                .rows = row_stats_of(row_stats, rows),
+                                .out = output<T>(out)};
+    parallel_rows(rows, columns, [&](int64_t begin, int64_t end) {
+      Vector<T> scratch(columns);
+      kernels_for<T>().focus_rows(args, begin, end, scratch.data());
+    });
+    return out;
+  });
+}
+
+void focus_weights_(const Tensor& product, const Tensor& separation, const Tensor& row_stats, const Tensor& target,
+                    const Tensor& norms, const Tensor& class_level, double focus, bool centroid_to_sample,
+                    int64_t ignore_index) {
+  STD_TORCH_CHECK(product.dim() == 2, "ncmi_kernels: product must have 2 dimensions");
+  const int64_t rows = product.size(0), classes = product.size(1);
+  with_arithmetic_type(product.scalar_type(), "product", [&]<class T>() {
+    const auto* of = reinterpret_cast<const ClassStats*>(data<double>(norms, "norms", {classes + 1, kClassStats}));
+    const FocusWeightsArgs<T> args{
+        .target = targets(target, rows, ignore_index, classes),
+        .classes = classes,
+        .all = reinterpret_cast<const AllStats*>(of + classes),
+        .class_level = data<double>(class_level, "class_level", {classes}),
+        .centroid_to_sample = centroid_to_sample,
+        .focus = focus,
+        .product = const_cast<T*>(data<T>(product, "product", {rows, classes})),
+        .rows = const_cast<RowStats*>(row_stats_of(row_stats, rows)),
+        .separation = const_cast<double*>(data<double>(separation, "separation", {rows}))};
+    parallel_rows(rows, classes, [&](int64_t begin, int64_t end) { kernels_for<T>().focus_weights(args, begin, end); });
+  });
+}
+
+void focus_sums_(const Tensor& weights, const Tensor& class_weights, const Tensor& row_stats,
+                 const Tensor& coefficients, const Tensor& target, bool centroid_to_sample, int64_t ignore_index) {
+  STD_TORCH_CHECK(weights.dim() == 2, "ncmi_kernels: weights must have 2 dimensions");
+  const int64_t rows = weights.size(0), classes = weights.size(1);
+  with_arithmetic_type(weights.scalar_type(), "weights", [&]<class T>() {
+    const FocusSumsArgs<T> args{
+        .target = targets(target, rows, ignore_index, classes),
+        .row_count = rows,
+        .classes = classes,
+        .rows = row_stats_of(row_stats, rows),
+        .coefficients = coefficients_in(coefficients, rows),
+        .centroid_to_sample = centroid_to_sample,
+        .weights = const_cast<T*>(data<T>(weights, "weights", {rows, classes})),
+        .sums = reinterpret_cast<ClassWeights*>(
+            const_cast<double*>(data<double>(class_weights, "class_weights", {classes, kClassWeights})))};
+    parallel_columns(classes, rows, [&](int64_t begin, int64_t end) { kernels_for<T>().focus_sums(args, begin, end); });
+  });
+}
+
+}  // namespace
+}  // namespace ncmi::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(ncmi_kernels, CPU, m) {
+  m.impl("focus_table", TORCH_BOX(&ncmi::cpu::focus_table));
+  m.impl("focus_rows", TORCH_BOX(&ncmi::cpu::focus_rows));
+  m.impl("focus_weights_", TORCH_BOX(&ncmi::cpu::focus_weights_));
+  m.impl("focus_sums_", TORCH_BOX(&ncmi::cpu::focus_sums_));
+}
