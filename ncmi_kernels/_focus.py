@@ -15,7 +15,7 @@ from torch import Tensor
 from ncmi_kernels import _ops, _plain, reference
 from ncmi_kernels._options import Options
 from ncmi_kernels._problem import Problem
-from ncmi_kernels._schema import SGD
+from ncmi_kernels._schema import CLASS_WEIGHTS, SGD
 
 _TILE = 1 << 22  # elements of [rows, classes] at once: beside it a product of fewer rows would not fill a machine
 
@@ -55,7 +55,7 @@ def forward(input: Tensor, centroid_logits: Tensor, problem: Problem, wanted: tu
         problem = problem._replace(table=table_of(centroid_logits, options, problem.backend))
     products = _Products(input, problem)
     found = None
-    if products.tiles == 1:
+    if products.whole:
         # The coefficients are known between the products.
         def coefficients_of(tile: slice) -> Tensor:
             nonlocal found
@@ -88,12 +88,17 @@ class _Products:
         target, center, _, options, backend, table, *_ = problem
         self.operators = _ops.operators(backend)
         self.values, self.stats = self.operators.terms(input, target, center, *table[:4], *options.for_terms)
-        count = len(input)
-        self.size = max(64, _TILE // len(table.relative) // 64 * 64)
-        if torch.compiler.is_compiling():  # a loop would be for one size of batch
-            self.size = max(1, count)
-        self.tiles = 1 if count <= self.size else -(-count // self.size)
+        self.tiles = [slice(None)]
+        if not torch.compiler.is_compiling():  # a loop would be for one size of batch
+            count, size = len(input), max(64, _TILE // len(table.relative) // 64 * 64)
+            if count > size:
+                self.tiles = [slice(first, first + size) for first in range(0, count, size)]
         self._factors: list[Tensor] = []
+
+    @property
+    def whole(self) -> bool:
+        """Whether there is one tile, the batch."""
+        return len(self.tiles) == 1
 
     def run(self, with_mixture: bool, coefficients_of: Callable[[slice], Tensor] | None) -> Rows:
         """`coefficients_of` a tile, asked for once its terms are known; None where no sums over the rows are wanted."""
@@ -106,9 +111,8 @@ class _Products:
         classes = table.distribution if options.centroid_to_sample else table.relative
         mixtures: list[Tensor] = []
         weighted = class_weights = None
-        for first in range(0, self.tiles * self.size, self.size):
-            tile = slice(first, first + self.size)
-            if self.tiles == 1:
+        for tile in self.tiles:
+            if self.whole:
                 input, to, stats, separation = self.input, target, self.stats, self.values[1]
             else:
                 input, to, stats, separation = self.input[tile], target[tile], self.stats[tile], self.values[1, tile]
@@ -122,12 +126,12 @@ class _Products:
                 mixtures.append(weights @ classes if shared is None else torch.addmm(shared, weights, classes))
             if coefficients_of is not None:
                 if class_weights is None:
-                    class_weights = table.norms.new_zeros((len(classes), 2))
+                    class_weights = table.norms.new_zeros((len(classes), CLASS_WEIGHTS))
                 run.focus_sums_(weights, class_weights, stats, coefficients_of(tile), to, *last)
                 weighted = weights.T @ x if weighted is None else weighted.addmm_(weights.T, x)
         mixture = None
         if with_mixture:
-            mixture = mixtures[0] if self.tiles == 1 else torch.cat(mixtures)
+            mixture = mixtures[0] if self.whole else torch.cat(mixtures)
         return Rows(self.stats, None, mixture, class_weights, weighted)
 
     def coefficients_but_for_a_factor(self, tile: slice) -> Tensor:

@@ -13,8 +13,8 @@ from torch.library import Library
 
 from ncmi_kernels._options import REDUCTIONS
 
-# Columns of the operators' `rows`, `coefficients` and `norms`: csrc/layout.h
-ROW_STATS, COEFFICIENTS, CLASS_STATS = 7, 4, 8
+# Columns of the operators' `rows`, `coefficients`, `norms` and `class_weights`: csrc/layout.h
+ROW_STATS, COEFFICIENTS, CLASS_STATS, CLASS_WEIGHTS = 7, 4, 8, 2
 SCALE, SHIFT, INVERSE_NORM, OWN_MEAN, ALL_MEAN = 0, 3, 4, 5, 6  # of rows
 CLASS_LOG_NORM = 0  # of a class's record in norms
 MEAN_LOG_NORM, CLASSES = 1, 2  # of the last one

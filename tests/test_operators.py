@@ -12,10 +12,12 @@ from ncmi_kernels import _ops, _schema
 ROWS, CLASSES, COLUMNS = 7, 5, 19
 LONE = 3  # of the columns of norms
 ERRORS = (RuntimeError, IndexError)
+BY_ROW_OF_FOCUS = ("focus_rows", "focus_weights_", "focus_sums_")
 
 # Tables and what is written in place: contiguous only.
 CONTIGUOUS = {"center", "running_center", "log_activation", "activation", "reference", "norms", "weight", "rows"}
 CONTIGUOUS |= {"totals", "grad", "momentum_buffer", "terms", "coefficients", "row_reference"}
+CONTIGUOUS |= {"class_weights", "weighted", "class_level", "product", "separation", "weights"}
 
 
 def arguments(run: _schema.Operators, name: str, centroid_to_sample: bool) -> dict[str, object]:
@@ -38,7 +40,13 @@ def arguments(run: _schema.Operators, name: str, centroid_to_sample: bool) -> di
         "rows": rows,
         "coefficients": torch.rand(ROWS, _schema.COEFFICIENTS, dtype=torch.float64),
         "row_reference": torch.rand(ROWS, COLUMNS),
-        "upstream": torch.rand(ROWS),
+        "upstream": torch.rand(()) if name == "centroid_grad" else torch.rand(ROWS),
+        "class_weights": torch.rand(CLASSES, _schema.CLASS_WEIGHTS, dtype=torch.float64),
+        "weighted": torch.rand(CLASSES, COLUMNS),
+        "class_level": torch.rand(CLASSES, dtype=torch.float64),
+        "product": torch.rand(ROWS, CLASSES),
+        "separation": torch.rand(ROWS, dtype=torch.float64),
+        "weights": torch.rand(ROWS, CLASSES),
         "totals": torch.ones(4 if name == "reduce" else COLUMNS + 1, dtype=torch.float64),
         "momentum_buffer": torch.zeros(CLASSES, COLUMNS),
         "grad": torch.randn(ROWS, COLUMNS),
@@ -46,7 +54,7 @@ def arguments(run: _schema.Operators, name: str, centroid_to_sample: bool) -> di
         "centroid_to_sample": centroid_to_sample,
         "temperature": 1.0,
         "l2_normalize": True,
-        "focus": False,
+        "focus": 5.0 if name == "focus_weights_" else False,
         "batch_ratio": False,
         "reduction": 1,
         "eps": 1e-8,
@@ -134,7 +142,16 @@ def check_combinations(run: _schema.Operators) -> None:
 
 
 def check_targets(run: _schema.Operators, values=(CLASSES, -1, 2**62, -(2**63))) -> None:
-    for name in ("terms", "reduce", "loss", "input_grad", "centroid_grad", "centroid_step_", "update_center_"):
+    for name in (
+        "terms",
+        "reduce",
+        "loss",
+        "input_grad",
+        "centroid_grad",
+        "centroid_step_",
+        "update_center_",
+        *BY_ROW_OF_FOCUS,
+    ):
         good = arguments(run, name, False)
         for value in values:
             target = good["target"].clone()
@@ -145,11 +162,21 @@ def check_targets(run: _schema.Operators, values=(CLASSES, -1, 2**62, -(2**63)))
 def check_empty_batches(run: _schema.Operators) -> None:
     for name in _schema.SCHEMAS:
         good = arguments(run, name, True)
-        by_row = ("input", "target", "rows", "coefficients", "row_reference", "grad")
+        by_row = (
+            "input",
+            "target",
+            "rows",
+            "coefficients",
+            "row_reference",
+            "grad",
+            "product",
+            "separation",
+            "weights",
+        )
         empty = {key: good[key][:0] for key in by_row if key in good}
         if "terms" in good:
             empty["terms"] = good["terms"][:, :0].contiguous()
-        if name not in ("scale_", "centroid_stats") and "upstream" in good:
+        if "upstream" in good and good["upstream"].dim():
             empty["upstream"] = good["upstream"][:0]
         getattr(run, name)(*{**good, **empty}.values())
 
@@ -158,7 +185,16 @@ def check_statistics_that_are_none(
     run: _schema.Operators, values=(math.nan, math.inf, -math.inf, 1e300, -1e300, 5.5, -1)
 ):
     """Any numbers for what the forward pass leaves: wrong results at the most."""
-    for name in ("terms", "reduce", "loss", "input_grad", "centroid_grad", "centroid_step_", "class_totals"):
+    for name in (
+        "terms",
+        "reduce",
+        "loss",
+        "input_grad",
+        "centroid_grad",
+        "centroid_step_",
+        "class_totals",
+        *BY_ROW_OF_FOCUS,
+    ):
         for table in ("norms", "rows"):
             for value in values:
                 good = arguments(run, name, True)
