@@ -375,11 +375,11 @@ def launch_terms(
     of_rows = RowTerms(stats, sums, grad is not None)
     if rows == 0:
         return of_rows
-    double = log_activation.dtype is torch.float64
+    wide = log_activation.dtype is torch.float64
     # Of a vector of length one over the temperature: |f| <= 1 / temperature.
     reach = 1.0 / temperature if l2_normalize else float("inf")
-    kind = SOFTMAX if softmax else NEAR if reach <= 1.0 and not double else NSF
-    dtype = log_activation.dtype if double else input.dtype
+    kind = SOFTMAX if softmax else NEAR if reach <= 1.0 and not wide else NSF
+    dtype = log_activation.dtype if wide else input.dtype
     tile = row_tile(columns, dtype, grad is not None, centroid_to_sample, kind == NEAR)
     launches.launch(
         terms_kernel,
