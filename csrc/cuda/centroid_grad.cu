@@ -491,8 +491,8 @@ void centroid_step_(const Tensor& input, const Tensor& target, const std::option
         .weight_decay = weight_decay,
         .nesterov = nesterov};
     Workspace workspace(device, stats_workspace(q.classes, q.columns));  // before anything moves
-    by_class<T>(device, {input, target, center, row_stats, coefficients, std::nullopt, ignore_index}, centroid_logits, q,
-                std::nullopt, nullptr, &step);
+    by_class<T>(device, {input, target, center, row_stats, coefficients, std::nullopt, ignore_index}, centroid_logits,
+                q, std::nullopt, nullptr, &step);
     write_stats<T>(device, workspace, matrix(centroid_logits, "centroid_logits"), softmax, q);
   });
 }
