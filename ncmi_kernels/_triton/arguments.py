@@ -42,7 +42,7 @@ class RowTerms(NamedTuple):
 
     stats: Tensor  # [B, 7]
     sums: Tensor  # [4, B] that the terms are made of
-    given: bool  # they are the terms themselves: its first two rows
+    given: bool  # they are the terms themselves, A and G in the first two rows
 
 
 class Reduced(NamedTuple):
