@@ -97,7 +97,7 @@ def cuda_extension() -> Extension | None:
     # are found when the library is loaded, in the libraries that torch has loaded by then.
     return Extension(
         name="ncmi_kernels._cuda",
-        sources=sources("cuda/*.cpp", "cuda/*.cu"),
+        sources=sources("cuda/*.cu"),
         depends=sources("*.h", "cuda/*.h", "cuda/*.cuh"),
         define_macros=[("TORCH_TARGET_VERSION", hex(MINIMUM_TORCH)), ("USE_CUDA", None)],
         include_dirs=[*cpp_extension.include_paths(), str(Path(home) / "include")],

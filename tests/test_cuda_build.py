@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ncmi_kernels"
@@ -53,6 +54,8 @@ def compiled(tmp_path_factory):
         source, architecture = job
         command = [NVCC, "-std=c++20", "-O3", "-cubin", "-Xptxas", "-v,-warn-spills,-Werror"]
         command += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
+        command += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020C000000000000"]
+        command += [f"-isystem={path}" for path in cpp_extension.include_paths()]
         command += [str(ROOT / "csrc" / "cuda" / source), "-o", str(directory / f"{source}.{architecture}.cubin")]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         return done.returncode, done.stdout + done.stderr

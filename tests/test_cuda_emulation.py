@@ -41,8 +41,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def library(tmp_path_factory):
     """csrc/cuda compiled by the host compiler."""
     directory = tmp_path_factory.mktemp("emulation")
-    sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "csrc" / "cuda" / "ops_cuda.cpp"]
-    sources.append(EMULATION / "emulation.cpp")
+    sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), EMULATION / "emulation.cpp"]
     flags = ["-x", "c++", "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
     flags += ["-Werror", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020C000000000000"]
     flags += ["-include", str(EMULATION / "emulation.h")]

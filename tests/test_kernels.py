@@ -655,7 +655,7 @@ def test_means_of_the_terms(separation, backend, interpreted, monkeypatch):
     """CMI and Gamma of the batch, the same for every ratio and reduction, in float64 and not differentiated."""
     many = 8300  # in several programs, and then in one
     if interpreted:
-        monkeypatch.setattr("ncmi_kernels._triton.launches.LARGEST_WHOLE", 512)
+        monkeypatch.setattr("ncmi_kernels._triton.reduce.LARGEST_WHOLE", 512)
         many = 530
     for dtype, rows, weighted in ((torch.float64, 13, False), (torch.float32, 13, True), (torch.float32, many, True)):
         z, target, xi, center, weight = make(rows, 5, 4, center=True, weight=weighted, ignore=True, dtype=dtype)
@@ -1219,9 +1219,10 @@ def test_offsets_past_2_to_the_31(strides, backend):
 @pytest.mark.parametrize("backend", [p for p in KERNELS if "triton" in p.values])
 def test_a_launch_that_fails_has_moved_nothing(stages, backend, monkeypatch):
     """Whichever of a training step it is: the batch may be tried again."""
-    from ncmi_kernels._triton import launches, ops
+    from ncmi_kernels._triton import OPERATORS as ops
+    from ncmi_kernels._triton import launches, reduce
 
-    monkeypatch.setattr(launches, "LARGEST_WHOLE", 6 if stages == 1 else 5)
+    monkeypatch.setattr(reduce, "LARGEST_WHOLE", 6 if stages == 1 else 5)
     launch, failing, launched = launches.launch, 0, 0
 
     def count(*args, **options):

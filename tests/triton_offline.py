@@ -23,7 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ncmi_kernels._schema import COEFFICIENTS, ROW_STATS
-from ncmi_kernels._triton import launches, ops
+from ncmi_kernels._triton import OPERATORS as ops
+from ncmi_kernels._triton import launches
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}

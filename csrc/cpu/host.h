@@ -117,21 +117,6 @@ inline int64_t rows_of(const Tensor& input) {
   return input.size(0);
 }
 
-template <class T>
-Centroids<T> centroids(const Tensor& log_activation, const Tensor& activation, const Tensor& reference,
-                       const Tensor& norms, bool centroid_to_sample) {
-  STD_TORCH_CHECK(log_activation.dim() == 2, "ncmi_kernels: log_activation must have 2 dimensions");
-  const int64_t classes = log_activation.size(0), columns = log_activation.size(1);
-  STD_TORCH_CHECK(columns > 0, "ncmi_kernels: log_activation must have columns");
-  return {.classes = classes,
-          .columns = columns,
-          .centroid_to_sample = centroid_to_sample,
-          .log_activation = data<T>(log_activation, "log_activation", {classes, columns}),
-          .activation = data<T>(activation, "activation", {centroid_to_sample ? classes : 0, columns}),
-          .reference = data<T>(reference, "reference", {2, columns}),
-          .of = reinterpret_cast<const ClassStats*>(data<double>(norms, "norms", {classes + 1, kClassStats}))};
-}
-
 // The coefficients [B] times the upstream gradient (a scalar or [B], or none).
 class ScaledCoefficients {
  public:

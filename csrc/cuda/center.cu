@@ -1,5 +1,5 @@
 // The running centre: column sums over the rows that are not ignored, and the move to their mean.
-#include "rows.cuh"
+#include "launches.h"
 
 namespace ncmi::cuda {
 
@@ -12,6 +12,25 @@ constexpr int64_t kRowsPerSplit = 64;  // at least
 constexpr int kFinishThreads = 1024;
 constexpr int64_t kOneBlock = 65536;  // sums that one block adds up; beyond, blocks share them and need one more launch
 constexpr int64_t kColumnsPerBlock = 256;
+
+// The mean of the rows, and what the rows weigh together: in two steps, over splits of the rows and then over splits.
+template <class T>
+struct CenterArgs {
+  Matrix input;  // [B, M]
+  int64_t rows, columns;
+  Targets target;
+  int64_t classes;
+  int64_t splits;  // center_splits(rows, columns)
+  double* sums;    // [splits, columns] workspace
+  double* counts;  // [splits, 2] workspace: rows that count, what they weigh
+  const T* class_weight;  // [C] or null
+  double* weight_total;   // [1] or null
+  double momentum;
+  T* center;               // [M], or null for the weights alone
+  int64_t* batches;        // []
+  T* moved;                // [M]
+  int32_t* finite;         // [center_blocks(splits, columns)] workspace
+};
 
 template <int width>
 struct ColumnStorage {
@@ -169,8 +188,6 @@ __global__ void __launch_bounds__(kColumnsPerBlock, 1) commit_center_kernel(cons
   commit(args, finite, begin, min(args.columns, begin + kColumnsPerBlock));
 }
 
-}  // namespace
-
 // A function of the shape alone, so that the order of the sums is one too.
 int64_t center_splits(int64_t rows, int64_t columns) {
   const int64_t tiles = max(1, ceil_div(columns, 128));
@@ -194,7 +211,64 @@ void launch_update_center(const CenterArgs<T>& args, Stream stream) {
   if (blocks > 1) launch(commit_center_kernel<T>, blocks, dim3(kColumnsPerBlock), stream, args);
 }
 
-template void launch_update_center(const CenterArgs<float>&, Stream);
-template void launch_update_center(const CenterArgs<double>&, Stream);
+}  // namespace
 
+int64_t column_sums_workspace(int64_t rows, int64_t columns) {
+  const int64_t splits = center_splits(rows, columns);
+  return splits * (columns + 2) + center_blocks(splits, columns);
+}
+
+template <class T>
+Tensor column_sums(const Device& device, Workspace& workspace, const Tensor& input, const Targets& target,
+                   int64_t classes, const RunningCenter& running, const T* class_weight, double* weight_total) {
+  const int64_t rows = input.size(0), columns = running.center ? input.size(1) : 0;
+  const Matrix z = rows_of<T>(input, input.size(1));
+  const int64_t splits = center_splits(rows, columns);
+  Tensor moved = empty(device, {columns}, kScalarType<T>);
+  T* c = const_cast<T*>(data_on<T>(running.center, "center", {columns}, input));
+  int64_t* batches =
+      const_cast<int64_t*>(data_on<int64_t>(running.batches, "num_batches_tracked", {}, input));
+  launch_update_center<T>({.input = z,
+                           .rows = rows,
+                           .columns = columns,
+                           .target = target,
+                           .classes = classes,
+                           .splits = splits,
+                           .sums = workspace.take(splits * columns),
+                           .counts = workspace.take(splits * 2),
+                           .class_weight = class_weight,
+                           .weight_total = weight_total,
+                           .momentum = running.momentum,
+                           .center = c,
+                           .batches = batches,
+                           .moved = output<T>(moved),
+                           .finite = workspace.take<int32_t>(center_blocks(splits, columns))},
+                          device.stream());
+  return moved;
+}
+
+template Tensor column_sums(const Device&, Workspace&, const Tensor&, const Targets&, int64_t, const RunningCenter&,
+                            const float*, double*);
+template Tensor column_sums(const Device&, Workspace&, const Tensor&, const Targets&, int64_t, const RunningCenter&,
+                            const double*, double*);
+
+namespace {
+
+Tensor update_center_(const Tensor& center, const Tensor& num_batches_tracked, const Tensor& input,
+                      const Tensor& target, double momentum, int64_t num_classes, int64_t ignore_index) {
+  const Device device(input);
+  STD_TORCH_CHECK(input.dim() == 2, "ncmi_kernels: input must have 2 dimensions");
+  const Targets y = targets(target, input, ignore_index);
+  return with_arithmetic_type(center.scalar_type(), "center", [&]<class T>() {
+    Workspace workspace(device, column_sums_workspace(input.size(0), input.size(1)));
+    return column_sums<T>(device, workspace, input, y, num_classes, {center, num_batches_tracked, momentum}, nullptr,
+                          nullptr);
+  });
+}
+
+}  // namespace
 }  // namespace ncmi::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(ncmi_kernels, CUDA, m) {
+  m.impl("update_center_", TORCH_BOX(&ncmi::cuda::update_center_));
+}

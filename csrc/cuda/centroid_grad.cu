@@ -1,7 +1,9 @@
 // The centroid gradient. First by chunks of classes and tiles of columns, each of whose owners adds the rows of a class
 // in order; then by class. Sums of p and of log p are double: the gradient is their difference from q and log q, which
 // may be near.
-#include "rows.cuh"
+#include <array>
+
+#include "launches.h"
 
 namespace ncmi::cuda {
 
@@ -9,6 +11,51 @@ namespace {
 
 constexpr int kWarps = 8;  // of a block of class sums: each takes every eighth row of a class
 constexpr int kThreads = 256;
+
+template <class T>
+struct CentroidGradArgs {
+  Matrix input;  // [B, M]
+  int64_t rows;
+  Targets target;   // [B]
+  const T* center;  // [M] or null
+  Centroids<T> centroids;
+  Matrix logits;          // [C, M] xi
+  const RowStats* stats;             // [B]
+  const Coefficients* coefficients;  // [B]
+  Upstream upstream;
+  const int32_t* sorted;       // [B] targets in order, ignored rows as C
+  const int64_t* order;        // [B] the rows that they are of
+  int64_t* class_begin;        // [C + 1] workspace, into order
+  int64_t chunks;              // grad_chunks(classes, columns, dtype)
+  double* partial_totals;      // [chunks, M] workspace
+  double* totals;              // [M + 1], the last one sum_i other_i: workspace, or
+  bool totals_given;           // read only
+  double* class_other;         // [C] workspace: sums of `other` over the rows of a class
+  // The sums of the classes that have rows, [C, M], or [B, M] where each is in the place of its first row in `order`.
+  bool by_first_row;
+  T* own;             // workspace, or [C, M] that becomes the gradient
+  T* own_separation;  // workspace; centroid_to_sample only
+
+  NCMI_INLINE_MEMBER int64_t own_offset(int64_t c) const {
+    return (by_first_row ? class_begin[c] : c) * centroids.columns;
+  }
+};
+
+// The sums over all rows that the gradient of every centroid has.
+template <class T>
+struct TotalsArgs {
+  Matrix input;  // [B, M]
+  int64_t rows, columns;
+  Targets target;   // [B]
+  const T* center;  // [M] or null
+  const RowStats* stats;             // [B]
+  const Coefficients* coefficients;  // [B]
+  Upstream upstream;
+  bool centroid_to_sample;
+  int64_t chunks;    // total_chunks(rows, columns)
+  double* partials;  // [chunks, M + 1] workspace
+  double* totals;    // [M + 1], the last one sum_i other_i
+};
 
 __global__ void __launch_bounds__(kThreads, 1)
     sort_keys_kernel(const Targets target, int64_t rows, int64_t classes, int32_t* keys) {
@@ -298,8 +345,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   });
 }
 
-}  // namespace
-
 // A function of the shape alone, so that the order of the sums is one too.
 int64_t grad_chunks(int64_t classes, int64_t columns) {
   return max(1, min(classes, 1024 / max(1, ceil_div(columns, 128))));
@@ -308,8 +353,6 @@ int64_t grad_chunks(int64_t classes, int64_t columns) {
 void launch_sort_keys(const Targets& target, int64_t rows, int64_t classes, int32_t* keys, Stream stream) {
   launch(sort_keys_kernel, ceil_div(rows, kThreads), dim3(kThreads), stream, target, rows, classes, keys);
 }
-
-namespace {
 
 template <bool with_step, class T>
 void launch_by_class(const CentroidGradArgs<T>& args, const StepArgs<T>& step, Stream stream) {
@@ -332,18 +375,6 @@ void launch_by_class(const CentroidGradArgs<T>& args, const StepArgs<T>& step, S
     launch(class_grad_kernel<T, false, with_step>, q.classes, dim3(kThreads), stream, args, step);
 }
 
-}  // namespace
-
-template <class T>
-void launch_centroid_grad(const CentroidGradArgs<T>& args, Stream stream) {
-  launch_by_class<false>(args, StepArgs<T>{}, stream);
-}
-
-template <class T>
-void launch_centroid_step(const CentroidGradArgs<T>& args, const StepArgs<T>& step, Stream stream) {
-  launch_by_class<true>(args, step, stream);
-}
-
 int64_t total_chunks(int64_t rows, int64_t columns) {
   return max(1, min(ceil_div(rows, kThreads), 1024 / max(1, ceil_div(columns, 128))));
 }
@@ -361,11 +392,146 @@ void launch_class_totals(const TotalsArgs<T>& args, Stream stream) {
   launch(fold_totals_kernel<T>, ceil_div(args.columns + 1, kThreads), dim3(kThreads), stream, args);
 }
 
-template void launch_class_totals(const TotalsArgs<float>&, Stream);
-template void launch_class_totals(const TotalsArgs<double>&, Stream);
-template void launch_centroid_grad(const CentroidGradArgs<float>&, Stream);
-template void launch_centroid_grad(const CentroidGradArgs<double>&, Stream);
-template void launch_centroid_step(const CentroidGradArgs<float>&, const StepArgs<float>&, Stream);
-template void launch_centroid_step(const CentroidGradArgs<double>&, const StepArgs<double>&, Stream);
+// Sorted keys, and where each was; rows of one class stay in the order of the batch.
+std::tuple<Tensor, Tensor> stable_sort(const Tensor& keys) {
+  std::array<StableIValue, 4> stack{torch::stable::detail::from(keys),
+                                    torch::stable::detail::from(std::optional<bool>(true)),
+                                    torch::stable::detail::from(int64_t(0)), torch::stable::detail::from(false)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
+}
 
+// The rows, and what a backward pass has of them.
+struct Batch {
+  const Tensor& input;
+  const Tensor& target;
+  const std::optional<Tensor>& center;
+  const Tensor& row_stats;
+  const Tensor& coefficients;
+  const std::optional<Tensor>& upstream;
+  int64_t ignore_index;
+};
+
+// The gradient to `grad` [C, M], or else a step by it.
+template <class T>
+void by_class(const Device& device, const Batch& batch, const Tensor& centroid_logits, const Centroids<T>& q,
+              const std::optional<Tensor>& totals, T* grad, const StepArgs<T>* step) {
+  const auto& [input, target, center, row_stats, coefficients, upstream, ignore_index] = batch;
+  const Matrix z = rows_of<T>(input, q.columns), xi = matrix(centroid_logits, "centroid_logits");
+  check_device(centroid_logits, "centroid_logits", input);
+  check_shape(centroid_logits, "centroid_logits", {q.classes, q.columns});
+  STD_TORCH_CHECK(q.classes < 0x7fffffff, "ncmi_kernels: more classes than 2^31");
+  const int64_t rows = input.size(0), chunks = grad_chunks(q.classes, q.columns);
+  const Targets y = targets(target, input, ignore_index);
+  Tensor keys = empty(device, {rows}, ScalarType::Int);
+  launch_sort_keys(y, rows, q.classes, output<int32_t>(keys), device.stream());
+  auto [sorted, order] = stable_sort(keys);
+  double* given = const_cast<double*>(data_on<double>(totals, "totals", {q.columns + 1}, input));
+  const bool by_first_row = step && rows < q.classes;
+  const int64_t sums = ((by_first_row ? rows : q.classes) * q.columns * sizeof(T) + 7) / sizeof(double);
+  const int64_t own = step ? sums : 0, own_separation = q.centroid_to_sample ? sums : 0;
+  Workspace workspace(device,
+                      (q.classes + 1) + chunks * q.columns + (q.columns + 1) + q.classes + own + own_separation);
+  const CentroidGradArgs<T> args{.input = z,
+                                 .rows = rows,
+                                 .target = y,
+                                 .center = data_on<T>(center, "center", {q.columns}, input),
+                                 .centroids = q,
+                                 .logits = xi,
+                                 .stats = stats_on(row_stats, input),
+                                 .coefficients = coefficients_on(coefficients, input),
+                                 .upstream = upstream_of(upstream, input),
+                                 .sorted = output<int32_t>(sorted),
+                                 .order = output<int64_t>(order),
+                                 .class_begin = workspace.take<int64_t>(q.classes + 1),
+                                 .chunks = chunks,
+                                 .partial_totals = workspace.take(chunks * q.columns),
+                                 .totals = given ? given : workspace.take(q.columns + 1),
+                                 .totals_given = given != nullptr,
+                                 .class_other = workspace.take(q.classes),
+                                 .by_first_row = by_first_row,
+                                 .own = step ? workspace.take<T>(own) : grad,
+                                 .own_separation = workspace.take<T>(own_separation)};
+  if (step)
+    launch_by_class<true>(args, *step, device.stream());
+  else
+    launch_by_class<false>(args, StepArgs<T>{}, device.stream());
+}
+
+Tensor centroid_grad(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
+                     const Tensor& centroid_logits, const Tensor& log_activation, const Tensor& activation,
+                     const Tensor& reference, const Tensor& norms, const Tensor& row_stats,
+                     const Tensor& coefficients, const std::optional<Tensor>& upstream, bool centroid_to_sample,
+                     int64_t ignore_index, const std::optional<Tensor>& totals) {
+  const Device device(input);
+  return with_arithmetic_type(centroid_logits.scalar_type(), "centroid_logits", [&]<class T>() {
+    const Centroids<T> q = centroids_on<T>(log_activation, activation, reference, norms, centroid_to_sample, input);
+    Tensor grad = empty(device, {q.classes, q.columns}, kScalarType<T>);
+    by_class<T>(device, {input, target, center, row_stats, coefficients, upstream, ignore_index}, centroid_logits, q,
+                totals, output<T>(grad), nullptr);
+    return grad;
+  });
+}
+
+void centroid_step_(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
+                    const Tensor& centroid_logits, const std::optional<Tensor>& momentum_buffer,
+                    const Tensor& log_activation, const Tensor& activation, const Tensor& reference,
+                    const Tensor& norms, const Tensor& row_stats, const Tensor& coefficients, bool softmax,
+                    bool centroid_to_sample, int64_t ignore_index, double lr, double momentum, double weight_decay,
+                    bool nesterov) {
+  const Device device(input);
+  with_arithmetic_type(centroid_logits.scalar_type(), "centroid_logits", [&]<class T>() {
+    const Centroids<T> q = centroids_on<T>(log_activation, activation, reference, norms, centroid_to_sample, input);
+    const StepArgs<T> step{
+        .logits = const_cast<T*>(data_on<T>(centroid_logits, "centroid_logits", {q.classes, q.columns}, input)),
+        .momentum_buffer =
+            const_cast<T*>(data_on<T>(momentum_buffer, "momentum_buffer", {q.classes, q.columns}, input)),
+        .lr = lr,
+        .momentum = momentum,
+        .weight_decay = weight_decay,
+        .nesterov = nesterov};
+    Workspace workspace(device, stats_workspace(q.classes, q.columns));  // before anything moves
+    by_class<T>(device, {input, target, center, row_stats, coefficients, std::nullopt, ignore_index}, centroid_logits,
+                q, std::nullopt, nullptr, &step);
+    write_stats<T>(device, workspace, matrix(centroid_logits, "centroid_logits"), softmax, q);
+  });
+}
+
+Tensor class_totals(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
+                    const Tensor& row_stats, const Tensor& coefficients, const std::optional<Tensor>& upstream,
+                    bool centroid_to_sample, int64_t ignore_index) {
+  const Device device(input);
+  STD_TORCH_CHECK(input.dim() == 2, "ncmi_kernels: input must have 2 dimensions");
+  const int64_t rows = input.size(0), columns = input.size(1), chunks = total_chunks(rows, columns);
+  Workspace workspace(device, chunks * (columns + 1));
+  Tensor totals = empty(device, {columns + 1}, ScalarType::Double);
+  const auto launch_as = [&]<class T>() {
+    launch_class_totals<T>({.input = rows_of<T>(input, columns),
+                            .rows = rows,
+                            .columns = columns,
+                            .target = targets(target, input, ignore_index),
+                            .center = data_on<T>(center, "center", {columns}, input),
+                            .stats = stats_on(row_stats, input),
+                            .coefficients = coefficients_on(coefficients, input),
+                            .upstream = upstream_of(upstream, input),
+                            .centroid_to_sample = centroid_to_sample,
+                            .chunks = chunks,
+                            .partials = workspace.take(chunks * (columns + 1)),
+                            .totals = output<double>(totals)},
+                           device.stream());
+  };
+  if (input.scalar_type() == ScalarType::Double)
+    launch_as.template operator()<double>();
+  else
+    launch_as.template operator()<float>();
+  return totals;
+}
+
+}  // namespace
 }  // namespace ncmi::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(ncmi_kernels, CUDA, m) {
+  m.impl("centroid_grad", TORCH_BOX(&ncmi::cuda::centroid_grad));
+  m.impl("centroid_step_", TORCH_BOX(&ncmi::cuda::centroid_step_));
+  m.impl("class_totals", TORCH_BOX(&ncmi::cuda::class_totals));
+}

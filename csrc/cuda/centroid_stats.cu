@@ -1,15 +1,31 @@
 // Centroids: log a(xi), a(xi), their normalisers, and the sums over classes that stand in for the loop over them.
-#include "rows.cuh"
+#include "launches.h"
 
 namespace ncmi::cuda {
 
 namespace {
 
+constexpr int64_t kClassSums = 3;  // log a; or q, q log a and q log_norm
 constexpr int kWarps = 8;
 constexpr int kFinishThreads = 1024;
 constexpr int64_t kOneBlock = 65536;  // sums that one block adds up; beyond, blocks share them and need one more launch
 constexpr int64_t kColumnsPerBlock = 256;
 constexpr int64_t kClassesPerChunk = 32;  // at least
+
+template <class T>
+struct CentroidStatsArgs {
+  Matrix logits;  // [C, M] xi
+  int64_t classes, columns;
+  bool softmax;
+  bool centroid_to_sample;
+  T* log_activation;  // [C, M]
+  T* activation;      // [C, M] or null
+  T* reference;       // [2, M]
+  ClassStats* of;     // [C], and then AllStats
+  int64_t chunks;     // class_chunks(classes, columns)
+  double* sums;       // [chunks, kClassSums, M] workspace
+  double* lost;       // [2, M] workspace: what rounding `reference` lost; q_mean_k times the mean log_norm under it
+};
 
 // Writes log a, and a where it is wanted, of `count` elements: all, or for `by_size` those whose |f| <= 1 as kNsfNear
 // has it or has it not. Returns their part of S.
@@ -194,8 +210,6 @@ __global__ void __launch_bounds__(kFinishThreads, 1) constants_kernel(const Cent
   finish_constants(args, group);
 }
 
-}  // namespace
-
 int64_t class_chunks(int64_t classes, int64_t columns) {
   return max(1, min(ceil_div(classes, kClassesPerChunk), max(1, 1024 / ceil_div(columns, kWarp))));
 }
@@ -224,7 +238,65 @@ void launch_centroid_stats(const CentroidStatsArgs<T>& args, Stream stream) {
   }
 }
 
-template void launch_centroid_stats(const CentroidStatsArgs<float>&, Stream);
-template void launch_centroid_stats(const CentroidStatsArgs<double>&, Stream);
+}  // namespace
 
+int64_t stats_workspace(int64_t classes, int64_t columns) {
+  return class_chunks(classes, columns) * kClassSums * columns + 2 * columns;
+}
+
+template <class T>
+void write_stats(const Device& device, Workspace& workspace, const Matrix& logits, bool softmax,
+                 const Centroids<T>& to) {
+  const int64_t chunks = class_chunks(to.classes, to.columns);
+  launch_centroid_stats<T>({.logits = logits,
+                            .classes = to.classes,
+                            .columns = to.columns,
+                            .softmax = softmax,
+                            .centroid_to_sample = to.centroid_to_sample,
+                            .log_activation = const_cast<T*>(to.log_activation),
+                            .activation = to.centroid_to_sample ? const_cast<T*>(to.activation) : nullptr,
+                            .reference = const_cast<T*>(to.reference),
+                            .of = const_cast<ClassStats*>(to.of),
+                            .chunks = chunks,
+                            .sums = workspace.take(chunks * kClassSums * to.columns),
+                            .lost = workspace.take(2 * to.columns)},
+                           device.stream());
+}
+
+template void write_stats(const Device&, Workspace&, const Matrix&, bool, const Centroids<float>&);
+template void write_stats(const Device&, Workspace&, const Matrix&, bool, const Centroids<double>&);
+
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_stats(const Tensor& logits, bool softmax,
+                                                          bool centroid_to_sample) {
+  const Matrix xi = matrix(logits, "centroid_logits");
+  const int64_t classes = logits.size(0), columns = logits.size(1);
+  STD_TORCH_CHECK(classes > 0 && columns > 0, "ncmi_kernels: centroid_logits must not be empty");
+  STD_TORCH_CHECK(columns <= kMostColumns, "ncmi_kernels: more columns than 2^30");
+  const Device device(logits);
+  return with_arithmetic_type(logits.scalar_type(), "centroid_logits", [&]<class T>() {
+    const ScalarType dtype = logits.scalar_type();
+    Tensor log_activation = empty(device, {classes, columns}, dtype);
+    Tensor activation = empty(device, {centroid_to_sample ? classes : 0, columns}, dtype);
+    Tensor reference = empty(device, {2, columns}, dtype);
+    Tensor norms = empty(device, {classes + 1, kClassStats}, ScalarType::Double);
+    Workspace workspace(device, stats_workspace(classes, columns));
+    write_stats<T>(device, workspace, xi, softmax,
+                   {.classes = classes,
+                    .columns = columns,
+                    .centroid_to_sample = centroid_to_sample,
+                    .log_activation = output<T>(log_activation),
+                    .activation = output<T>(activation),
+                    .reference = output<T>(reference),
+                    .of = output<ClassStats>(norms)});
+    return std::make_tuple(log_activation, activation, reference, norms);
+  });
+}
+
+}  // namespace
 }  // namespace ncmi::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(ncmi_kernels, CUDA, m) {
+  m.impl("centroid_stats", TORCH_BOX(&ncmi::cuda::centroid_stats));
+}

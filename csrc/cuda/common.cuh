@@ -9,9 +9,18 @@
 #include <string>
 #endif
 
-#include "kernels.h"
+#include "../rows.h"
 
 namespace ncmi::cuda {
+
+using Stream = void*;  // cudaStream_t
+
+// A gradient times the upstream gradient: a scalar (stride 0) or [B], or none.
+struct Upstream {
+  const void* data;
+  bool is_double;
+  int64_t stride;
+};
 
 #if defined(__CUDACC__)
 #define NCMI_DEVICE __device__ __forceinline__

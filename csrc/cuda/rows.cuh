@@ -329,6 +329,13 @@ NCMI_DEVICE double product(double a, double b) {
 #endif
 }
 
+// What the rows weigh: class weights [C] or null.
+template <class T>
+struct Weights {
+  const T* by_class;
+  const double* total;  // the sum over the rows, by which each is divided; null for a sum
+};
+
 template <class T>
 NCMI_DEVICE double weight_of(const Weights<T>& weights, int64_t y) {
   return weights.by_class ? double(weights.by_class[y]) : 1.0;
@@ -403,70 +410,6 @@ NCMI_DEVICE void zero_row(const Group& group, const Matrix& input, int64_t i, in
   const T zero[width] = {};
   for (int k = group.thread * width; k < columns; k += group.threads * width)
     store_output<In, width>(out, input.dtype, i * columns + k, zero);
-}
-
-// -------------------------------------------------------------------------------------------------------------
-// Kernels
-// -------------------------------------------------------------------------------------------------------------
-
-template <class In, class T, int kept, bool centroid_to_sample, bool with_grad>
-__global__ void __maxnreg__((kTermsRegisters<In, T, kept, centroid_to_sample>)) terms_kernel(const TermsArgs<T> args) {
-  constexpr bool fast = sizeof(In) == 2;
-  const int64_t i = row_of_thread();
-  if (i >= args.rows) return;
-  Group group = group_of_thread(shared_storage<GroupStorage>());
-  const Centroids<T>& q = args.centroids;
-  const int64_t target = args.target[i];
-  if (target == args.target.ignore_index) {
-    if (group.first()) {
-      args.sums[i] = {};
-      args.stats[i] = {};
-    }
-    if constexpr (with_grad) {
-      if (group.first()) args.coefficients[i] = {};
-      zero_row<In, T>(group, args.input, i, q.columns, args.grad);
-    }
-    return;
-  }
-  const int64_t y = class_of(target, q.classes);
-  Row<In, T, kept> row(args.input, i, args.center, q.columns, group);
-  const Own<T> of = own_of<centroid_to_sample>(q, y);
-  const Summed<T> summed = sum_row_stable<centroid_to_sample, fast>(row, of, args.features);
-  RowStats stats{summed.scale, summed.inverse_length, double(summed.kind), double(summed.shift), 0, 0, 0};
-  if (group.first()) {
-    args.sums[i] = summed.sums;
-    args.stats[i] = stats;
-  }
-  if constexpr (with_grad) {
-    const RowTerms terms = terms_of(q, y, summed.sums);
-    const Ratio r = ratio(terms.concentration, terms.separation, args.eps);
-    double w = weight_of(args.weights, y);
-    if (args.weights.total) w /= *args.weights.total;
-    complete(stats, terms);
-    const Coefficients coefficients =
-        coefficients_of(stats, product(w, r.d_concentration), product(w, r.d_separation), q.all().classes,
-                        centroid_to_sample, false);
-    if (group.first()) args.coefficients[i] = coefficients;
-    grad_of_row<centroid_to_sample, fast>(row, of, stats, coefficients, args.grad);
-  }
-}
-
-template <class In, class T, int kept, bool centroid_to_sample>
-__global__ void __maxnreg__((kRegisters<In, T, kept>)) input_grad_kernel(const InputGradArgs<T> args) {
-  constexpr bool fast = sizeof(In) == 2;
-  const int64_t i = row_of_thread();
-  if (i >= args.rows) return;
-  Group group = group_of_thread(shared_storage<GroupStorage>());
-  const Centroids<T>& q = args.centroids;
-  const int64_t target = args.target[i];
-  if (target == args.target.ignore_index) return zero_row<In, T>(group, args.input, i, q.columns, args.grad);
-  const int64_t y = class_of(target, q.classes);
-  Row<In, T, kept> row(args.input, i, args.center, q.columns, group);
-  Own<T> of = own_of<centroid_to_sample>(q, y);
-  (centroid_to_sample ? of.q_mean : of.reference) = args.reference + i * args.reference_stride;
-  const RowStats stats = args.stats[i];
-  const Coefficients coefficients = args.coefficients[i] * upstream_at(args.upstream, i);
-  grad_of_row<centroid_to_sample, fast>(row, of, stats, coefficients, args.grad);
 }
 
 // -------------------------------------------------------------------------------------------------------------

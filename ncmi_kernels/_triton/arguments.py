@@ -4,6 +4,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ncmi_kernels._schema import SGD
+
 
 class Batch(NamedTuple):
     """The rows and their classes."""
@@ -32,6 +34,15 @@ class Reducing(NamedTuple):
     eps: float
     centroid_to_sample: bool
     focus: bool = False
+    totals: Tensor | None = None  # [4] in the place of the sums over the rows
+
+
+class RowTerms(NamedTuple):
+    """What the forward pass has of the rows."""
+
+    stats: Tensor  # [B, 7]
+    sums: Tensor  # [4, B] that the terms are made of
+    given: bool  # they are the terms themselves, A and G in the first two rows
 
 
 class Reduced(NamedTuple):
@@ -62,3 +73,10 @@ class Rows(NamedTuple):
     @property
     def upstream_stride(self) -> int:
         return self.upstream.stride(0) if self.upstream is not None and self.upstream.dim() else 0
+
+
+class Step(NamedTuple):
+    """A step of the centroids by their gradient."""
+
+    momentum_buffer: Tensor | None  # [C, M]
+    sgd: SGD

@@ -58,6 +58,11 @@ WEIGHT_SUM = tl.constexpr(0)
 WEIGHTED_LOG_NORM = tl.constexpr(1)
 ALL_CLASSES = tl.constexpr(2)
 
+# Stages of what needs sums over the batch.
+WHOLE = tl.constexpr(0)  # each program forms them itself, over all rows
+PARTIAL = tl.constexpr(1)  # each writes those of its rows
+LAST = tl.constexpr(2)  # each adds up what PARTIAL wrote
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Numbers
@@ -390,3 +395,48 @@ def neighbours(value, VEC: tl.constexpr):
     """Sums of VEC neighbours, float64 from there: a conversion for each element is too dear."""
     groups: tl.constexpr = value.shape[1] // VEC
     return tl.sum(tl.reshape(value, [value.shape[0], groups, VEC]), axis=2).to(tl.float64)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows' sums to terms, terms to coefficients
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def terms_of(norm, own, total, own_cross, own_log_norm, norms, classes, CENTROID_TO_SAMPLE: tl.constexpr):
+    """A, G, 1 / S and the means under p: KL divergences as differences of logarithms, then of log-normalisers."""
+    inverse_classes = 1.0 / class_count(norms, classes)
+    log_norm = tl.log(norm)
+    inverse_norm = 1.0 / norm
+    own_mean = own * inverse_norm
+    all_mean = total * inverse_norm
+    own_gap = log_norm - own_log_norm
+    concentration = own_mean - own_gap
+    weighted_log_norm = tl.load(norms + classes * RECORD + WEIGHTED_LOG_NORM)
+    if CENTROID_TO_SAMPLE:
+        weight_sum = tl.load(norms + classes * RECORD + WEIGHT_SUM)
+        separation = (weight_sum * log_norm - weighted_log_norm) - total
+        separation += (own_cross * tl.exp(-own_log_norm) - own_gap) * inverse_classes
+    else:
+        separation = all_mean - (log_norm - weighted_log_norm) - concentration * inverse_classes
+    # Divergences are not negative; their rounding may be. NaN stays.
+    concentration = tl.where(concentration < 0.0, 0.0, concentration)
+    separation = tl.where(separation < 0.0, 0.0, separation)
+    return concentration, separation, inverse_norm, own_mean, all_mean
+
+
+@triton.jit
+def coefficients_of(
+    own_mean, all_mean, by_concentration, by_separation, all_classes, CENTROID_TO_SAMPLE: tl.constexpr,
+    FOCUS: tl.constexpr,
+):  # fmt: skip
+    """Own, other, share and constant of rows, from the derivatives of the loss by their terms, as in csrc/rows.h."""
+    inverse_classes = 1.0 / all_classes
+    zero = tl.full(own_mean.shape, 0.0, tl.float64)
+    share = zero if FOCUS else by_separation * inverse_classes
+    other = by_separation * (1.0 - inverse_classes) if FOCUS else by_separation
+    if CENTROID_TO_SAMPLE:
+        return by_concentration, other, share, by_concentration * own_mean
+    else:
+        own = by_concentration - share
+        return own, other, zero, own * own_mean + other * all_mean

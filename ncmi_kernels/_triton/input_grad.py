@@ -1,8 +1,14 @@
-"""Kernels by row of the batch: d loss / d input."""
+"""d loss / d input, by row of the batch."""
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ncmi_kernels._schema import Table
+from ncmi_kernels._triton import launches
+from ncmi_kernels._triton.arguments import Batch, Rows
+from ncmi_kernels._triton.checks import check, check_batch, check_rows, check_table, require
 from ncmi_kernels._triton.elements import (
     INVERSE_LENGTH,
     INVERSE_NORM,
@@ -26,6 +32,8 @@ from ncmi_kernels._triton.elements import (
     rounded,
     share_of,
 )
+from ncmi_kernels._triton.ops import operator
+from ncmi_kernels._triton.tiles import HALF, row_tile, strides_of
 
 
 @triton.jit
@@ -228,3 +236,68 @@ def input_grad_kernel(
             own_log_norm, scale, inverse_length, shift, inverse_norm, of_gradient, unit_stride, column_stride, M, ALIGN,
             CONTIGUOUS, SHIFTED, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
         )  # fmt: skip
+
+
+@operator
+def input_grad(
+    input: Tensor,
+    target: Tensor,
+    center: Tensor | None,
+    log_activation: Tensor,
+    activation: Tensor,
+    reference: Tensor,
+    norms: Tensor,
+    rows: Tensor,
+    coefficients: Tensor,
+    upstream: Tensor | None,
+    centroid_to_sample: bool,
+    ignore_index: int,
+    row_reference: Tensor | None = None,
+) -> Tensor:
+    """d loss / d input [B, M], in the dtype of `input`; `upstream` is None, a scalar or [B]."""
+    batch = Batch(input, target, center, ignore_index)
+    table = Table(log_activation, activation, reference, norms)
+    of_rows = Rows(rows, coefficients, upstream)
+    check_table(input, table, centroid_to_sample)
+    count, columns = check_batch(batch, log_activation.dtype, log_activation.shape[0])
+    check_rows(input, of_rows)
+    check("row_reference", row_reference, input, (log_activation.dtype,), (count, columns))
+    require(
+        (input.dtype is torch.float64) == (log_activation.dtype is torch.float64),
+        "float64 input and float64 centroid_logits go together",
+    )
+    grad = torch.empty((count, columns), dtype=input.dtype, device=input.device)
+    if count:
+        tile = row_tile(columns, input.dtype, True, centroid_to_sample)
+        with launches.on(input):
+            launches.launch(
+                input_grad_kernel,
+                (-(-count // tile.rows),),
+                input=input,
+                target=target,
+                center=center,
+                log_activation=log_activation,
+                activation=activation,
+                reference=reference,
+                row_reference=row_reference,
+                norms=norms,
+                rows=rows,
+                coefficients=coefficients,
+                upstream=upstream,
+                grad=grad,
+                **strides_of(input),
+                target_stride=target.stride(0),
+                upstream_stride=of_rows.upstream_stride,
+                ignore_index=ignore_index,
+                classes=log_activation.shape[0],
+                B=count,
+                M=columns,
+                FAST=input.dtype in HALF,
+                CENTROID_TO_SAMPLE=centroid_to_sample,
+                ROWS=tile.rows,
+                COLUMNS=tile.columns,
+                STRETCHES=tile.stretches,
+                KEEP=tile.keep,
+                warps=tile.warps,
+            )
+    return grad

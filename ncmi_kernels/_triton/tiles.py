@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 LARGEST_ON_CHIP = 16384  # columns; longer rows are read in stretches, once for every pass over them
+LARGEST_CHUNKS = 128  # of rows, for sums over the batch
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -48,6 +49,11 @@ def row_tile(
     rows = min(max(1, of_warp * warps // width), at_once // 16)
     stretch = min(width, at_once // rows)
     return Tile(rows, stretch, -(-columns // stretch), keep, vec, warps)
+
+
+def rows_of_chunk(rows: int) -> int:
+    """How many rows of a batch are summed together: LARGEST_CHUNKS are then enough."""
+    return max(64, -(-rows // LARGEST_CHUNKS))
 
 
 def power_of_two(n: int, largest: int) -> int:

@@ -1,8 +1,15 @@
-"""Kernels by row of the batch: the sums that its terms are made of."""
+"""The terms of the rows of a batch: the sums along each that they are made of."""
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ncmi_kernels import _schema
+from ncmi_kernels._schema import Table
+from ncmi_kernels._triton import launches
+from ncmi_kernels._triton.arguments import Batch, Features, Reduced, Reducing, RowTerms
+from ncmi_kernels._triton.checks import check_batch, check_table
 from ncmi_kernels._triton.elements import (
     ALL_MEAN,
     INVERSE_LENGTH,
@@ -20,11 +27,10 @@ from ncmi_kernels._triton.elements import (
     SMALLEST_LENGTH,
     SOFTMAX,
     STATS,
-    WEIGHT_SUM,
-    WEIGHTED_LOG_NORM,
     activate_for_sums,
     checked,
     class_count,
+    coefficients_of,
     double,
     load_features,
     load_rows,
@@ -34,12 +40,14 @@ from ncmi_kernels._triton.elements import (
     store_coefficients,
     sums3,
     sums4,
+    terms_of,
 )
 from ncmi_kernels._triton.input_grad import grad_rows
+from ncmi_kernels._triton.ops import operator
+from ncmi_kernels._triton.reduce import TERMS, finish
+from ncmi_kernels._triton.tiles import HALF, LARGEST_CHUNKS, bits, row_tile, strides_of
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Stretches of rows
-# ----------------------------------------------------------------------------------------------------------------------
+RESCUE_COLUMNS = 128  # at once, where a row is read again because its squares overflowed
 
 
 @triton.jit
@@ -119,51 +127,6 @@ def _row_sums(
     if KIND == NEAR:
         norm_sum = 0.5 * M + 0.5 * excess.to(tl.float64)
     return norm_sum, half * own_sum.to(tl.float64), total_sum, cross_sum
-
-
-@triton.jit
-def terms_of(norm, own, total, own_cross, own_log_norm, norms, classes, CENTROID_TO_SAMPLE: tl.constexpr):
-    """A, G, 1 / S and the means under p: KL divergences as differences of logarithms, then of log-normalisers."""
-    inverse_classes = 1.0 / class_count(norms, classes)
-    log_norm = tl.log(norm)
-    inverse_norm = 1.0 / norm
-    own_mean = own * inverse_norm
-    all_mean = total * inverse_norm
-    own_gap = log_norm - own_log_norm
-    concentration = own_mean - own_gap
-    weighted_log_norm = tl.load(norms + classes * RECORD + WEIGHTED_LOG_NORM)
-    if CENTROID_TO_SAMPLE:
-        weight_sum = tl.load(norms + classes * RECORD + WEIGHT_SUM)
-        separation = (weight_sum * log_norm - weighted_log_norm) - total
-        separation += (own_cross * tl.exp(-own_log_norm) - own_gap) * inverse_classes
-    else:
-        separation = all_mean - (log_norm - weighted_log_norm) - concentration * inverse_classes
-    # Divergences are not negative; their rounding may be. NaN stays.
-    concentration = tl.where(concentration < 0.0, 0.0, concentration)
-    separation = tl.where(separation < 0.0, 0.0, separation)
-    return concentration, separation, inverse_norm, own_mean, all_mean
-
-
-@triton.jit
-def coefficients_of(
-    own_mean, all_mean, by_concentration, by_separation, all_classes, CENTROID_TO_SAMPLE: tl.constexpr,
-    FOCUS: tl.constexpr,
-):  # fmt: skip
-    """Own, other, share and constant of rows, from the derivatives of the loss by their terms, as in csrc/rows.h."""
-    inverse_classes = 1.0 / all_classes
-    zero = tl.full(own_mean.shape, 0.0, tl.float64)
-    share = zero if FOCUS else by_separation * inverse_classes
-    other = by_separation * (1.0 - inverse_classes) if FOCUS else by_separation
-    if CENTROID_TO_SAMPLE:
-        return by_concentration, other, share, by_concentration * own_mean
-    else:
-        own = by_concentration - share
-        return own, other, zero, own * own_mean + other * all_mean
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Rows
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -387,3 +350,107 @@ def terms_kernel(
                     unit_stride, column_stride, M, ALIGN, CONTIGUOUS, AS, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS,
                     STRETCHES, KEEP,
                 )  # fmt: skip
+
+
+def launch_terms(
+    batch: Batch,
+    table: Table,
+    features: Features,
+    reducing: Reducing | None = None,
+    weight_sums: Tensor | None = None,
+    coefficients: Tensor | None = None,
+    grad: Tensor | None = None,
+) -> RowTerms:
+    """The rows' statistics and sums, as terms_kernel leaves them.
+
+    With `grad` [B, M], terms in the place of sums, and the gradient of the loss that `reducing` tells of in the same
+    pass, with its `coefficients` [B, 4].
+    """
+    input, target, center, ignore_index = batch
+    log_activation, activation, reference, norms = table
+    temperature, l2_normalize, softmax, centroid_to_sample = features
+    rows, columns = input.shape
+    stats = norms.new_empty((rows, _schema.ROW_STATS))
+    sums = norms.new_empty((4, rows))
+    of_rows = RowTerms(stats, sums, grad is not None)
+    if rows == 0:
+        return of_rows
+    wide = log_activation.dtype is torch.float64
+    # Of a vector of length one over the temperature: |f| <= 1 / temperature.
+    reach = 1.0 / temperature if l2_normalize else float("inf")
+    kind = SOFTMAX if softmax else NEAR if reach <= 1.0 and not wide else NSF
+    dtype = log_activation.dtype if wide else input.dtype
+    tile = row_tile(columns, dtype, grad is not None, centroid_to_sample, kind == NEAR)
+    launches.launch(
+        terms_kernel,
+        (-(-rows // tile.rows),),
+        input=input,
+        target=target,
+        center=center,
+        log_activation=log_activation,
+        activation=activation,
+        reference=reference,
+        norms=norms,
+        weight=None if reducing is None else reducing.weight,
+        weight_sums=weight_sums,
+        rows=stats,
+        coefficients=coefficients,
+        sums=sums,
+        grad=grad,
+        **strides_of(input),
+        target_stride=target.stride(0),
+        inverse_temperature_bits=bits(1.0 / temperature),
+        eps=0 if reducing is None else bits(reducing.eps),
+        ignore_index=ignore_index,
+        classes=log_activation.shape[0],
+        B=rows,
+        columns=columns,
+        chunks=0 if weight_sums is None else weight_sums.shape[0],
+        M=columns,
+        L2=l2_normalize,
+        KIND=kind,
+        # Every f under -2 takes a length of twice the square root of M; a little less, for rounding.
+        MAY_SHIFT=kind == NSF and reach > 1.99 * columns**0.5,
+        FAST=input.dtype in HALF,
+        RESCUE=min(RESCUE_COLUMNS, tile.columns) if l2_normalize and input.dtype is not torch.float16 else 0,
+        CENTROID_TO_SAMPLE=centroid_to_sample,
+        WITH_GRAD=grad is not None,
+        NORMALIZED=weight_sums is not None,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        STRETCHES=tile.stretches,
+        VEC=tile.vec,
+        CHUNKS=2 * LARGEST_CHUNKS,  # not RESCUE_COLUMNS: an index of both would be kept in between, and spill
+        KEEP=tile.keep,
+        warps=tile.warps,
+    )
+    return of_rows
+
+
+@operator
+def terms(
+    input: Tensor,
+    target: Tensor,
+    center: Tensor | None,
+    log_activation: Tensor,
+    activation: Tensor,
+    reference: Tensor,
+    norms: Tensor,
+    temperature: float,
+    l2_normalize: bool,
+    softmax: bool,
+    centroid_to_sample: bool,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """Concentration and separation [2, B], and the rows' statistics [B, 7], float64."""
+    batch = Batch(input, target, center, ignore_index)
+    table = Table(log_activation, activation, reference, norms)
+    features = Features(temperature, l2_normalize, softmax, centroid_to_sample)
+    check_table(input, table, centroid_to_sample)
+    rows, _ = check_batch(batch, log_activation.dtype, log_activation.shape[0])
+    with launches.on(input):
+        result = norms.new_empty((2, rows))
+        of_rows = launch_terms(batch, table, features)
+        no_loss = Reducing(None, False, TERMS, 0.0, centroid_to_sample)
+        finish(target, ignore_index, norms, of_rows, no_loss, Reduced(result))
+    return result, of_rows.stats

@@ -1,36 +1,41 @@
-"""Kernels over the batch: from the rows' sums to the loss, the running centre, and sums over rows."""
+"""From the rows' sums, or their terms, to the loss, and to the coefficients of the rows' gradients."""
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ncmi_kernels import _schema
+from ncmi_kernels._options import REDUCTIONS
+from ncmi_kernels._triton import launches
+from ncmi_kernels._triton.arguments import Moving, Reduced, Reducing, RowTerms
+from ncmi_kernels._triton.checks import ARITHMETIC, DOUBLE, check, check_matrix, check_reducing, check_target, require
 from ncmi_kernels._triton.elements import (
     ALL_MEAN,
     INVERSE_NORM,
+    LAST,
     LOG_NORM,
     OWN_MEAN,
+    PARTIAL,
     RECORD,
     STATS,
+    WHOLE,
     checked,
     class_count,
+    coefficients_of,
     double,
-    load_features,
     store_coefficients,
+    terms_of,
 )
-from ncmi_kernels._triton.rows import coefficients_of, terms_of
+from ncmi_kernels._triton.ops import operator
+from ncmi_kernels._triton.tiles import bits
+
+FINISH_BLOCK = 512  # rows a program of finish_kernel has
+LARGEST_WHOLE = 8192  # rows up to which each of its programs sums over the whole batch itself
 
 NONE = tl.constexpr(0)
 MEAN = tl.constexpr(1)
 SUM = tl.constexpr(2)
 TERMS = tl.constexpr(3)  # no loss: the terms themselves
-
-WHOLE = tl.constexpr(0)  # sums over the batch: each program forms them itself, over all rows
-PARTIAL = tl.constexpr(1)  # each writes those of its rows
-LAST = tl.constexpr(2)  # each adds up what PARTIAL wrote
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# From the rows' sums to the terms, the loss and its derivatives by the terms
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -184,6 +189,96 @@ def finish_kernel(
                 tl.store(batches, tl.load(moved_batches))
 
 
+def finish(
+    target: Tensor,
+    ignore_index: int,
+    norms: Tensor,
+    of_rows: RowTerms,
+    by: Reducing,
+    to: Reduced,
+    moving: Moving | None = None,
+) -> None:
+    """The last launch of a call: `moving` is done here."""
+    stats, terms, given = of_rows
+    weight, batch_ratio, reduction, eps, centroid_to_sample, focus, totals = by
+    loss, coefficients, means, sums = to
+    center, batches, moved_center, moved_batches = moving or (None, None, None, None)
+    rows = target.shape[0]
+    tiles = max(1, -(-rows // FINISH_BLOCK))
+    whole = rows <= LARGEST_WHOLE or means is None or totals is not None
+    partials = None if whole else norms.new_empty((4, tiles))
+    for stage in (WHOLE,) if whole else (PARTIAL, LAST):
+        launches.launch(
+            finish_kernel,
+            (tiles,),
+            target=target,
+            norms=norms,
+            weight=weight,
+            terms=terms,
+            totals=totals,
+            partials=partials,
+            rows=stats,
+            coefficients=coefficients,
+            loss=loss,
+            means=means,
+            sums=sums,
+            center=center,
+            batches=batches,
+            moved_center=moved_center,
+            moved_batches=moved_batches,
+            target_stride=target.stride(0),
+            eps=bits(eps),
+            ignore_index=ignore_index,
+            classes=norms.shape[0] - 1,
+            B=rows,
+            tiles=tiles,
+            columns=0 if center is None else center.shape[0],
+            CENTROID_TO_SAMPLE=centroid_to_sample,
+            FOCUS=focus,
+            BATCH_RATIO=batch_ratio,
+            REDUCTION=reduction,
+            GIVEN=given,
+            STAGE=stage,
+            BLOCK=FINISH_BLOCK,
+            debug=True,
+        )
+
+
+@operator
+def reduce(
+    terms: Tensor,
+    rows: Tensor,
+    target: Tensor,
+    norms: Tensor,
+    weight: Tensor | None,
+    totals: Tensor | None,
+    centroid_to_sample: bool,
+    focus: bool,
+    batch_ratio: bool,
+    reduction: int,
+    eps: float,
+    ignore_index: int,
+) -> Reduced:
+    """The loss [] or [B] of terms [2, B], the rows' coefficients [B, 4], means [2] and sums [4], float64."""
+    (count, _), (records, _) = check_matrix("rows", rows, DOUBLE), check_matrix("norms", norms, DOUBLE)
+    classes = records - 1
+    check("rows", rows, terms, DOUBLE, (count, _schema.ROW_STATS))
+    check("terms", terms, terms, DOUBLE, (2, count))
+    check("norms", norms, terms, DOUBLE, (records, _schema.CLASS_STATS))
+    require(records > (count > 0), "norms must not be empty")
+    check_target(target, terms, count, classes, ignore_index)
+    check("weight", weight, terms, ARITHMETIC, (classes,))
+    check("totals", totals, terms, DOUBLE, (4,))
+    by = Reducing(weight, batch_ratio, reduction, eps, centroid_to_sample, focus, totals)
+    check_reducing(by)
+    with launches.on(terms):
+        loss = norms.new_empty((count,) if REDUCTIONS[reduction] == "none" else ())
+        coefficients = norms.new_empty((count, _schema.COEFFICIENTS))
+        reduced = Reduced(loss, coefficients, norms.new_empty((2,)), norms.new_empty((4,)))
+        finish(target, ignore_index, norms, RowTerms(rows, terms, True), by, reduced)
+    return reduced
+
+
 @triton.jit(do_not_specialize=["size"])
 def scale_kernel(grad, upstream, size, BLOCK: tl.constexpr):
     """`grad` [size] times `upstream` [], in place; neither read nor written where that is 1.
@@ -197,133 +292,13 @@ def scale_kernel(grad, upstream, size, BLOCK: tl.constexpr):
         tl.store(grad + i, tl.where(value == 0.0, value, value * factor), mask=i < size)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Columns: the running centre, and the weights of a batch
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-@triton.jit(
-    do_not_specialize=["unit_stride", "column_stride", "target_stride", "ignore_index", "classes", "B", "chunk_rows"],
-    debug=True,
-)
-def column_sums_kernel(
-    input, target, weight, sums, counts, weight_sums, unit_stride, column_stride, target_stride, ignore_index, classes,
-    B, chunk_rows, M: tl.constexpr, ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr, WITH_SUMS: tl.constexpr,
-    WITH_WEIGHTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Of a chunk of rows that count: column sums to `sums` [chunks, M], how many, and the sum of their weights."""
-    chunk = tl.program_id(0)
-    k = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    dtype: tl.constexpr = tl.float64 if input.dtype.element_ty == tl.float64 else tl.float32
-    UNROLL: tl.constexpr = 4  # rows that are added before they go to a double
-    total = tl.full([ROWS, COLUMNS], 0.0, tl.float64)
-    count = tl.full([ROWS], 0.0, tl.float64)
-    weights = tl.full([ROWS], 0.0, tl.float64)
-    first = chunk.to(tl.int64) * chunk_rows
-    last = tl.minimum(first + chunk_rows, B)
-    for begin in range(0, chunk_rows, ROWS * UNROLL):
-        partial = tl.full([ROWS, COLUMNS], 0.0, dtype)
-        for step in tl.static_range(UNROLL):
-            row = first + begin + step * ROWS + tl.arange(0, ROWS)
-            y, live, wrong = checked(target, row, target_stride, ignore_index, classes, last)
-            if WITH_SUMS:
-                partial += load_features(
-                    input, None, row, live, 0, k, k < M, unit_stride, column_stride, dtype, ALIGN, CONTIGUOUS, False
-                )
-            tl.device_assert(wrong == 0, "target: out of range, expected a class in [0, C) or ignore_index")
-            counted = tl.where(live, 1.0, 0.0).to(tl.float64)
-            count += counted
-            if WITH_WEIGHTS:
-                if weight is not None:
-                    weights += tl.load(weight + y, mask=live, other=0.0).to(tl.float64)
-                else:
-                    weights += counted
-        total += partial.to(tl.float64)
-    if WITH_SUMS:
-        tl.store(sums + chunk.to(tl.int64) * M + k, tl.sum(total, axis=0), mask=k < M)
-    if tl.program_id(1) == 0:
-        tl.store(counts + chunk, tl.sum(count, axis=0))
-        if WITH_WEIGHTS:
-            tl.store(weight_sums + chunk, tl.sum(weights, axis=0))
-
-
-@triton.jit(do_not_specialize=["chunks"])
-def fold_kernel(sums, folded, chunks, M, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The sums over the first dimension of `sums` [chunks, M] float64, to `folded` [M]."""
-    k = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.full([ROWS, COLUMNS], 0.0, tl.float64)
-    for first in range(0, chunks, ROWS):
-        chunk = first + tl.arange(0, ROWS)
-        mask = (chunk < chunks)[:, None] & (k < M)[None, :]
-        total += tl.load(sums + (chunk.to(tl.int64) * M)[:, None] + k[None, :], mask=mask, other=0.0)
-    tl.store(folded + k, tl.sum(total, axis=0), mask=k < M)
-
-
-@triton.jit
-def _moved(sums, center, k, chunks, M, count, keep, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Columns of the moved centre in its dtype; and as it was."""
-    total = tl.full([ROWS, COLUMNS], 0.0, tl.float64)
-    for first in range(0, chunks, ROWS):
-        chunk = first + tl.arange(0, ROWS)
-        mask = (chunk < chunks)[:, None] & (k < M)[None, :]
-        total += tl.load(sums + (chunk.to(tl.int64) * M)[:, None] + k[None, :], mask=mask, other=0.0)
-    mean = tl.sum(total, axis=0) / count
-    before = tl.load(center + k, mask=k < M, other=0.0)
-    moved = tl.where(keep == 0.0, mean, keep * before.to(tl.float64) + (1.0 - keep) * mean)
-    return moved.to(center.dtype.element_ty), before
-
-
-@triton.jit(do_not_specialize=["chunks", "count_chunks", "momentum", "tiles"])
-def move_center_kernel(
-    sums, counts, center, batches, copy, moved_center, moved_batches, wrongs, chunks, count_chunks, momentum, tiles, M,
-    STAGE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr,
-):  # fmt: skip
-    """`center` [M] moved by the column sums [chunks, M], to `copy` [M], and `batches`, how often, to `moved_batches`.
-
-    And, where there is one, to `moved_center`; that and `moved_batches` may be `center` and `batches` themselves. A
-    batch without rows says nothing, and one NaN, or a mean too large, must not stay in the centre for good: then both
-    are as before. STAGE: WHOLE, one program does it all; else each
-    has COLUMNS columns, which PARTIAL leaves in `copy` and whether any is not finite in `wrongs` [tiles], and LAST
-    makes final.
-    """
-    start = tl.program_id(0) * COLUMNS
-    end = M if STAGE == WHOLE else start + COLUMNS
-    # Nobody reads what LAST changes: `batches` and the centre are read by the stage before.
-    tracked = tl.load(batches)
-    if STAGE == LAST:
-        wrong = tl.full([COLUMNS], 0, tl.int32)
-        for first in range(0, tiles, COLUMNS):
-            tile = first + tl.arange(0, COLUMNS)
-            wrong |= tl.load(wrongs + tile, mask=tile < tiles, other=0)
-        finite = tl.sum(wrong, axis=0) == 0
-        k = start + tl.arange(0, COLUMNS)
-        moved = tl.load(copy + k, mask=k < M, other=0.0)
-        before = tl.load(center + k, mask=k < M, other=0.0)
-        moved = tl.where(finite, moved, before)
-        if moved_center is not None:
-            tl.store(moved_center + k, moved, mask=k < M)
-        tl.store(copy + k, moved, mask=k < M)
-    else:
-        chunk = tl.arange(0, CHUNKS)
-        count = tl.sum(tl.load(counts + chunk, mask=chunk < count_chunks, other=0.0), axis=0)
-        keep = tl.where(tracked == 0, 0.0, double(momentum))
-        wrong = tl.full([COLUMNS], 0, tl.int32)
-        for at in range(start, end, COLUMNS):
-            k = at + tl.arange(0, COLUMNS)
-            moved, before = _moved(sums, center, k, chunks, M, count, keep, ROWS, COLUMNS)
-            wrong |= ((k < M) & ((tl.abs(moved) < float("inf")) == 0)).to(tl.int32)
-            if STAGE == PARTIAL:
-                tl.store(copy + k, moved, mask=k < M)
-        finite = (tl.sum(wrong, axis=0) == 0) & (count > 0.0)
-        if STAGE == PARTIAL:
-            tl.store(wrongs + tl.program_id(0), tl.where(finite, 0, 1))
-        else:
-            for at in range(start, end, COLUMNS):
-                k = at + tl.arange(0, COLUMNS)
-                moved, before = _moved(sums, center, k, chunks, M, count, keep, ROWS, COLUMNS)
-                moved = tl.where(finite, moved, before)
-                if moved_center is not None:
-                    tl.store(moved_center + k, moved, mask=k < M)
-                tl.store(copy + k, moved, mask=k < M)
-    if STAGE != PARTIAL and tl.program_id(0) == 0:
-        tl.store(moved_batches, tracked + tl.where(finite & (tracked < 2**63 - 1), 1, 0))
+@operator
+def scale_(grad: Tensor, upstream: Tensor) -> None:
+    """`grad` [B, M] times `upstream` [], in place; 0 stays 0."""
+    shape = check_matrix("grad", grad, ARITHMETIC) if grad.numel() else tuple(grad.shape)
+    check("grad", grad, grad, ARITHMETIC, shape)
+    check("upstream", upstream, grad, (grad.dtype,), ())
+    size = grad.numel()
+    if size:
+        with launches.on(grad):
+            launches.launch(scale_kernel, (-(-size // 1024),), grad=grad, upstream=upstream, size=size, BLOCK=1024)
