@@ -15,6 +15,10 @@ HALF = (torch.bfloat16, torch.float16)
 REDUCTIONS = [("batch", "mean"), ("sample", "mean"), ("sample", "sum"), ("sample", "none")]  # of each ratio
 SINGLE = (2e-6, 5e-6, 5e-6)  # what float32 is off, at most: the loss, its gradients of input and of centroid_logits
 
+# Of the options of a criterion: the operators alone, what has more to do, and plain PyTorch.
+WAYS = {"cpu": {"backend": "cpu"}, "focus": {"separation_focus": 5.0}, "reference": {"backend": "reference"}}
+
+every_way = pytest.mark.parametrize("way", WAYS)
 every_backend = pytest.mark.parametrize("backend", KERNELS)
 every_separation = pytest.mark.parametrize("separation", SEPARATIONS)
 every_ratio = pytest.mark.parametrize("ratio", RATIOS)

@@ -325,7 +325,7 @@ def one_option(function, name, value):
     return partial(call, function, **{name: value})
 
 
-@pytest.mark.parametrize("name", ["temperature", "eps", "l2_normalize", "ignore_index", *CHOICES])
+@pytest.mark.parametrize("name", ["temperature", "eps", "separation_focus", "l2_normalize", "ignore_index", *CHOICES])
 def test_options_that_do_not_exist_or_are_out_of_range(name):
     cases = [case for case in BAD_OPTIONS if case[0] == name]
     assert len(cases) >= 5

@@ -105,22 +105,6 @@ def test_closer_to_float64_than_autograd(separation, backend, interpreted):
             assert kernels < autograd / 3
 
 
-@every_backend
-@every_separation
-def test_double_backward_is_the_reference_s(separation, backend):
-    z, target, xi = problem()
-    along = [torch.randn_like(z), torch.randn_like(xi)]
-    results = []
-    options = {"separation": separation, "separation_focus": 5.0}
-    for name in (backend, "reference"):
-        loss = ncmi_loss(z, target, xi, backend=name, **options)
-        terms = torch.stack(ncmi_terms(z, target, xi, backend=name, **options))
-        grads = torch.autograd.grad(loss + (terms**2).sum(), (z, xi), create_graph=True)
-        scalar = sum((g * v).sum() for g, v in zip(grads, along, strict=True))
-        results.append([*grads, *torch.autograd.grad(scalar, (z, xi))])
-    check(*results, 1e-10)
-
-
 def test_a_sample_on_another_centroid():
     xi = torch.randn(4, 30)
     z = xi.clone().requires_grad_()

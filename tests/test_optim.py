@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as checkpoint
 from conftest import relative
+from problems import WAYS, every_backend, every_ratio, every_separation, every_way, plain_and_focus
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from ncmi_kernels import CentroidSGD, NCMILoss, _ops, _plain
+from ncmi_kernels import CentroidSGD, NCMILoss, _focus, _plain
 
 B, C, M = 40, 7, 50
 SETTINGS = {
@@ -19,6 +20,7 @@ SETTINGS = {
     "sum": {"ratio": "sample", "reduction": "sum"},
     "centroid_to_sample": {"separation": "centroid_to_sample"},
     "softmax": {"activation": "softmax", "l2_normalize": False},
+    "focus": {"separation_focus": 10.0},
     "no centre": {"center_momentum": None},
     "weights": {"weight": torch.rand(C, generator=torch.Generator().manual_seed(3)) + 0.5, "ignore_index": 2},
 }
@@ -80,7 +82,7 @@ def test_the_step_of_torch_sgd_on_the_gradient_of_autograd(setting, sgd, dtype, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("separation", ["sample_to_centroid", "centroid_to_sample"])
+@every_separation
 def test_against_float64_in_the_regime_of_the_authors(separation, dtype):
     options = {"temperature": 0.2, "separation": separation}
     truth = NCMILoss(100, 512, dtype=torch.float64, backend="reference", **options)
@@ -98,7 +100,7 @@ def test_against_float64_in_the_regime_of_the_authors(separation, dtype):
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 1), (3, 2, 3), (0, 3, 5), (200, 3, 17), (5, 70, 1000), (4, 3, 4097)])
-@pytest.mark.parametrize("separation", ["sample_to_centroid", "centroid_to_sample"])
+@every_separation
 def test_odd_sizes(shape, separation):
     rows, classes, columns = shape
     generator = torch.Generator().manual_seed(11)
@@ -129,29 +131,12 @@ def test_shapes_of_features():
     assert torch.equal(maps.centroid_logits, images.centroid_logits)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_the_same_bits_on_any_number_of_threads(threads):
-    results = []
-    before = torch.get_num_threads()
-    try:
-        for count in (1, threads):
-            torch.set_num_threads(count)
-            criterion = NCMILoss(300, 513)
-            optimizer = CentroidSGD(criterion, 10.0, 0.9)
-            for features, target in batches(2, rows=100, classes=300, columns=513):
-                criterion(features, target), optimizer.step(features, target)
-            results.append(criterion.centroid_logits.clone())
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(*results)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # The statistics that come out of the step
 # ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("separation", ["sample_to_centroid", "centroid_to_sample"])
+@every_separation
 def test_the_next_forward_pass_computes_no_statistics(separation, monkeypatch):
     calls, compute = [], _plain.table_of
     monkeypatch.setattr(_plain, "table_of", lambda *args: calls.append(args) or compute(*args))
@@ -224,11 +209,11 @@ def test_inference_mode(first):
 
 @pytest.mark.parametrize("sgd", SGD)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("ratio", ["batch", "sample"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_ratio
+@every_way
 @pytest.mark.filterwarnings("ignore::ncmi_kernels.DivergenceWarning")
-def test_a_batch_that_is_not_finite_moves_nothing(backend, ratio, value, sgd):
-    criterion = pair(backend=backend, ratio=ratio)[1]
+def test_a_batch_that_is_not_finite_moves_nothing(way, ratio, value, sgd):
+    criterion = pair(**WAYS[way], ratio=ratio)[1]
     optimizer = CentroidSGD(criterion, **SGD[sgd])
     given = list(batches(3))
     criterion(*given[0]), optimizer.step(*given[0])
@@ -247,10 +232,9 @@ def test_a_batch_that_is_not_finite_moves_nothing(backend, ratio, value, sgd):
 
 @pytest.mark.parametrize("rows", [0, 6])
 @pytest.mark.parametrize("sgd", SGD)
-@pytest.mark.parametrize("backend", [*BACKENDS, "focus"])
-def test_a_batch_without_a_row_that_counts_moves_nothing(backend, sgd, rows):
-    options = {"separation_focus": 5.0} if backend == "focus" else {"backend": backend}
-    criterion = pair(**options)[1]
+@every_way
+def test_a_batch_without_a_row_that_counts_moves_nothing(way, sgd, rows):
+    criterion = pair(**WAYS[way])[1]
     optimizer = CentroidSGD(criterion, **SGD[sgd])
     for features, target in batches(2):
         criterion(features, target), optimizer.step(features, target)
@@ -288,19 +272,20 @@ def test_other_edits_between_steps_count():
     assert torch.equal(edited.centroid_logits, fresh.centroid_logits)
 
 
-def counted(monkeypatch):
-    """How often the operator of the loss has run."""
-    calls, run = [], _ops.operators("cpu").loss
-    monkeypatch.setattr(_ops.operators("cpu"), "loss", lambda *args: calls.append(None) or run(*args))
-    return calls
+@pytest.fixture
+def calls(monkeypatch):
+    """How often a batch has gone through a forward pass."""
+    seen = []
+    for way in (_plain, _focus):
+        monkeypatch.setattr(way, "forward", lambda *args, run=way.forward: seen.append(None) or run(*args))
+    return seen
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("detached", [True, False])
-def test_what_the_forward_pass_found_is_used_again(setting, detached, monkeypatch):
+def test_what_the_forward_pass_found_is_used_again(setting, detached, calls):
     criterion, other = pair(**SETTINGS[setting])
     optimizer, of_other = CentroidSGD(criterion, 30.0, 0.9), CentroidSGD(other, 30.0, 0.9)
-    calls = counted(monkeypatch)
     for features, target in batches(3):
         leaf = features.requires_grad_()
         criterion(leaf, target).backward()
@@ -311,6 +296,29 @@ def test_what_the_forward_pass_found_is_used_again(setting, detached, monkeypatc
         of_other.step(features, target)
         assert len(calls) == 1
         assert torch.equal(criterion.centroid_logits, other.centroid_logits)
+
+
+@every_backend
+@every_separation
+@plain_and_focus
+def test_alternating_steps_of_every_backend(focus, separation, backend, calls):
+    criterion, other = (
+        NCMILoss(C, 11, separation=separation, separation_focus=focus, backend=name) for name in (backend, "reference")
+    )
+    optimizers = [CentroidSGD(each, lr=0.1, momentum=0.9) for each in (criterion, other)]
+    given = [(torch.randn(9, 11, requires_grad=True), torch.randint(C, (9,))) for _ in range(3)]
+    for features, target in given:
+        for each, optimizer in zip((criterion, other), optimizers, strict=True):
+            each(features, target).backward()
+            optimizer.step(features, target)
+        assert len(calls) == 1
+        calls.clear()
+    assert relative(criterion.centroid_logits, other.centroid_logits) < 1e-6
+    # Of another batch, or once the centroids have moved, all is formed anew.
+    criterion(features, target)
+    for count in (2, 3):
+        optimizers[0].step(features.flip(0), target.flip(0))
+        assert len(calls) == count
 
 
 def fused_step(criterion, features, target):
@@ -353,10 +361,10 @@ BETWEEN = {
 }
 
 
+@plain_and_focus
 @pytest.mark.parametrize("edit", BETWEEN)
-def test_what_the_forward_pass_found_is_not_used_once_something_has_changed(edit):
-    weight = torch.ones(C)
-    criterion, _ = pair(weight=weight, center_momentum=0.5)
+def test_what_the_forward_pass_found_is_not_used_once_something_has_changed(edit, focus):
+    criterion, _ = pair(weight=torch.ones(C), center_momentum=0.5, separation_focus=focus)
     optimizer = CentroidSGD(criterion, 30.0)
     (first, second), *_ = batches(1)
     criterion(first, second)
@@ -571,9 +579,9 @@ def test_no_second_group():
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_refused_batch_changes_nothing(backend):
-    criterion = pair(backend=backend)[1]
+@every_way
+def test_a_refused_batch_changes_nothing(way):
+    criterion = pair(**WAYS[way])[1]
     optimizer = CentroidSGD(criterion, 30.0, 0.9)
     (features, target), *_ = batches(1)
     optimizer.step(features, target)

@@ -6,7 +6,18 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import KERNELS, relative
+from conftest import relative
+from problems import (
+    ACTIVATIONS,
+    LEFT,
+    RATIOS,
+    SEPARATIONS,
+    check,
+    every_backend,
+    every_ratio,
+    every_separation,
+    plain_and_focus,
+)
 from torch import nn
 from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounter
@@ -20,11 +31,7 @@ from torch.utils.checkpoint import checkpoint
 import ncmi_kernels
 from ncmi_kernels import CentroidSGD, NCMILoss, ncmi_loss, ncmi_terms
 
-SEPARATIONS = ("sample_to_centroid", "centroid_to_sample")
-RATIOS = ("batch", "sample")
 B, C, M, N = 4, 3, 5, 3  # N: size of a mapped dimension
-every_backend = pytest.mark.parametrize("backend", KERNELS)
-every_ratio = pytest.mark.parametrize("ratio", RATIOS)
 
 close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-12)
 exactly = partial(torch.testing.assert_close, rtol=0, atol=0)
@@ -39,10 +46,11 @@ def problem(*mapped, dtype=torch.float64):
     return input, target, torch.randn(*leading["centroids"], C, M, dtype=dtype)
 
 
-def everything(separation, ratio, backend):
+def everything(separation, ratio, backend, focus=0.0):
     """ncmi_loss of three tensors, with all that may come with it."""
     center, weight = torch.randn(M, dtype=torch.float64), torch.rand(C, dtype=torch.float64) + 0.1
     options = {"separation": separation, "ratio": ratio, "l2_normalize": True, "temperature": 0.7}
+    options["separation_focus"] = focus
     return partial(ncmi_loss, center=center, weight=weight, backend=backend, **options)
 
 
@@ -57,9 +65,12 @@ def by_reference(function):
 
 
 @every_backend
-@pytest.mark.parametrize(("separation", "ratio"), [(SEPARATIONS[0], "batch"), (SEPARATIONS[1], "sample")])
-def test_grad_of_a_function(separation, ratio, backend):
-    loss = everything(separation, ratio, backend)
+@pytest.mark.parametrize(
+    ("separation", "ratio", "focus"),
+    [(SEPARATIONS[0], "batch", 0.0), (SEPARATIONS[1], "sample", 0.0), (SEPARATIONS[0], "batch", 10.0)],
+)
+def test_grad_of_a_function(separation, ratio, focus, backend):
+    loss = everything(separation, ratio, backend, focus)
     z, y, xi = problem()
     z_leaf, xi_leaf = z.clone().requires_grad_(), xi.clone().requires_grad_()
     expected = grad(by_reference(loss)(z_leaf, y, xi_leaf), (z_leaf, xi_leaf))
@@ -67,13 +78,13 @@ def test_grad_of_a_function(separation, ratio, backend):
 
 
 @every_backend
-@every_ratio
+@pytest.mark.parametrize(("ratio", "focus"), [("batch", 0.0), ("sample", 0.0), ("batch", 10.0)])
 @pytest.mark.parametrize("mapped", ["input", "target", "centroids", "input target", "input target centroids"])
-def test_vmap_against_a_loop(mapped, ratio, backend, interpreted):
-    if interpreted and mapped in ("target", "input target"):
-        pytest.skip("left to the other backends")
+def test_vmap_against_a_loop(mapped, ratio, focus, backend, interpreted):
+    if interpreted and (ratio, mapped) not in (("batch", "input target centroids"), ("sample", "input")):
+        pytest.skip(LEFT)
     mapped = mapped.split()
-    loss = everything("centroid_to_sample", ratio, backend)
+    loss = everything("centroid_to_sample", ratio, backend, focus)
     tensors = problem(*mapped)
     dims = tuple(0 if name in mapped else None for name in ("input", "target", "centroids"))
     slices = [[t if d is None else t[i] for t, d in zip(tensors, dims, strict=True)] for i in range(N)]
@@ -412,23 +423,42 @@ def test_a_mapped_target_out_of_range(backend):
 # ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("activation", ["nsf", "softmax"])
-@pytest.mark.parametrize("separation", SEPARATIONS)
+@every_backend
+@every_separation
 @every_ratio
+@plain_and_focus
+def test_double_backward_is_the_reference_s(focus, ratio, separation, backend):
+    z, y, xi = (t.requires_grad_() if t.is_floating_point() else t for t in problem())
+    classes, along = y.clamp(min=0), [torch.randn_like(z), torch.randn_like(xi)]
+    options = {"center": torch.randn(M, dtype=torch.float64), "separation": separation, "separation_focus": focus}
+    results = []
+    for name in (backend, "reference"):
+        loss = ncmi_loss(z, y, xi, ratio=ratio, l2_normalize=True, backend=name, **options)
+        terms = torch.stack(ncmi_terms(z, classes, xi, backend=name, **options))
+        first = grad(loss + (terms**2).sum(), (z, xi), create_graph=True)
+        scalar = sum((g * v).sum() for g, v in zip(first, along, strict=True))
+        results.append([*first, *grad(scalar, (z, xi))])
+    check(*results, 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "separation", "activation"),  # any two of them meet
+    [(RATIOS[i], SEPARATIONS[j], ACTIVATIONS[i ^ j]) for i in (0, 1) for j in (0, 1)],
+)
 def test_second_derivatives_of_the_module(ratio, separation, activation):
     z, y, xi = problem()
     options = {"ratio": ratio, "separation": separation, "activation": activation, "temperature": 0.7}
     criterion = NCMILoss(C, M, weight=torch.rand(C) + 0.1, dtype=torch.float64, **options)
     criterion(torch.randn_like(z), y)
     criterion.eval()
-    check = partial(gradgradcheck, inputs=(z.requires_grad_(), xi.requires_grad_()))
-    assert check(lambda a, b: functional_call(criterion, {"centroid_logits": b}, (a, y)))
+    agrees = partial(gradgradcheck, inputs=(z.requires_grad_(), xi.requires_grad_()))
+    assert agrees(lambda a, b: functional_call(criterion, {"centroid_logits": b}, (a, y)))
     if ratio == "sample":
         criterion.reduction = "none"
-        assert check(lambda a, b: functional_call(criterion, {"centroid_logits": b}, (a, y)))
+        assert agrees(lambda a, b: functional_call(criterion, {"centroid_logits": b}, (a, y)))
     else:
         inside = y.clamp(min=0)
-        assert check(lambda a, b: ncmi_terms(a, inside, b, separation=separation, activation=activation))
+        assert agrees(lambda a, b: ncmi_terms(a, inside, b, separation=separation, activation=activation))
 
 
 def test_second_derivatives_where_one_input_is_fixed():
