@@ -65,7 +65,7 @@ def test_every_variant_matches_the_literal_definition(
 @every_ratio
 @every_separation
 def test_gradcheck(separation, ratio, activation, l2, center, backend, interpreted):
-    if interpreted and center:
+    if interpreted and (center or not (activation == "nsf") == l2 == (ratio == "batch")):
         pytest.skip(LEFT)
     gradcheck = partial(torch.autograd.gradcheck, fast_mode=interpreted)  # fast: in random directions
     options = {"l2_normalize": l2, "activation": activation, "separation": separation, "temperature": 0.7}
