@@ -100,14 +100,22 @@ def test_authors_regime_in_float32(separation, ratio, temperature, backend, inte
     assert (worst[0] * 10 < worst[1]).all(), "the kernels should be far closer to float64 than autograd is"
 
 
+RANDOM = [(64, 10, 100), (33, 100, 17), (16, 1000, 40), (20, 17, 1000), (9, 5, 4097)]
+
+
 @every_backend
 @every_separation
 @every_ratio
 @pytest.mark.parametrize("l2", [False, True])
-@pytest.mark.parametrize("shape", [(64, 10, 100), (33, 100, 17), (16, 1000, 40), (20, 17, 1000), (9, 5, 4097)])
+@pytest.mark.parametrize("shape", RANDOM)
 def test_random_centroids_in_float32(shape, separation, ratio, l2, backend, interpreted):
-    rows, classes, columns = shape
-    shape = rows, min(classes, 60) if interpreted else classes, columns  # programs by class take as long as any
+    if interpreted:
+        (rows, classes, columns), number = shape, RANDOM.index(shape)
+        # Any two options meet, and each meets every shape.
+        other = separation == SEPARATIONS[1]
+        if (ratio == RATIOS[1], l2) != (other ^ number % 2, other ^ number // 2 % 2):
+            pytest.skip(LEFT)
+        shape = min(rows, 16), min(classes, 60), columns  # programs by class take as long as any
     options = Options(1.0, l2, "nsf", separation, ratio)
     problem = make(*shape, center=True, dtype=torch.float32)
     expected = evaluate(problem, options, "float64")
