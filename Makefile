@@ -7,6 +7,9 @@ OUT ?= benchmarks/results/gpu
 TORCH ?= 2.12.1
 EXAMPLES ?= 2000
 BIN := $(VENV)/bin
+# What depends on the torch that runs it.
+TORCH_TESTS := accuracy batches module fixed_centroids checkpoints prediction optim optim_state transforms compile \
+  steps focus metrics
 
 .PHONY: demo test fuzz lint docs bench bench-compare gpu-report figures wheel test-torch sanitize clean
 
@@ -53,7 +56,7 @@ wheel: $(VENV)/.dependencies  ## an abi3 wheel in dist/, tried in a second virtu
 test-torch: $(VENV)-torch-$(TORCH)/.dependencies  ## the package built and tested with another torch (TORCH=2.12.1)
 	rm -rf build
 	$(VENV)-torch-$(TORCH)/bin/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall .
-	$(VENV)-torch-$(TORCH)/bin/pytest $(ARGS) $(addprefix tests/test_,$(addsuffix .py,module optim transforms focus metrics))
+	$(VENV)-torch-$(TORCH)/bin/pytest $(ARGS) $(addprefix tests/test_,$(addsuffix .py,$(TORCH_TESTS)))
 
 sanitize: $(VENV)-sanitize/.dependencies  ## the CPU kernels under AddressSanitizer, UBSan and ThreadSanitizer
 	bash tests/sanitize/run.sh $(abspath $(VENV)-sanitize/bin) $(ARGS)

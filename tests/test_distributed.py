@@ -1,4 +1,4 @@
-"""NCMILoss over processes: one process's loss, gradients, centre and centroids, whatever the batches."""
+"""Criteria over processes: one process's loss, gradients, centre and centroids, whatever the batches."""
 
 import copy
 import os
@@ -13,63 +13,35 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import relative
+from groups import (
+    IGNORED,
+    SIZES,
+    VARIANTS,
+    C,
+    M,
+    batches,
+    close,
+    criterion_of,
+    own,
+    pair,
+    same_on_all,
+    step,
+    summed,
+    with_group,
+)
 from torch import nn
 from torch.autograd import forward_ad
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ncmi_kernels import CentroidSGD, NCMILoss
 
 pytestmark = pytest.mark.filterwarnings("ignore::ncmi_kernels.DegenerateMinimumWarning")
 
-C, M = 6, 9
-SIZES = [5, 0, 3, 8]  # rows of each process: uneven, one without any
-SIZES_OF_TWO = [8, 5]
-IGNORED = 4
-VARIANTS = [
-    {"separation": separation, "ratio": ratio, "reduction": reduction}
-    for separation in ("sample_to_centroid", "centroid_to_sample")
-    for ratio, reduction in (("batch", "mean"), ("sample", "mean"), ("sample", "sum"))
-]
-
-
-def batches(sizes, dtype=torch.float32, seed=0, ignored=IGNORED):
-    """A batch for each process, and all of them in one; about one row in five is ignored."""
-    generator = torch.Generator().manual_seed(seed)
-    features = torch.randn(sum(sizes), M, generator=generator, dtype=torch.float64) + torch.arange(M) / M
-    target = torch.randint(C, (sum(sizes),), generator=generator)
-    target[torch.rand(len(target), generator=generator) < 0.2] = ignored
-    whole = features.to(dtype), target
-    return list(zip(*(tensor.split(sizes) for tensor in whole), strict=True)), whole
-
-
-def criterion_of(dtype, seed=1, **options):
-    generator = torch.Generator().manual_seed(seed)
-    criterion = NCMILoss(C, M, dtype=dtype, **{"center_momentum": 0.5, **options})
-    with torch.no_grad():
-        criterion.centroid_logits.copy_(torch.randn(C, M, generator=generator, dtype=torch.float64))
-    return criterion
-
-
-def with_group(criterion):
-    criterion = copy.deepcopy(criterion)
-    criterion.process_group = dist.group.WORLD
-    return criterion
-
-
-def step(criterion, features, target):
-    """The loss, its gradients by features and centroids, and what the step left of the centre."""
-    features = features.detach().requires_grad_()
-    loss = criterion(features, target)
-    grads = torch.autograd.grad(loss, [features, criterion.centroid_logits], torch.tensor(3.0, dtype=loss.dtype))
-    return loss.detach(), *grads, criterion.center.clone()
-
-
-def same_on_all(*tensors):
-    """Whether every process has the same bits."""
-    here = torch.cat([tensor.detach().reshape(-1).double() for tensor in tensors])
-    every = [torch.empty_like(here) for _ in range(dist.get_world_size())]
-    dist.all_gather(every, here)
-    return all(torch.equal(here, other) for other in every)
+# A group shares out the rows; shards have classes of their own, too: even, uneven, and fewer than there are processes.
+KINDS = [("group", 2), ("group", 4), ("shards", 2), ("shards", 4)]
+CLASSES = {2: [2, 7], 4: [2, 7, 13]}
+STEPS_TOGETHER = 20  # of training: every process has been without rows
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -77,77 +49,98 @@ def same_on_all(*tensors):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def check_step(sizes, options, dtype, input_dtype, tolerance):
+def check_step(kind, classes, options, dtype, input_dtype, tolerance):
     rank, size = dist.get_rank(), dist.get_world_size()
-    local = criterion_of(dtype, ignore_index=IGNORED, **options)
-    shared = with_group(local)
-    for seed in range(2):  # the second moves the centre; and another process is without rows
-        each, whole = batches(sizes[seed:] + sizes[:seed], input_dtype, seed)
-        features, target = each[rank]
-        gradient_here = shared.centroid_gradient(features, target), local.centroid_gradient(*whole)
-        loss, by_input, by_centroids, center = step(shared, features, target)
-        expected_loss, expected_by_input, expected_by_centroids, expected_center = step(local, *whole)
-        expected_here = expected_by_input.split([len(t) for _, t in each])[rank]
-        dist.all_reduce(by_centroids)
+    sizes = SIZES[size]
+    shared, plain = pair(kind, classes, dtype, **options)
+    # The second batch moves the centre, finds fixed centroids in the cache, and another process is without rows.
+    for seed in range(2):
+        each, whole = batches(sizes[seed:] + sizes[:seed], input_dtype, seed, classes=classes)
+        if seed == 0:
+            here = shared.centroid_gradient(*each[rank])  # the centre does not move in it
+            close(here, plain.centroid_gradient(*whole), tolerance)
+        loss, by_input, *by_centroids = step(shared, *each[rank])
+        expected_loss, expected_by_input, *expected_by_centroids = step(plain, *whole)
         torch.testing.assert_close(loss, expected_loss, rtol=tolerance, atol=0)
-        rounding = tolerance if by_input.dtype == dtype else torch.finfo(by_input.dtype).eps
         assert by_input.dtype == input_dtype
-        if len(target):
-            assert relative(by_input / size, expected_here) < rounding
-        assert relative(by_centroids / size, expected_by_centroids) < tolerance
-        assert relative(center, expected_center) < tolerance
-        assert relative(*gradient_here) < tolerance
-        assert torch.equal(shared.num_batches_tracked, local.num_batches_tracked)
-        assert same_on_all(loss, center, gradient_here[0], by_centroids)
+        rounding = tolerance if input_dtype == dtype else torch.finfo(input_dtype).eps
+        close(by_input / size, expected_by_input.split([len(target) for _, target in each])[rank], rounding)
+        assert len(by_centroids) == shared.centroid_logits.requires_grad
+        for actual, expected in zip(map(summed, by_centroids), expected_by_centroids, strict=True):
+            assert isinstance(actual, DTensor) == (kind == "shards")
+            close(actual if kind == "shards" else actual / size, expected, tolerance)
+        close(shared.center, plain.center, tolerance)
+        assert torch.equal(shared.num_batches_tracked, plain.num_batches_tracked)
+        for actual, expected in zip(shared.last_terms, plain.last_terms, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=max(tolerance, 1e-12), atol=0)
+        if seed == 1:  # and of a batch that has been through the forward pass
+            here = shared.centroid_gradient(*each[rank])
+            close(here, plain.centroid_gradient(*whole), tolerance)
+        assert same_on_all(loss, shared.center, *((here, *by_centroids) if kind == "group" else ()))
 
 
-def check_steps(sizes):
+def check_steps_of_a_group():
     weight = torch.rand(C, generator=torch.Generator().manual_seed(2)) + 0.5
     for options in VARIANTS:
-        check_step(sizes, {**options, "backend": "reference", "weight": weight}, torch.float64, torch.float64, 1e-12)
-        check_step(sizes, options, torch.float64, torch.float64, 1e-12)
-        check_step(sizes, {**options, "weight": weight}, torch.float32, torch.float32, 1e-6)
-    check_step(sizes, {"separation_focus": 10.0, "weight": weight}, torch.float64, torch.float64, 1e-12)
-    check_step(sizes, {"weight": weight, "center_momentum": None}, torch.float32, torch.bfloat16, 1e-6)
-    check_step(sizes, {"activation": "softmax", "l2_normalize": False}, torch.float32, torch.float16, 1e-6)
-    for options in VARIANTS[:2] + VARIANTS[3:5]:
-        focused = {**options, "separation_focus": 5.0, "weight": weight}
-        check_step(sizes, {**focused, "backend": "reference"}, torch.float64, torch.float64, 1e-12)
-        check_step(sizes, focused, torch.float64, torch.float64, 1e-12)
-        check_step(sizes, focused, torch.float32, torch.bfloat16, 5e-6)
+        for focus in (0.0, 5.0) if options["reduction"] == "mean" else (0.0,):
+            options = {**options, "separation_focus": focus}
+            reference = {**options, "backend": "reference", "weight": weight}
+            check_step("group", C, reference, torch.float64, torch.float64, 1e-12)
+            check_step("group", C, options, torch.float64, torch.float64, 1e-12)
+            single = {**options, "weight": weight}
+            if focus:
+                check_step("group", C, single, torch.float64, torch.float64, 1e-12)
+                check_step("group", C, single, torch.float32, torch.bfloat16, 5e-6)
+            else:
+                check_step("group", C, single, torch.float32, torch.float32, 1e-6)
+    check_step("group", C, {"weight": weight, "center_momentum": None}, torch.float32, torch.bfloat16, 1e-6)
+    check_step("group", C, {"activation": "softmax", "l2_normalize": False}, torch.float32, torch.float16, 1e-6)
 
 
-@pytest.mark.parametrize("sizes", [SIZES_OF_TWO, SIZES], ids=["2", "4"])
-def test_a_step_is_that_of_one_process_with_all_rows(sizes):
-    processes.run(len(sizes), check_steps, sizes)
+def check_steps_of_shards():
+    weight_of = {n: torch.rand(n, generator=torch.Generator().manual_seed(2)) + 0.5 for n in (2, 7, 13)}
+    for classes in CLASSES[dist.get_world_size()]:
+        for index, options in enumerate(VARIANTS):
+            learn = index % 2 == 0
+            double = {**options, "learn_centroids": learn}
+            check_step("shards", classes, double, torch.float64, torch.float64, 1e-11)
+            single = {**options, "learn_centroids": not learn, "weight": weight_of[classes]}
+            check_step("shards", classes, single, torch.float32, torch.float32, 2e-6)
+        check_step("shards", classes, {"center_momentum": None}, torch.float32, torch.bfloat16, 2e-6)
+        softmax = {"activation": "softmax", "l2_normalize": False}
+        check_step("shards", classes, softmax, torch.float32, torch.float32, 2e-6)
 
 
-def check_special_batches():
+@pytest.mark.parametrize(("kind", "size"), KINDS)
+def test_a_step_is_that_of_one_process_with_all_rows_and_classes(kind, size):
+    processes.run(size, check_steps_of_a_group if kind == "group" else check_steps_of_shards)
+
+
+def check_special_batches(kind):
     rank, size = dist.get_rank(), dist.get_world_size()
-    each, whole = batches(SIZES_OF_TWO)
-    features, target = each[rank]
 
     # Without a reduction the losses stay the process's own; the centre is that of all rows.
-    local = criterion_of(torch.float32, ratio="sample", reduction="none")
-    shared = with_group(local)
-    features.requires_grad_(), whole[0].requires_grad_()
-    losses, expected = shared(features, target), local(*whole)
+    shared, plain = pair(kind, 7, torch.float64, ratio="sample", reduction="none", ignore_index=-7)
+    each, whole = batches(SIZES[2], torch.float64, ignored=-7, classes=7)
     rows = slice(0, 8) if rank == 0 else slice(8, 13)
-    torch.testing.assert_close(losses, expected[rows], rtol=1e-6, atol=0)
-    losses.sum().backward(), expected.sum().backward()
-    assert relative(features.grad, whole[0].grad[rows]) < 1e-6
-    assert relative(shared.center, local.center) < 1e-6
+    upstream = torch.rand(13, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    loss, by_input, by_centroids = step(shared, *each[rank], upstream[rows])
+    expected_loss, expected_by_input, expected_by_centroids = step(plain, *whole, upstream)
+    close(loss, expected_loss[rows], 1e-11)
+    close(by_input, expected_by_input[rows], 1e-11)
+    close(summed(by_centroids), expected_by_centroids, 1e-11)
+    close(shared.center, plain.center, 1e-11)
 
     # [B, M, d1]: the rows are spread over all positions but the second.
-    local = criterion_of(torch.float64, ignore_index=IGNORED)
-    shared = with_group(local)
+    shared, plain = pair(kind, 7, torch.float64)
     image = torch.randn(4, M, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    classes = torch.randint(C, (4, 5), generator=torch.Generator().manual_seed(4))
-    loss, by_input, *_, center = step(shared, image[rank::size], classes[rank::size])
-    expected_loss, expected_by_input, *_, expected_center = step(local, image, classes)
-    torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=0)
-    assert relative(by_input / size, expected_by_input[rank::size]) < 1e-12
-    assert relative(center, expected_center) < 1e-12
+    target = torch.randint(7, (4, 5), generator=torch.Generator().manual_seed(4))
+    loss, by_input, _ = step(shared, image[rank::size], target[rank::size])
+    expected_loss, expected_by_input, _ = step(plain, image, target)
+    tolerance = 1e-12 if kind == "group" else 1e-11
+    torch.testing.assert_close(loss, expected_loss, rtol=tolerance, atol=0)
+    close(by_input / size, expected_by_input[rank::size], tolerance)
+    close(shared.center, plain.center, 1e-12)
 
     # No row anywhere: as one process. And one NaN: in the loss of all, and not in the centre.
     before = shared.center.clone()
@@ -158,15 +151,16 @@ def check_special_batches():
         ignored = torch.randn(2, M).double().requires_grad_()
         shared(ignored, torch.full((2,), IGNORED)).backward()
         assert not ignored.grad.any()
-        assert not shared.centroid_logits.grad.any()
+        assert not own(shared.centroid_logits.grad).any()
         poisoned = image[0].T.clone()
         poisoned[0, 0] = torch.nan if rank == 0 else 0
         assert shared(poisoned, torch.zeros(5, dtype=torch.int64)).isnan()
         assert torch.equal(shared.center, before)
 
 
-def test_no_reduction_more_dimensions_no_rows_and_nan():
-    processes.run(2, check_special_batches)
+@pytest.mark.parametrize("kind", ["group", "shards"])
+def test_no_reduction_more_dimensions_no_rows_and_nan(kind):
+    processes.run(2, check_special_batches, kind)
 
 
 def check_collectives():
@@ -176,7 +170,7 @@ def check_collectives():
     counted = []
     all_reduce = dist.all_reduce
     dist.all_reduce = lambda tensor, **options: (counted.append(tensor.numel()), all_reduce(tensor, **options))[1]
-    features, target = batches(SIZES_OF_TWO)[0][rank]
+    features, target = batches(SIZES[2])[0][rank]
     features.requires_grad_()
     criterion(features, target.clamp(max=3)).backward()
     assert counted == [M + 1, 4]
@@ -209,7 +203,7 @@ def check_training(sizes):
         torch.optim.SGD([p for module in modules for p in module.parameters()], lr=0.5, momentum=0.9)
         for modules in (alone, together)
     ]
-    for iteration in range(50):
+    for iteration in range(STEPS_TOGETHER):
         sizes = sizes[1:] + sizes[:1]
         each, whole = batches(sizes, torch.float64, seed=iteration)
         for (model, loss_of), optimizer, (features, target) in zip(
@@ -236,7 +230,7 @@ def check_alternating(sizes):
         shared = with_group(criterion)
         start = criterion.centroid_logits.detach().clone()
         optimizers = [CentroidSGD(each, 5.0, 0.9, 1e-4, nesterov=True) for each in (criterion, shared)]
-        for iteration in range(50):
+        for iteration in range(STEPS_TOGETHER):
             sizes = sizes[1:] + sizes[:1]
             each, whole = batches(sizes, seed=iteration)
             for loss_of, optimizer, batch in zip((criterion, shared), optimizers, (whole, each[rank]), strict=True):
@@ -252,7 +246,7 @@ def check_broadcast():
     """DDP sends rank 0's centroids to the others, which have used theirs: what was kept of those does not count."""
     rank = dist.get_rank()
     criterion = criterion_of(torch.float64, seed=rank, learn_centroids=False).eval()
-    _, (features, target) = batches(SIZES_OF_TWO, torch.float64, ignored=0)
+    _, (features, target) = batches(SIZES[2], torch.float64, ignored=0)
     before = criterion(features, target)
     assert torch.equal(criterion(features, target), before)
     model = nn.ModuleDict({"network": nn.Linear(M, M, dtype=torch.float64), "criterion": criterion})
@@ -263,7 +257,7 @@ def check_broadcast():
     assert same_on_all(after)
 
 
-@pytest.mark.parametrize("sizes", [SIZES_OF_TWO, SIZES], ids=["2", "4"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_alternating_training_is_that_of_one_process(sizes):
     processes.run(len(sizes), check_alternating, sizes)
 
@@ -272,9 +266,9 @@ def test_broadcast_centroids_count():
     processes.run(2, check_broadcast)
 
 
-@pytest.mark.parametrize("sizes", [SIZES_OF_TWO, SIZES], ids=["2", "4"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_training_is_that_of_one_process(sizes):
-    """And centre and centroids are the same bits on all processes after each of 50 steps."""
+    """And centre and centroids are the same bits on all processes after each step."""
     processes.run(len(sizes), check_training, sizes)
 
 
@@ -324,7 +318,7 @@ def check_refused():
     if dist.get_rank() == 1:
         refused(ValueError, lambda: NCMILoss(C, process_group=other), "process_group: got a group without this process")
     criterion = with_group(criterion_of(torch.float32))
-    features, target = batches(SIZES_OF_TWO)[0][dist.get_rank()]
+    features, target = batches(SIZES[2])[0][dist.get_rank()]
     features.requires_grad_()
     loss = criterion(features, target.clamp(max=3))
     refused(RuntimeError, lambda: torch.autograd.grad(loss, features, create_graph=True), "create_graph: got True")
@@ -359,7 +353,7 @@ def check_several_upstream_gradients():
         criterion = with_group(criterion_of(torch.float32))
         for name, value in options.items():
             setattr(criterion, name, value)
-        features, target = batches(SIZES_OF_TWO)[0][dist.get_rank()]
+        features, target = batches(SIZES[2])[0][dist.get_rank()]
         leaves = features.float().requires_grad_(), criterion.centroid_logits.requires_grad_()
         loss = criterion(leaves[0], target.clamp(max=3))
         each = [torch.autograd.grad(loss, leaves, one, retain_graph=True) for one in upstream]
@@ -455,6 +449,7 @@ def test_a_run_killed_and_resumed_has_the_bits_of_an_uninterrupted_one(size, tmp
     assert len(set(expected[0][0])) == STEPS
     killed = tmp_path / "killed"
     killed.mkdir()
-    for step in (0, 2, 3, 8):  # one run, killed again and again: before any checkpoint, within an epoch and at its end
-        assert processes.run(size, train, killed, step) == [None] * size
+    # One run, killed again and again: before any checkpoint, within an epoch and at its end.
+    for kill_at in (0, 2, 3, 8):
+        assert processes.run(size, train, killed, kill_at) == [None] * size
     assert processes.run(size, train, killed) == expected

@@ -215,6 +215,7 @@ def everything(z: Tensor, target: Tensor, xi: Tensor, separation: str, l2: bool,
     features, buffer, upstream = (temperature, l2, False, c2s), torch.ones_like(xi), torch.tensor(1.5, dtype=xi.dtype)
     center, batches = torch.zeros(xi.shape[1], dtype=xi.dtype), torch.tensor(1)
     stats = run.centroid_stats(xi, False, c2s)
+    by_sample = run.loss(z, target, None, None, None, 0.0, *stats, None, *features, False, 1, 1e-8, -100, True)
     loss = run.loss(z, target, None, center, batches, 0.9, *stats, None, *features, True, 1, 1e-8, -100, False)
     batch, rows = (z, target, loss[3]), loss[1:3]
     totals = run.class_totals(*batch, *rows, upstream, c2s, -100)
@@ -224,7 +225,7 @@ def everything(z: Tensor, target: Tensor, xi: Tensor, separation: str, l2: bool,
     )
     moved, new = xi.clone(), [t.clone() for t in stats]
     run.centroid_step_(*batch, moved, buffer, *new, *rows, False, c2s, -100, 0.1, 0.9, 0.0, False)
-    return [*stats, *loss, center, totals, *grads, moved, buffer, *new]
+    return [*stats, *by_sample, *loss, center, totals, *grads, moved, buffer, *new]
 
 
 @every_separation
@@ -234,13 +235,14 @@ def test_the_same_bits_on_any_number_of_threads(shape, dtype, separation):
     """Centroids that have moved: what columns a thread has decides nothing of how they are computed."""
     rows, classes, columns = shape
     z, target = torch.randn(rows, columns).to(dtype), torch.randint(classes, (rows,))
+    target[::7] = -100
     xi = (10 * torch.eye(classes, columns) + 0.3 * torch.randn(classes, columns)).to(dtype)
     before = torch.get_num_threads()
     try:
         for l2, temperature in ((True, 0.05), (True, 1.0), (False, 1.0)):
             torch.set_num_threads(1)
             expected = everything(z, target, xi, separation, l2, temperature)
-            for threads in (2, 3, 4, 5, 8):
+            for threads in (1, 2, 3, 4, 5, 8):
                 torch.set_num_threads(threads)
                 for k, (a, e) in enumerate(
                     zip(everything(z, target, xi, separation, l2, temperature), expected, strict=True)

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the "triton" and "cuda" backends; test_kernels.py compares their numbers with float64.
+"""What only a GPU can show of the "triton" and "cuda" backends; test_accuracy.py compares their numbers with float64.
 
 A backend that cannot run here is skipped with its reason. With its name in NCMI_REQUIRE_BACKENDS (separated by
 commas) that is a failure instead: `make gpu-report` must not pass because nothing was tested.

@@ -1,33 +1,38 @@
-"""CentroidSGD: the update against torch.optim.SGD on autograd's gradient, the cache that it fills, its state."""
+"""CentroidSGD: the update against torch.optim.SGD on autograd's gradient, and the cache that it fills."""
 
 import copy
 
-import numpy as np
 import pytest
 import torch
-import torch.distributed.checkpoint as checkpoint
 from conftest import relative
+from problems import WAYS, every_backend, every_ratio, every_separation, every_way, plain_and_focus
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from ncmi_kernels import CentroidSGD, NCMILoss, _ops, _plain
+from ncmi_kernels import CentroidSGD, NCMILoss, _focus, _plain
 
 B, C, M = 40, 7, 50
+
+
 SETTINGS = {
     "defaults": {},
     "by sample": {"ratio": "sample", "temperature": 0.2},
     "sum": {"ratio": "sample", "reduction": "sum"},
     "centroid_to_sample": {"separation": "centroid_to_sample"},
     "softmax": {"activation": "softmax", "l2_normalize": False},
+    "focus": {"separation_focus": 10.0},
     "no centre": {"center_momentum": None},
     "weights": {"weight": torch.rand(C, generator=torch.Generator().manual_seed(3)) + 0.5, "ignore_index": 2},
 }
+
+
 SGD = {
     "plain": {"lr": 30.0},
     "momentum": {"lr": 30.0, "momentum": 0.9},
     "nesterov": {"lr": 30.0, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-3},
     "weight decay": {"lr": 30.0, "weight_decay": 1e-3},
 }
+
+
 BACKENDS = ["cpu", "reference"]
 
 
@@ -80,7 +85,7 @@ def test_the_step_of_torch_sgd_on_the_gradient_of_autograd(setting, sgd, dtype, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("separation", ["sample_to_centroid", "centroid_to_sample"])
+@every_separation
 def test_against_float64_in_the_regime_of_the_authors(separation, dtype):
     options = {"temperature": 0.2, "separation": separation}
     truth = NCMILoss(100, 512, dtype=torch.float64, backend="reference", **options)
@@ -98,7 +103,7 @@ def test_against_float64_in_the_regime_of_the_authors(separation, dtype):
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 1), (3, 2, 3), (0, 3, 5), (200, 3, 17), (5, 70, 1000), (4, 3, 4097)])
-@pytest.mark.parametrize("separation", ["sample_to_centroid", "centroid_to_sample"])
+@every_separation
 def test_odd_sizes(shape, separation):
     rows, classes, columns = shape
     generator = torch.Generator().manual_seed(11)
@@ -129,29 +134,12 @@ def test_shapes_of_features():
     assert torch.equal(maps.centroid_logits, images.centroid_logits)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_the_same_bits_on_any_number_of_threads(threads):
-    results = []
-    before = torch.get_num_threads()
-    try:
-        for count in (1, threads):
-            torch.set_num_threads(count)
-            criterion = NCMILoss(300, 513)
-            optimizer = CentroidSGD(criterion, 10.0, 0.9)
-            for features, target in batches(2, rows=100, classes=300, columns=513):
-                criterion(features, target), optimizer.step(features, target)
-            results.append(criterion.centroid_logits.clone())
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(*results)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # The statistics that come out of the step
 # ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("separation", ["sample_to_centroid", "centroid_to_sample"])
+@every_separation
 def test_the_next_forward_pass_computes_no_statistics(separation, monkeypatch):
     calls, compute = [], _plain.table_of
     monkeypatch.setattr(_plain, "table_of", lambda *args: calls.append(args) or compute(*args))
@@ -224,11 +212,11 @@ def test_inference_mode(first):
 
 @pytest.mark.parametrize("sgd", SGD)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("ratio", ["batch", "sample"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_ratio
+@every_way
 @pytest.mark.filterwarnings("ignore::ncmi_kernels.DivergenceWarning")
-def test_a_batch_that_is_not_finite_moves_nothing(backend, ratio, value, sgd):
-    criterion = pair(backend=backend, ratio=ratio)[1]
+def test_a_batch_that_is_not_finite_moves_nothing(way, ratio, value, sgd):
+    criterion = pair(**WAYS[way], ratio=ratio)[1]
     optimizer = CentroidSGD(criterion, **SGD[sgd])
     given = list(batches(3))
     criterion(*given[0]), optimizer.step(*given[0])
@@ -247,10 +235,9 @@ def test_a_batch_that_is_not_finite_moves_nothing(backend, ratio, value, sgd):
 
 @pytest.mark.parametrize("rows", [0, 6])
 @pytest.mark.parametrize("sgd", SGD)
-@pytest.mark.parametrize("backend", [*BACKENDS, "focus"])
-def test_a_batch_without_a_row_that_counts_moves_nothing(backend, sgd, rows):
-    options = {"separation_focus": 5.0} if backend == "focus" else {"backend": backend}
-    criterion = pair(**options)[1]
+@every_way
+def test_a_batch_without_a_row_that_counts_moves_nothing(way, sgd, rows):
+    criterion = pair(**WAYS[way])[1]
     optimizer = CentroidSGD(criterion, **SGD[sgd])
     for features, target in batches(2):
         criterion(features, target), optimizer.step(features, target)
@@ -288,19 +275,20 @@ def test_other_edits_between_steps_count():
     assert torch.equal(edited.centroid_logits, fresh.centroid_logits)
 
 
-def counted(monkeypatch):
-    """How often the operator of the loss has run."""
-    calls, run = [], _ops.operators("cpu").loss
-    monkeypatch.setattr(_ops.operators("cpu"), "loss", lambda *args: calls.append(None) or run(*args))
-    return calls
+@pytest.fixture
+def calls(monkeypatch):
+    """How often a batch has gone through a forward pass."""
+    seen = []
+    for way in (_plain, _focus):
+        monkeypatch.setattr(way, "forward", lambda *args, run=way.forward: seen.append(None) or run(*args))
+    return seen
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("detached", [True, False])
-def test_what_the_forward_pass_found_is_used_again(setting, detached, monkeypatch):
+def test_what_the_forward_pass_found_is_used_again(setting, detached, calls):
     criterion, other = pair(**SETTINGS[setting])
     optimizer, of_other = CentroidSGD(criterion, 30.0, 0.9), CentroidSGD(other, 30.0, 0.9)
-    calls = counted(monkeypatch)
     for features, target in batches(3):
         leaf = features.requires_grad_()
         criterion(leaf, target).backward()
@@ -311,6 +299,29 @@ def test_what_the_forward_pass_found_is_used_again(setting, detached, monkeypatc
         of_other.step(features, target)
         assert len(calls) == 1
         assert torch.equal(criterion.centroid_logits, other.centroid_logits)
+
+
+@every_backend
+@every_separation
+@plain_and_focus
+def test_alternating_steps_of_every_backend(focus, separation, backend, calls):
+    criterion, other = (
+        NCMILoss(C, 11, separation=separation, separation_focus=focus, backend=name) for name in (backend, "reference")
+    )
+    optimizers = [CentroidSGD(each, lr=0.1, momentum=0.9) for each in (criterion, other)]
+    given = [(torch.randn(9, 11, requires_grad=True), torch.randint(C, (9,))) for _ in range(3)]
+    for features, target in given:
+        for each, optimizer in zip((criterion, other), optimizers, strict=True):
+            each(features, target).backward()
+            optimizer.step(features, target)
+        assert len(calls) == 1
+        calls.clear()
+    assert relative(criterion.centroid_logits, other.centroid_logits) < 1e-6
+    # Of another batch, or once the centroids have moved, all is formed anew.
+    criterion(features, target)
+    for count in (2, 3):
+        optimizers[0].step(features.flip(0), target.flip(0))
+        assert len(calls) == count
 
 
 def fused_step(criterion, features, target):
@@ -353,10 +364,10 @@ BETWEEN = {
 }
 
 
+@plain_and_focus
 @pytest.mark.parametrize("edit", BETWEEN)
-def test_what_the_forward_pass_found_is_not_used_once_something_has_changed(edit):
-    weight = torch.ones(C)
-    criterion, _ = pair(weight=weight, center_momentum=0.5)
+def test_what_the_forward_pass_found_is_not_used_once_something_has_changed(edit, focus):
+    criterion, _ = pair(weight=torch.ones(C), center_momentum=0.5, separation_focus=focus)
     optimizer = CentroidSGD(criterion, 30.0)
     (first, second), *_ = batches(1)
     criterion(first, second)
@@ -377,235 +388,3 @@ def test_the_graph_of_the_features_is_left_alone():
     assert features.grad is None
     assert criterion.centroid_logits.grad is None
     assert not criterion.centroid_logits.requires_grad
-
-
-# ------------------------------------------------------------------------------------------------------------
-# As an optimiser
-# ------------------------------------------------------------------------------------------------------------
-
-
-def test_start_step():
-    delayed, other = pair()
-    optimizer = CentroidSGD(delayed, 30.0, 0.9, start_step=2)
-    plain = CentroidSGD(other, 30.0, 0.9)
-    before = delayed.centroid_logits.clone()
-    given = list(batches(4))
-    for features, target in given[:2]:
-        optimizer.step(features, target)
-        assert torch.equal(delayed.centroid_logits, before)
-    for features, target in given[2:]:
-        optimizer.step(features, target), plain.step(features, target)
-    assert torch.equal(delayed.centroid_logits, other.centroid_logits)
-    assert not torch.equal(delayed.centroid_logits, before)
-
-
-def test_learning_rate_schedule():
-    scheduled, other = pair()
-    optimizer = CentroidSGD(scheduled, 30.0, 0.5)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 2], gamma=0.1)
-    reference = torch.optim.SGD([other.centroid_logits], 30.0, momentum=0.5)
-    of_reference = torch.optim.lr_scheduler.MultiStepLR(reference, [1, 2], gamma=0.1)
-    for features, target in batches(3):
-        scheduled(features, target), other(features, target)
-        optimizer.step(features, target), schedule.step()
-        by_autograd(other, reference, features, target)
-        of_reference.step()
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.3)
-    assert relative(scheduled.centroid_logits, other.centroid_logits) <= 1e-6
-
-
-@pytest.mark.parametrize("stop", [0, 1, 3])
-def test_state_dict_round_trip_gives_the_same_bits(stop, tmp_path):
-    criterion = pair()[1]
-    optimizer = CentroidSGD(criterion, 30.0, 0.9, nesterov=True, start_step=2)
-    given = list(batches(5))
-    for index, (features, target) in enumerate(given):
-        if index == stop:
-            torch.save({"criterion": criterion.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "saved")
-        criterion(features, target), optimizer.step(features, target)
-    saved = torch.load(tmp_path / "saved")
-    resumed = NCMILoss(C, M)
-    of_resumed = CentroidSGD(resumed, 1.0, momentum=0.1)  # all of it comes from the state
-    resumed.load_state_dict(saved["criterion"]), of_resumed.load_state_dict(saved["optimizer"])
-    for features, target in given[stop:]:
-        resumed(features, target), of_resumed.step(features, target)
-    assert torch.equal(resumed.centroid_logits, criterion.centroid_logits)
-    assert torch.equal(resumed.center, criterion.center)
-
-
-def test_distributed_checkpoint_into_a_new_optimiser(tmp_path):
-    criterion = pair()[1]
-    optimizer = CentroidSGD(criterion, 30.0, 0.9, start_step=1)
-    for features, target in batches(3):
-        optimizer.step(features, target)
-    expected = optimizer.state_dict()
-    checkpoint.save({"optimizer": expected}, checkpoint_id=tmp_path, no_dist=True)
-    new = CentroidSGD(pair()[1], 1.0, 0.5)
-    state = {"optimizer": new.state_dict()}
-    checkpoint.load(state, checkpoint_id=tmp_path, no_dist=True)
-    new.load_state_dict(state["optimizer"])
-    torch.testing.assert_close(new.state_dict(), expected, rtol=0, atol=0)
-
-    for momentum in (0.0, 0.9):
-        optimizer, twin = CentroidSGD(criterion, 30.0, momentum), pair()[1]
-        new = CentroidSGD(twin, 1.0, momentum)
-        assert get_optimizer_state_dict(twin, new)  # of one that has taken no step
-        optimizer.step(features, target)
-        set_optimizer_state_dict(twin, new, get_optimizer_state_dict(criterion, optimizer))
-        torch.testing.assert_close(new.state_dict(), optimizer.state_dict(), rtol=0, atol=0)
-
-
-def test_the_state_of_another_optimiser_is_refused():
-    optimizer = CentroidSGD(pair()[1], 30.0, 0.9)
-    parameter = nn.Parameter(torch.zeros(C, M))
-    for other in (torch.optim.SGD([parameter], 0.1, 0.9), torch.optim.Adam([parameter])):
-        with pytest.raises(ValueError, match="state_dict: got that of another optimiser without"):
-            optimizer.load_state_dict(other.state_dict())
-    with pytest.raises(ValueError, match="momentum_buffer of shape"):
-        optimizer.load_state_dict(CentroidSGD(NCMILoss(C + 1, M), 30.0, 0.9).state_dict())
-
-
-def test_a_state_saved_before_all_was_in_the_param_group():
-    first, second = (CentroidSGD(pair()[1], 30.0, 0.9) for _ in range(2))
-    for features, target in batches(2):
-        first.step(features, target)
-    group = first.state_dict()["param_groups"][0]
-    state = {name: group.pop(name) for name in ("step", "momentum_buffer")}
-    second.load_state_dict({"state": {0: state}, "param_groups": [group]})
-    assert str(second.state_dict()) == str(first.state_dict())
-
-
-def test_a_criterion_that_moves_before_the_first_step():
-    criterion = pair()[1]
-    optimizer = CentroidSGD(criterion, 30.0, 0.9)
-    criterion.double()
-    features, target = next(batches(1))
-    optimizer.step(features, target)
-    assert optimizer.state[criterion.centroid_logits]["momentum_buffer"].dtype == torch.float64
-
-
-def test_numbers_of_numpy():
-    group = CentroidSGD(pair()[1], np.float32(0.5), start_step=np.int64(3)).param_groups[0]
-    assert (group["lr"], group["start_step"]) == (0.5, 3)
-
-
-def test_copied_with_its_criterion():
-    criterion = pair()[1]
-    optimizer = CentroidSGD(criterion, 30.0, 0.9)
-    given = list(batches(2))
-    optimizer.step(*given[0])
-    twin, of_twin = copy.deepcopy((criterion, optimizer))
-    assert of_twin.criterion is twin
-    optimizer.step(*given[1]), of_twin.step(*given[1])
-    assert torch.equal(criterion.centroid_logits, twin.centroid_logits)
-
-
-def test_hooks_and_a_momentum_that_is_switched_off():
-    criterion, other = pair()
-    optimizer, expected = CentroidSGD(criterion, 30.0, 0.9), CentroidSGD(other, 30.0)
-    seen = []
-    optimizer.register_step_post_hook(lambda *args: seen.append(args))
-    optimizer.param_groups[0]["momentum"] = 0.0
-    (features, target), *_ = batches(1)
-    optimizer.step(features, target), expected.step(features, target)
-    assert len(seen) == 1
-    assert torch.equal(criterion.centroid_logits, other.centroid_logits)
-
-
-def test_alternating_training_ends_where_joint_training_does():
-    torch.manual_seed(0)
-    centres = 2 * torch.randn(C, 10)
-    target = torch.arange(210) % C
-    input = centres[target] + torch.randn(210, 10)
-    losses = []
-    for alternating in (True, False):
-        torch.manual_seed(1)
-        network, criterion = nn.Linear(10, M), NCMILoss(C, M)
-        centroid_optimizer = CentroidSGD(criterion, 0.1, 0.9) if alternating else None
-        groups = [{"params": list(network.parameters())}]
-        if not alternating:
-            groups.append({"params": list(criterion.parameters()), "lr": 0.1})
-        optimizer = torch.optim.SGD(groups, 1.0, momentum=0.9)
-        for _ in range(60):
-            optimizer.zero_grad()
-            features = network(input)
-            loss = criterion(features, target)
-            loss.backward()
-            optimizer.step()
-            if centroid_optimizer:
-                centroid_optimizer.step(network(input), target)
-        losses.append(loss.item())
-        assert (criterion.predict(network(input)) == target).float().mean() > 0.95
-    assert losses[0] == pytest.approx(losses[1], rel=0.2)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Errors
-# ------------------------------------------------------------------------------------------------------------
-
-BAD = {
-    "criterion": ({"criterion": nn.CrossEntropyLoss()}, TypeError, "CrossEntropyLoss"),
-    "lr type": ({"lr": "fast"}, TypeError, "'fast'"),
-    "lr": ({"lr": -0.1}, ValueError, "-0.1"),
-    "lr nan": ({"lr": float("nan")}, ValueError, "nan"),
-    "momentum": ({"momentum": -1}, ValueError, "-1"),
-    "weight_decay": ({"weight_decay": float("inf")}, ValueError, "inf"),
-    "momentum for nesterov": ({"nesterov": True}, ValueError, "nesterov"),
-    "start_step type": ({"start_step": 1.5}, TypeError, "1.5"),
-    "start_step": ({"start_step": -1}, ValueError, "-1"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_arguments(case):
-    changes, exception, got = BAD[case]
-    arguments = {"criterion": NCMILoss(C, M), "lr": 0.1} | changes
-    with pytest.raises(exception, match=f"{case.split()[0]}: got") as caught:
-        CentroidSGD(**arguments)
-    assert got in str(caught.value)
-
-
-def test_no_second_group():
-    optimizer = CentroidSGD(NCMILoss(C, M), 0.1)
-    with pytest.raises(ValueError, match="param_group: got a second group"):
-        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_refused_batch_changes_nothing(backend):
-    criterion = pair(backend=backend)[1]
-    optimizer = CentroidSGD(criterion, 30.0, 0.9)
-    (features, target), *_ = batches(1)
-    optimizer.step(features, target)
-    before, state = criterion.centroid_logits.clone(), copy.deepcopy(optimizer.state_dict())
-    for bad, exception in (
-        ((features[:, 1:], target), ValueError),
-        ((features, target[1:]), ValueError),
-        ((features.long(), target), RuntimeError),
-        ((features, torch.full_like(target, C)), IndexError),
-    ):
-        with pytest.raises(exception):
-            optimizer.step(*bad)
-        assert torch.equal(criterion.centroid_logits, before)
-        torch.testing.assert_close(optimizer.state_dict(), state, rtol=0, atol=0)
-
-
-def test_reduction_none_and_a_replaced_parameter_are_refused():
-    criterion = NCMILoss(C, M, ratio="sample")
-    (features, target), *_ = batches(1)
-    optimizer = CentroidSGD(criterion, 0.1, 0.9, start_step=1)
-    criterion.reduction = "none"
-    with pytest.raises(ValueError, match="reduction: got 'none'"):
-        optimizer.step(features, target)
-    with pytest.raises(ValueError, match="reduction: got 'none'"):
-        CentroidSGD(criterion, 0.1)
-    with pytest.raises(ValueError, match="reduction: got 'none'"):
-        criterion.centroid_gradient(features, target)
-    criterion.reduction = "mean"
-    for _ in range(2):
-        optimizer.step(features, target)
-    with pytest.raises(RuntimeError, match=r"momentum_buffer: got torch\.float32 on cpu"):
-        criterion.double() and optimizer.step(features.double(), target)
-    criterion.centroid_logits = nn.Parameter(torch.zeros(C, M))
-    with pytest.raises(RuntimeError, match="centroid_logits is another parameter"):
-        optimizer.step(features, target)

@@ -1,32 +1,36 @@
-"""What is done to a training step: torch.func, double backward, compilation, export, half precision, checkpoints."""
+"""torch.func, forward mode, and double backward."""
 
 import copy
-import io
 from functools import partial
 
 import pytest
 import torch
-from conftest import KERNELS, relative
+from conftest import relative
+from problems import (
+    ACTIVATIONS,
+    LEFT,
+    RATIOS,
+    SEPARATIONS,
+    check,
+    every_backend,
+    every_ratio,
+    every_separation,
+    plain_and_focus,
+)
 from torch import nn
-from torch._dynamo import compiled_autograd
-from torch._dynamo.testing import CompileCounter
-from torch._dynamo.utils import counters
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad, functional, grad, gradcheck, gradgradcheck
 from torch.func import functional_call, hessian, jacfwd, jacrev, jvp, linearize, stack_module_state, vmap
 from torch.func import grad as func_grad
-from torch.utils.checkpoint import checkpoint
 
 import ncmi_kernels
-from ncmi_kernels import CentroidSGD, NCMILoss, ncmi_loss, ncmi_terms
+from ncmi_kernels import NCMILoss, ncmi_loss, ncmi_terms
 
-SEPARATIONS = ("sample_to_centroid", "centroid_to_sample")
-RATIOS = ("batch", "sample")
 B, C, M, N = 4, 3, 5, 3  # N: size of a mapped dimension
-every_backend = pytest.mark.parametrize("backend", KERNELS)
-every_ratio = pytest.mark.parametrize("ratio", RATIOS)
+
 
 close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-12)
+
+
 exactly = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
@@ -39,10 +43,11 @@ def problem(*mapped, dtype=torch.float64):
     return input, target, torch.randn(*leading["centroids"], C, M, dtype=dtype)
 
 
-def everything(separation, ratio, backend):
+def everything(separation, ratio, backend, focus=0.0):
     """ncmi_loss of three tensors, with all that may come with it."""
     center, weight = torch.randn(M, dtype=torch.float64), torch.rand(C, dtype=torch.float64) + 0.1
     options = {"separation": separation, "ratio": ratio, "l2_normalize": True, "temperature": 0.7}
+    options["separation_focus"] = focus
     return partial(ncmi_loss, center=center, weight=weight, backend=backend, **options)
 
 
@@ -57,9 +62,12 @@ def by_reference(function):
 
 
 @every_backend
-@pytest.mark.parametrize(("separation", "ratio"), [(SEPARATIONS[0], "batch"), (SEPARATIONS[1], "sample")])
-def test_grad_of_a_function(separation, ratio, backend):
-    loss = everything(separation, ratio, backend)
+@pytest.mark.parametrize(
+    ("separation", "ratio", "focus"),
+    [(SEPARATIONS[0], "batch", 0.0), (SEPARATIONS[1], "sample", 0.0), (SEPARATIONS[0], "batch", 10.0)],
+)
+def test_grad_of_a_function(separation, ratio, focus, backend):
+    loss = everything(separation, ratio, backend, focus)
     z, y, xi = problem()
     z_leaf, xi_leaf = z.clone().requires_grad_(), xi.clone().requires_grad_()
     expected = grad(by_reference(loss)(z_leaf, y, xi_leaf), (z_leaf, xi_leaf))
@@ -67,13 +75,13 @@ def test_grad_of_a_function(separation, ratio, backend):
 
 
 @every_backend
-@every_ratio
+@pytest.mark.parametrize(("ratio", "focus"), [("batch", 0.0), ("sample", 0.0), ("batch", 10.0)])
 @pytest.mark.parametrize("mapped", ["input", "target", "centroids", "input target", "input target centroids"])
-def test_vmap_against_a_loop(mapped, ratio, backend, interpreted):
-    if interpreted and mapped in ("target", "input target"):
-        pytest.skip("left to the other backends")
+def test_vmap_against_a_loop(mapped, ratio, focus, backend, interpreted):
+    if interpreted and (ratio, mapped) not in (("batch", "input target centroids"), ("sample", "input")):
+        pytest.skip(LEFT)
     mapped = mapped.split()
-    loss = everything("centroid_to_sample", ratio, backend)
+    loss = everything("centroid_to_sample", ratio, backend, focus)
     tensors = problem(*mapped)
     dims = tuple(0 if name in mapped else None for name in ("input", "target", "centroids"))
     slices = [[t if d is None else t[i] for t, d in zip(tensors, dims, strict=True)] for i in range(N)]
@@ -155,6 +163,8 @@ def slope(function, along):
 
 
 TANGENT = torch.linspace(-1, 1, B * M, dtype=torch.float64).view(B, M)
+
+
 FORWARD = {
     "jvp": lambda f: slope(f, TANGENT),
     "jacfwd": jacfwd,
@@ -216,8 +226,13 @@ def test_forward_mode_at_any_depth(transform, name):
     assert expected.detach().abs().max() > 1e-6
 
 
-@pytest.mark.parametrize("name", ["batch", "sample", "focus", "terms", "module"])
-@pytest.mark.parametrize("transform", ["jvp", "jacfwd", "dual level"])
+@pytest.mark.parametrize(
+    ("transform", "name"),
+    [
+        *(("jvp", name) for name in ("batch", "sample", "focus", "terms", "module")),
+        *(("jacfwd", "module"), ("dual level", "batch"), ("dual level", "focus")),
+    ],
+)
 def test_compiled_forward_mode(transform, name):
     """Before and after ordinary calls in the same graph, which take the kernels."""
     torch._dynamo.reset()
@@ -407,23 +422,42 @@ def test_a_mapped_target_out_of_range(backend):
 # ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("activation", ["nsf", "softmax"])
-@pytest.mark.parametrize("separation", SEPARATIONS)
+@every_backend
+@every_separation
 @every_ratio
+@plain_and_focus
+def test_double_backward_is_the_reference_s(focus, ratio, separation, backend):
+    z, y, xi = (t.requires_grad_() if t.is_floating_point() else t for t in problem())
+    classes, along = y.clamp(min=0), [torch.randn_like(z), torch.randn_like(xi)]
+    options = {"center": torch.randn(M, dtype=torch.float64), "separation": separation, "separation_focus": focus}
+    results = []
+    for name in (backend, "reference"):
+        loss = ncmi_loss(z, y, xi, ratio=ratio, l2_normalize=True, backend=name, **options)
+        terms = torch.stack(ncmi_terms(z, classes, xi, backend=name, **options))
+        first = grad(loss + (terms**2).sum(), (z, xi), create_graph=True)
+        scalar = sum((g * v).sum() for g, v in zip(first, along, strict=True))
+        results.append([*first, *grad(scalar, (z, xi))])
+    check(*results, 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "separation", "activation"),  # any two of them meet
+    [(RATIOS[i], SEPARATIONS[j], ACTIVATIONS[i ^ j]) for i in (0, 1) for j in (0, 1)],
+)
 def test_second_derivatives_of_the_module(ratio, separation, activation):
     z, y, xi = problem()
     options = {"ratio": ratio, "separation": separation, "activation": activation, "temperature": 0.7}
     criterion = NCMILoss(C, M, weight=torch.rand(C) + 0.1, dtype=torch.float64, **options)
     criterion(torch.randn_like(z), y)
     criterion.eval()
-    check = partial(gradgradcheck, inputs=(z.requires_grad_(), xi.requires_grad_()))
-    assert check(lambda a, b: functional_call(criterion, {"centroid_logits": b}, (a, y)))
+    agrees = partial(gradgradcheck, inputs=(z.requires_grad_(), xi.requires_grad_()))
+    assert agrees(lambda a, b: functional_call(criterion, {"centroid_logits": b}, (a, y)))
     if ratio == "sample":
         criterion.reduction = "none"
-        assert check(lambda a, b: functional_call(criterion, {"centroid_logits": b}, (a, y)))
+        assert agrees(lambda a, b: functional_call(criterion, {"centroid_logits": b}, (a, y)))
     else:
         inside = y.clamp(min=0)
-        assert check(lambda a, b: ncmi_terms(a, inside, b, separation=separation, activation=activation))
+        assert agrees(lambda a, b: ncmi_terms(a, inside, b, separation=separation, activation=activation))
 
 
 def test_second_derivatives_where_one_input_is_fixed():
@@ -486,405 +520,3 @@ def test_training_with_a_gradient_penalty(training, ratio):
         trained.append([*losses, *(p.detach() for p in parameters), criterion.center])
     for actual, expected in zip(*trained, strict=True):
         assert relative(actual, expected) < 1e-8
-
-
-# ------------------------------------------------------------------------------------------------------------
-# torch.compile, torch.export
-# ------------------------------------------------------------------------------------------------------------
-
-
-def step_pair(ratio, learnt, rate=0.5, **options):
-    """A network, a criterion, and an optimiser of both; twice the same."""
-    network = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, M))
-    options = {"ratio": ratio, "learn_centroids": learnt, "center_momentum": 0.5, **options}
-    criterion = NCMILoss(C, M, **options)
-    pair = []
-    for _ in range(2):
-        modules = nn.ModuleList(copy.deepcopy([network, criterion]))
-        wanted = [p for p in modules.parameters() if p.requires_grad]
-        pair.append((*modules, wanted, torch.optim.SGD(wanted, lr=rate, momentum=0.9)))
-    return pair
-
-
-def compare_training(pair, compiled_step, eager_step, tolerance):
-    """Both train on the same batches, of many sizes."""
-    for size in (7, 16, 33, 64, 65):
-        x, y = torch.randn(size, 8), torch.randint(C, (size,))
-        torch.testing.assert_close(compiled_step(x, y).detach(), eager_step(x, y).detach(), rtol=tolerance, atol=1e-7)
-    states = [{**network.state_dict(), **criterion.state_dict()} for network, criterion, *_ in pair]
-    torch.testing.assert_close(*states, rtol=tolerance, atol=1e-6)
-    assert states[0]["num_batches_tracked"] == 5
-
-
-@pytest.mark.parametrize(("dynamic", "graphs"), [(True, 1), (None, 2)])
-@pytest.mark.parametrize(("ratio", "learnt"), [("batch", False), ("sample", True)])
-def test_compiled_forward_with_an_eager_optimizer(ratio, learnt, dynamic, graphs):
-    torch._dynamo.reset()
-    counter = CompileCounter()
-    pair = step_pair(ratio, learnt)
-
-    def step(network, criterion, wanted, optimizer, forward, x, y):
-        optimizer.zero_grad()
-        loss = forward(x, y)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(wanted, 0.1)
-        optimizer.step()
-        return loss
-
-    forwards = [lambda x, y, network=n, criterion=c: criterion(network(x), y) for n, c, *_ in pair]
-    forwards[0] = torch.compile(forwards[0], fullgraph=True, dynamic=dynamic, backend=counter)
-    compare_training(pair, *(partial(step, *each, f) for each, f in zip(pair, forwards, strict=True)), 1e-6)
-    assert counter.frame_count == graphs
-
-
-@pytest.mark.parametrize(
-    ("ratio", "learnt", "backend"),
-    [("batch", True, "aot_eager"), ("sample", False, "aot_eager"), ("batch", True, "inductor")],
-)
-def test_a_whole_step_in_one_graph(ratio, learnt, backend):
-    """Forward, backward and update of model and centroids. (torch breaks the graph in Optimizer.step, for any loss.)"""
-    torch._dynamo.reset()
-    counters.clear()
-
-    def step(network, criterion, wanted, x, y):
-        loss = criterion(network(x), y)
-        gradients = grad(loss, wanted)
-        with torch.no_grad():
-            for parameter, gradient in zip(wanted, gradients, strict=True):
-                parameter.sub_(gradient, alpha=0.5)
-        return loss.detach()
-
-    pair = step_pair(ratio, learnt)
-    whole = torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
-    with torch._dynamo.config.patch(trace_autograd_ops=True):
-        compare_training(pair, *(partial(f, *each[:3]) for each, f in zip(pair, (whole, step), strict=True)), 1e-5)
-    assert counters["stats"]["unique_graphs"] == 1
-
-
-def test_a_compiled_step_with_an_optimizer():
-    torch._dynamo.reset()
-    pair = step_pair("batch", True)
-
-    def step(network, criterion, wanted, optimizer, x, y):
-        optimizer.zero_grad()
-        loss = criterion(network(x), y)
-        loss.backward()
-        optimizer.step()
-        return loss
-
-    compiled = torch.compile(step, dynamic=True, backend="aot_eager")
-    compare_training(pair, *(partial(f, *each) for each, f in zip(pair, (compiled, step), strict=True)), 1e-6)
-
-
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_compiled_terms(backend):
-    torch._dynamo.reset()
-    compiled = torch.compile(partial(ncmi_terms, backend=backend), fullgraph=True, dynamic=True, backend="aot_eager")
-    for size in (4, 9):
-        xi = torch.randn(C, M).requires_grad_()
-        z, y = torch.randn(size, M).requires_grad_(), torch.randint(C, (size,))
-        actual, expected = compiled(z, y, xi), ncmi_terms(z, y, xi, backend=backend)
-        torch.testing.assert_close(actual, expected)
-        upstream = torch.randn(size), torch.randn(size)
-        torch.testing.assert_close(grad(actual, (z, xi), upstream), grad(expected, (z, xi), upstream))
-
-
-class Method(nn.Module):
-    """A network and a method of a criterion, as one module."""
-
-    def __init__(self, name, learnt, **keywords):
-        super().__init__()
-        self.network, self.criterion = nn.Linear(8, M), NCMILoss(C, M, learn_centroids=learnt)
-        self.name, self.keywords = name, keywords
-        batch = torch.randn(30, M), torch.arange(30) % C
-        self.criterion(*batch)
-        self.criterion.fit_class_means([batch])
-
-    def forward(self, x, *target):
-        return getattr(self.criterion, self.name)(self.network(x), *target, **self.keywords)
-
-
-@pytest.mark.parametrize("learnt", [True, False])
-@pytest.mark.parametrize(
-    ("name", "keywords"),
-    [
-        ("forward", {}),
-        ("scores", {}),
-        ("scores", {"class_means": True}),
-        ("predict", {}),
-        ("predict", {"class_means": True}),
-    ],
-)
-def test_export_of_the_evaluation(name, keywords, learnt):
-    module = Method(name, learnt, **keywords).eval()
-
-    def arguments(size):
-        return (torch.randn(size, 8), *([torch.randint(C, (size,))] if name == "forward" else []))
-
-    example = arguments(5)
-    rows = {0: torch.export.Dim("rows", min=2, max=4096)}
-    exported = torch.export.export(module, example, dynamic_shapes=(rows, *([(rows,)] if name == "forward" else [])))
-    file = io.BytesIO()
-    torch.export.save(exported, file)
-    file.seek(0)
-    loaded = torch.export.load(file).module()
-    for size in (2, 7, 64):
-        batch = arguments(size)
-        torch.testing.assert_close(loaded(*batch), module(*batch), rtol=1e-6, atol=1e-7)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Autocast, loss scaling
-# ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@every_ratio
-def test_a_step_under_autocast(ratio, dtype):
-    """The network in half precision; the loss in float32, of the same features."""
-    (network, criterion, _, optimizer), (_, single, _, _) = step_pair(ratio, True)
-    for _ in range(3):
-        x, y = torch.randn(16, 8), torch.randint(C, (16,))
-        optimizer.zero_grad(), single.zero_grad()
-        with torch.autocast("cpu", dtype=dtype):
-            features = network(x)
-            loss = criterion(features, y)
-        assert (features.dtype, loss.dtype) == (dtype, torch.float32)
-        features.retain_grad()
-        loss.backward()
-        copied = features.detach().float().requires_grad_()
-        expected = single(copied, y)
-        expected.backward()
-        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
-        assert features.grad.dtype == dtype
-        torch.testing.assert_close(features.grad, copied.grad.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-7)
-        torch.testing.assert_close(criterion.centroid_logits.grad, single.centroid_logits.grad, rtol=1e-5, atol=1e-8)
-        assert all(p.grad.dtype == torch.float32 and p.grad.abs().max() > 0 for p in network.parameters())
-        optimizer.step()
-        with torch.no_grad():
-            single.centroid_logits.copy_(criterion.centroid_logits)
-    torch.testing.assert_close(criterion.center, single.center)
-
-
-@every_ratio
-def test_loss_scaling_keeps_float16_gradients_from_underflow(ratio):
-    """Scaled by 2 ** 16 they are the float32 gradients times that, rounded once; unscaled most of them are zero."""
-    criterion = NCMILoss(C, M, ratio=ratio, temperature=100.0).eval()
-    half = (300 * torch.randn(512, M)).half().requires_grad_()
-    y = torch.randint(C, (512,))
-    single = half.detach().float().requires_grad_()
-    (exact,) = grad(criterion(single, y), single)
-    unscaled, scaled = (grad(factor * criterion(half, y), half)[0] for factor in (1.0, 2.0**16))
-    assert (unscaled == 0).float().mean() > 0.5
-    torch.testing.assert_close(scaled, (exact * 2**16).half(), rtol=2**-10, atol=2**-23)
-    assert (scaled == 0).float().mean() < 0.1
-
-
-@every_ratio
-def test_a_gradient_scaler_skips_what_overflows_and_recovers(ratio):
-    (network, criterion, wanted, optimizer), _ = step_pair(ratio, True)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**34, growth_interval=1000, backoff_factor=2.0**-24)
-    before = [p.detach().clone() for p in wanted]
-    for number in range(2):
-        x, y = torch.randn(16, 8), torch.randint(C, (16,))
-        optimizer.zero_grad()
-        with torch.autocast("cpu", dtype=torch.float16):
-            loss = criterion(network(x), y)
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(wanted, 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        assert scaler.get_scale() == 2.0**10
-        if number == 0:
-            assert not norm.isfinite()
-            exactly([p.detach() for p in wanted], before)
-    assert 0 < norm < 10
-    assert all(p.isfinite().all() and not torch.equal(p, old) for p, old in zip(wanted, before, strict=True))
-    assert criterion.center.isfinite().all()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Tracing without values
-# ------------------------------------------------------------------------------------------------------------
-
-CRITERIA = {
-    "batch": {},
-    "sample": {"ratio": "sample"},
-    "focus": {"separation_focus": 5.0},
-    "fixed": {"learn_centroids": False},
-    "reference": {"backend": "reference"},
-}
-
-
-@pytest.mark.parametrize("name", CRITERIA)
-def test_fake_tensors(name):
-    """What estimates memory or counts operations of a whole program without running it."""
-    with FakeTensorMode():
-        criterion = NCMILoss(C, M, **CRITERIA[name])
-        z, y = torch.randn(B, M, requires_grad=True), torch.randint(C, (B,))
-        optimizer = CentroidSGD(criterion, 0.1, momentum=0.9)
-        for training in (True, False):
-            loss = criterion.train(training)(z, y)
-            assert loss.shape == ()
-            loss.backward()
-        assert z.grad.shape == (B, M)
-        optimizer.step(z.detach(), y)
-        assert criterion.fit_class_means([(z.detach(), y)]).shape == (C, M)
-        assert criterion.predict(z, class_means=True).shape == (B,)
-        assert ncmi_terms(z, y, torch.randn(C, M))[0].shape == (B,)
-
-
-def test_fake_inputs_leave_nothing_in_a_real_criterion():
-    criterion = NCMILoss(C, M, learn_centroids=False).eval()
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        criterion(torch.randn(B, M), torch.randint(C, (B,)))
-    z, y = torch.randn(B, M), torch.randint(C, (B,))
-    exactly(criterion(z, y), copy.deepcopy(criterion)(z, y))
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", CRITERIA)
-def test_jit_trace(name, training):
-    criterion = NCMILoss(C, M, **CRITERIA[name]).train(training)
-    z, y = torch.randn(B, M), torch.arange(B) % C
-    traced = torch.jit.trace(criterion, (z, y), check_trace=False)
-    for size in (B, 2 * B):
-        z, y = torch.randn(size, M), torch.arange(size) % C
-        twin = copy.deepcopy(criterion)
-        torch.testing.assert_close(traced(z, y), twin(z, y), rtol=1e-5, atol=0)
-        exactly(criterion.num_batches_tracked, twin.num_batches_tracked)
-
-
-@pytest.mark.parametrize("name", CRITERIA)
-def test_compiled_autograd(name):
-    criterion = NCMILoss(C, M, **CRITERIA[name])
-    z, y = torch.randn(B, M, requires_grad=True), torch.arange(B) % C
-    loss = criterion(z, y)
-    (expected,) = grad(loss, z, retain_graph=True)
-    with compiled_autograd._enable(torch.compile(backend="eager")):
-        loss.backward()
-    exactly(z.grad, expected)
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("name", ["batch", "focus"])
-def test_the_alternating_recipe_compiled_is_one_graph(name, backend):
-    """Eager calls and steps of the centroids, before and between, fill caches that no graph may depend on."""
-    torch._dynamo.reset()
-    counters.clear()
-    (network, criterion, wanted, _), twins = step_pair("batch", True, **CRITERIA[name])
-    optimizers = [CentroidSGD(each, 5.0, 0.9) for each in (criterion, twins[1])]
-
-    def forward(x, y):
-        features = network(x)
-        return criterion(features, y), features
-
-    compiled = torch.compile(forward, fullgraph=True, dynamic=True, backend=backend)
-    for size in (9, 9, 4):
-        x, y = torch.randn(size, 8), torch.randint(C, (size,))
-        criterion(torch.randn(7, M), torch.arange(7) % C), criterion.eval()(torch.ones(2, M), y[:2]), criterion.train()
-        twins[1].load_state_dict(criterion.state_dict())
-        loss, features = compiled(x, y)
-        expected = twins[1](twins[0](x), y)
-        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-7)
-        torch.testing.assert_close(grad(loss, wanted[:2]), grad(expected, twins[2][:2]), rtol=1e-4, atol=1e-7)
-        optimizers[0].step(features, y), optimizers[1].step(twins[0](x), y)
-        torch.testing.assert_close(criterion.centroid_logits, twins[1].centroid_logits, rtol=1e-4, atol=1e-6)
-    assert counters["stats"]["unique_graphs"] == 1
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Checkpoints, accumulation, clipping
-# ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-@every_ratio
-def test_a_checkpoint_around_the_criterion(ratio, backend, reentrant):
-    """Its forward pass runs twice, and moves the centre once."""
-    (network, criterion, wanted, _), (network_2, criterion_2, wanted_2, _) = step_pair(ratio, True)
-    criterion.backend = criterion_2.backend = backend
-    for number in range(3):
-        x, y = torch.randn(9, 8).requires_grad_(), torch.randint(C, (9,))
-        repeats = []
-
-        def forward(x, y=y, repeats=repeats):
-            repeats.append(None)
-            return criterion(network(x), y)
-
-        loss, expected = checkpoint(forward, x, use_reentrant=reentrant), criterion_2(network_2(x), y)
-        exactly(loss, expected)
-        loss.backward()
-        assert len(repeats) == 2
-        exactly([p.grad for p in wanted], list(grad(expected, wanted_2)))
-        exactly(dict(criterion.state_dict()), dict(criterion_2.state_dict()))
-        assert criterion.num_batches_tracked == number + 1
-        for p in wanted:
-            p.grad = None
-
-
-@pytest.mark.parametrize("name", ["batch", "sample", "focus"])
-def test_two_checkpoints_before_one_backward_pass(name):
-    """Without re-entrance the gradients are those at the centres of the forward passes."""
-    (network, criterion, wanted, _), (network_2, criterion_2, wanted_2, _) = step_pair(
-        **{"ratio": "batch", "learnt": True} | CRITERIA[name]
-    )
-    batches = [(torch.randn(9, 8) + shift, torch.randint(C, (9,))) for shift in (0, 3)]
-    sum(checkpoint(lambda x, y: criterion(network(x), y), *batch, use_reentrant=False) for batch in batches).backward()
-    expected = grad(sum(criterion_2(network_2(x), y) for x, y in batches), wanted_2)
-    exactly([p.grad for p in wanted], list(expected))
-    exactly(criterion.center, criterion_2.center)
-
-
-@every_ratio
-def test_accumulated_gradients(ratio):
-    """By sample they are the gradient of the whole batch; by batch they are that of the mean of the ratios."""
-    (network, criterion, wanted, _), _ = step_pair(ratio, True)
-    x, y = torch.randn(24, 8), torch.randint(C, (24,))
-    criterion(network(x), y)
-    criterion.eval()
-    for part in range(3):
-        rows = slice(8 * part, 8 * part + 8)
-        (criterion(network(x[rows]), y[rows]) / 3).backward()
-    accumulated = torch.cat([p.grad.flatten() for p in wanted])
-
-    def flat(loss):
-        return torch.cat([g.flatten() for g in grad(loss, wanted)])
-
-    whole = flat(criterion(network(x), y))
-    options = {"center": criterion.center, "l2_normalize": True}
-    concentration, separation = ncmi_terms(network(x), y, criterion.centroid_logits, **options)
-    means = concentration.view(3, 8).mean(dim=1), separation.view(3, 8).mean(dim=1)
-    if ratio == "sample":
-        assert relative(accumulated, whole) < 1e-5
-    else:
-        assert relative(accumulated, flat((means[0] / (means[1] + 1e-8)).mean())) < 1e-5
-        assert relative(accumulated, whole) > 1e-3
-
-
-def test_accumulation_by_sample_of_unequal_micro_batches():
-    """The sum of each, divided by the weight of all."""
-    weight = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
-    z, y, xi = torch.randn(9, M).double(), torch.arange(9) % C, torch.randn(C, M).double()
-    y[2] = -100
-    xi.requires_grad_()
-    loss = partial(ncmi_loss, ratio="sample", weight=weight)
-    parts = sum(loss(z[rows], y[rows], xi, reduction="sum") for rows in (slice(0, 2), slice(2, 9)))
-    parts = parts / weight[y[y >= 0]].sum()
-    whole = loss(z, y, xi)
-    close(parts, whole)
-    close(grad(parts, xi), grad(whole, xi))
-
-
-def test_clipping_the_norm_of_the_gradients():
-    (_, criterion, _, _), _ = step_pair("batch", True)
-    z, y = torch.randn(9, M).requires_grad_(), torch.randint(C, (9,))
-    criterion(z, y).backward()
-    gradients = [z.grad.clone(), criterion.centroid_logits.grad.clone()]
-    norm = torch.cat([g.flatten() for g in gradients]).norm()
-    bound = norm.item() / 4
-    torch.testing.assert_close(torch.nn.utils.clip_grad_norm_([z, criterion.centroid_logits], bound), norm)
-    for actual, before in zip((z.grad, criterion.centroid_logits.grad), gradients, strict=True):
-        torch.testing.assert_close(actual, before / 4, rtol=1e-4, atol=0)

@@ -1,0 +1,161 @@
+"""Prediction: scores, classes, and the means of the classes."""
+
+import copy
+
+import pytest
+import torch
+from criteria import C, M, activated, batch, distribution, exactly
+
+from ncmi_kernels import NCMILoss
+
+pytestmark = pytest.mark.filterwarnings("ignore::ncmi_kernels.DegenerateMinimumWarning")
+
+
+def negative_divergences(p, q):
+    """- KL(p_i || q_c) in float64 [B, C], from the definition."""
+    p, q = p[:, None], q[None]
+    return -(p * (p.log() - q.log())).sum(dim=2)
+
+
+PREDICTED = {
+    "defaults": {},
+    "no l2": {"l2_normalize": False},
+    "softmax": {"activation": "softmax", "temperature": 0.2},
+    "float64": {"dtype": torch.float64},
+    "no centre": {"center_momentum": None},
+}
+
+
+def predicting(options, classes=C, columns=M, size=64):
+    """A criterion with random centroids and class means, and features."""
+    generator = torch.Generator().manual_seed(0)
+    criterion = NCMILoss(classes, columns, **options)
+    dtype = criterion.center.dtype
+    with torch.no_grad():
+        criterion.centroid_logits.add_(torch.randn(classes, columns, generator=generator))
+    features = torch.randn(size, columns, generator=generator, dtype=torch.float64).to(dtype)
+    criterion(features, torch.arange(size) % classes)
+    criterion.fit_class_means([(features, torch.arange(size) % classes)])
+    return criterion, features + 0.1
+
+
+@pytest.mark.parametrize("class_means", [False, True])
+@pytest.mark.parametrize("name", PREDICTED)
+def test_scores_and_predictions_against_the_definition(name, class_means):
+    criterion, features = predicting(PREDICTED[name])
+    p = distribution(features, criterion)
+    q = criterion.class_means.double() if class_means else activated(criterion.centroid_logits.detach(), criterion)
+    divergences = negative_divergences(p, q)
+    scores = criterion.scores(features, class_means=class_means)
+    assert (scores.shape, scores.dtype) == ((64, C), features.dtype)
+    assert not scores.requires_grad
+    entropy = (p * p.log()).sum(dim=1, keepdim=True)
+    expected = divergences + entropy
+    assert (scores.double() - expected).abs().max() <= 1e-6 * expected.abs().max()
+    predicted = criterion.predict(features, class_means=class_means)
+    exactly(predicted, divergences.argmax(dim=1))
+    exactly(predicted, scores.argmax(dim=1))
+    assert len(predicted.unique()) > 1
+
+
+@pytest.mark.parametrize("class_means", [False, True])
+def test_predictions_where_all_classes_are_nearly_as_likely(class_means):
+    # With many features of length one, p and q differ by a percent, and the scores of two classes by 1e-4.
+    criterion, features = predicting({}, classes=50, columns=512, size=500)
+    q = criterion.class_means.double() if class_means else activated(criterion.centroid_logits.detach(), criterion)
+    divergences = negative_divergences(distribution(features, criterion), q)
+    exactly(criterion.predict(features, class_means=class_means), divergences.argmax(dim=1))
+
+
+@pytest.mark.parametrize("class_means", [True, False])
+def test_predictions_of_any_shape_that_the_loss_takes(class_means):
+    criterion = NCMILoss(C, M)
+    image, classes = torch.randn(3, M, 2, 4), torch.randint(C, (3, 2, 4))
+    rows = image.movedim(1, -1).reshape(-1, M)
+    exactly(criterion.fit_class_means([(image, classes)]), NCMILoss(C, M).fit_class_means([(rows, classes.flatten())]))
+    criterion.fit_class_means([(image, classes), (rows[0], classes[0, 0, 0])])
+    scores, predicted = (function(rows, class_means=class_means) for function in (criterion.scores, criterion.predict))
+    exactly(criterion.scores(image, class_means=class_means).movedim(1, -1).reshape(-1, C), scores)
+    exactly(criterion.predict(image, class_means=class_means), predicted.view(3, 2, 4))
+    torch.testing.assert_close(criterion.scores(rows[0], class_means=class_means), scores[0])
+    exactly(criterion.predict(rows[0], class_means=class_means), predicted[0])
+    assert criterion.scores(image[:0], class_means=class_means).shape == (0, C, 2, 4)
+
+
+@pytest.mark.parametrize("scale", [1e20, 1e30, 1e37])
+def test_the_length_of_huge_features_drops_out(scale):
+    criterion = NCMILoss(C, M, center_momentum=None)
+    features, target = torch.randn(30, M), torch.randint(C, (30,))
+    exactly(criterion.predict(scale * features), criterion.predict(features))
+    expected = criterion.fit_class_means([(features, target)]).clone()
+    torch.testing.assert_close(criterion.fit_class_means([(scale * features, target)]), expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_prediction_leaves_the_state_alone(training):
+    criterion, features = predicting({})
+    criterion.train(training)
+    before = copy.deepcopy(criterion.state_dict())
+    criterion.predict(features)
+    criterion.scores(features)
+    exactly(criterion.predict(features[:0]), torch.zeros(0, dtype=torch.int64))
+    criterion.fit_class_means([(features - 0.1, torch.arange(64) % C)])
+    exactly(dict(criterion.state_dict()), dict(before))
+
+
+def test_class_means_are_the_direct_means():
+    criterion, _ = predicting({"ignore_index": 1})
+    features, target = batch(1, 50)
+    p = distribution(features, criterion)
+    expected = torch.stack([p[target == c].mean(dim=0) if c != 1 else torch.zeros(M).double() for c in range(C)])
+    whole = criterion.fit_class_means([(features, target)])
+    assert whole is criterion.class_means
+    torch.testing.assert_close(whole.double(), expected, rtol=1e-6, atol=0)
+    sizes = (1, 20, 0, 3, 26)
+    streamed = criterion.fit_class_means(pair for pair in zip(features.split(sizes), target.split(sizes), strict=True))
+    torch.testing.assert_close(streamed.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_class_means_of_samples_that_are_ignored_or_not_there():
+    criterion = NCMILoss(C, M)
+    features, target = batch(1, 50)
+    target[target == 2] = -100
+    features[target == -100] = torch.nan
+    means = criterion.fit_class_means([(features, target)])
+    assert means.isfinite().all()
+    exactly(means[2], torch.zeros(M))
+    present = [0, 1, 3]
+    torch.testing.assert_close(means[present].sum(dim=1), torch.ones(3))
+    features, _ = batch(2, 50)
+    scores = criterion.scores(features, class_means=True)
+    exactly(scores[:, 2], torch.full((50,), -torch.inf))
+    assert scores[:, present].isfinite().all()
+    predicted = criterion.predict(features, class_means=True)
+    exactly(predicted, scores.argmax(dim=1))
+    assert set(predicted.tolist()) == set(present)
+
+
+@pytest.mark.parametrize("activation", ["nsf", "softmax"])
+def test_missing_class_is_not_predicted_where_a_probability_underflows(activation):
+    criterion = NCMILoss(C, M, l2_normalize=False, center_momentum=None, activation=activation)
+    features, _ = batch(1, 9)
+    criterion.fit_class_means([(features, torch.arange(9) % 3)])
+    features[:, 0] = -200.0
+    scores = criterion.scores(features, class_means=True)
+    exactly(scores[:, 3], torch.full((9,), -torch.inf))
+    assert scores[:, :3].isfinite().all()
+    exactly(criterion.predict(features, class_means=True), scores.argmax(dim=1))
+
+
+def test_class_means_fitted_again():
+    criterion, features = predicting({})
+    first = criterion.class_means.clone()
+    other, target = batch(3, 40)
+    criterion.fit_class_means([(other, target)])
+    fresh = copy.deepcopy(criterion)
+    fresh.reset_parameters()
+    fresh.center.copy_(criterion.center)
+    fresh.fit_class_means([(other, target)])
+    assert not torch.equal(criterion.class_means, first)
+    exactly(criterion.class_means, fresh.class_means)
+    exactly(criterion.scores(features, class_means=True), fresh.scores(features, class_means=True))
