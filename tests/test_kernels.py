@@ -24,7 +24,7 @@ from problems import (
 )
 from torch import Tensor
 
-from ncmi_kernels import _ops, _plain, ncmi_loss, reference
+from ncmi_kernels import _ops, _plain, ncmi_loss, ncmi_terms, reference
 
 # ------------------------------------------------------------------------------------------------------------
 # From terms to the loss; the gradient from a reference of each row's own
@@ -565,3 +565,16 @@ def test_a_launch_that_fails_has_moved_nothing(stages, backend, monkeypatch):
     assert failing == launched + 1 == 4 + stages
     assert batches == 3
     assert not torch.equal(center, before)
+
+
+# As above.
+@every_backend
+def test_gradients_of_identical_distributions_vanish(backend):
+    """p = q for every class: both terms are zero, and the ratio is 0 / eps."""
+    xi = torch.randn(1, 30).expand(4, 30)
+    z = xi.clone()
+    loss, *_ = evaluate((z, torch.arange(4), xi, None, None), Options(), backend)
+    assert loss.abs() < 1.0
+    concentration, separation = ncmi_terms(z, torch.arange(4), xi, backend=backend)
+    assert concentration.abs().max() < 1e-9
+    assert separation.abs().max() < 1e-7
