@@ -19,7 +19,7 @@ SETTINGS = {
     "sum": {"ratio": "sample", "reduction": "sum"},
     "centroid_to_sample": {"separation": "centroid_to_sample"},
     "softmax": {"activation": "softmax", "l2_normalize": False},
-    "focus": {"separation_focus": 10.0},
+    "focus": {"separation_focus": 10.0, "temperature": 0.2},  # at 1 these steps diverge, and roundings with them
     "no centre": {"center_momentum": None},
     "weights": {"weight": torch.rand(C, generator=torch.Generator().manual_seed(3)) + 0.5, "ignore_index": 2},
 }
