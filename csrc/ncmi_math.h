@@ -276,16 +276,27 @@ NCMI_INLINE Activation<T> softmax(T x, T scale, T shift) {
 // Divergences are not negative; their rounding may be. NaN stays.
 NCMI_INLINE double not_negative(double divergence) { return divergence < 0 ? 0 : divergence; }
 
+struct RatioOptions {
+  double eps;
+  double sharpness;  // of the soft margin; 0: none
+};
+
 struct Ratio {
-  double value;            // A / (G + eps)
+  double value;            // r = A / (G + eps), or log(1 + r^sharpness) / sharpness
   double d_concentration;  // d value / d A
   double d_separation;     // d value / d G
 };
 
-NCMI_INLINE Ratio ratio(double concentration, double separation, double eps) {
-  const double inverse = 1.0 / (separation + eps);
+constexpr double kSmallestRatio = 1e-100;  // of which a logarithm is taken
+
+NCMI_INLINE Ratio ratio(double concentration, double separation, const RatioOptions& by) {
+  const double inverse = 1.0 / (separation + by.eps);
   const double value = concentration * inverse;
-  return {value, inverse, -value * inverse};
+  if (by.sharpness == 0) return {value, inverse, -value * inverse};
+  const double r = value < kSmallestRatio ? kSmallestRatio : value;
+  const double u = by.sharpness * ::log(r), e = ::exp(-fabs(u));
+  const double share = (u < 0 ? e : 1.0) / (1.0 + e);  // r^sharpness / (1 + r^sharpness)
+  return {((u > 0 ? u : 0.0) + ::log1p(e)) / by.sharpness + (u - u), share * inverse / r, -share * inverse};
 }
 
 // ---------------------------------------------------------------------------------------------------------

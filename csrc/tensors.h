@@ -149,17 +149,19 @@ inline const Coefficients* coefficients_in(const Tensor& t, int64_t rows) {
 
 enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 
-inline void check_reduction(bool batch_ratio, int64_t reduction) {
+inline void check_reduction(bool batch_ratio, int64_t reduction, double sharpness) {
   STD_TORCH_CHECK(reduction == kNone || reduction == kMean || reduction == kSum, "ncmi_kernels: unknown reduction");
   STD_TORCH_CHECK(!batch_ratio || reduction == kMean, "ncmi_kernels: ratio over the batch needs reduction mean");
+  STD_TORCH_CHECK(batch_ratio ? sharpness == 0 : sharpness >= 0,
+                  "ncmi_kernels: sharpness must be >= 0, and 0 for the ratio over the batch");
 }
 
 // Of the operator loss: what no combination of its arguments may break.
 inline void check_loss_arguments(const Tensor& input, const std::optional<Tensor>& center,
                                  const std::optional<Tensor>& running_center,
                                  const std::optional<Tensor>& num_batches_tracked, const Tensor& log_activation,
-                                 bool batch_ratio, int64_t reduction, bool with_grad) {
-  check_reduction(batch_ratio, reduction);
+                                 bool batch_ratio, int64_t reduction, double sharpness, bool with_grad) {
+  check_reduction(batch_ratio, reduction, sharpness);
   STD_TORCH_CHECK(running_center.has_value() == num_batches_tracked.has_value() && !(center && running_center),
                   "ncmi_kernels: pass center, or running_center with num_batches_tracked");
   STD_TORCH_CHECK(

@@ -7,7 +7,7 @@ from typing import Any
 
 ACTIVATIONS = ("nsf", "softmax")
 SEPARATIONS = ("sample_to_centroid", "centroid_to_sample")
-RATIOS = ("batch", "sample")
+RATIOS = ("batch", "sample", "soft_margin")
 REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -24,17 +24,18 @@ class Options:
     reduction: str = "mean"
     eps: float = 1e-8
     separation_focus: float = 0.0
+    sharpness: float = 4.0
 
     softmax: bool = field(init=False, repr=False)
     centroid_to_sample: bool = field(init=False, repr=False)
     batch_ratio: bool = field(init=False, repr=False)
-    scalar_by_sample: bool = field(init=False, repr=False)  # ratio="sample" and one number for the batch
+    scalar_by_sample: bool = field(init=False, repr=False)  # by sample, and one number for the batch
     for_terms: tuple[Any, ...] = field(init=False, repr=False)  # the last arguments of the operator `terms`
     for_reduce: tuple[Any, ...] = field(init=False, repr=False)  # the last ones of `reduce`
     for_loss: tuple[Any, ...] = field(init=False, repr=False)  # those of `loss` before `with_grad`
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "eps"):
+        for name in ("temperature", "eps", "sharpness"):
             object.__setattr__(self, name, check_positive(name, getattr(self, name)))
         object.__setattr__(
             self, "separation_focus", check_positive("separation_focus", self.separation_focus, zero=True)
@@ -64,18 +65,16 @@ class Options:
         centroid_to_sample = self.separation == "centroid_to_sample"
         batch_ratio = self.ratio == "batch"
         features = (self.temperature, self.l2_normalize, softmax, centroid_to_sample)
-        reduction = REDUCTIONS.index(self.reduction)
+        ratio = batch_ratio, REDUCTIONS.index(self.reduction), self.eps
+        ratio += (self.sharpness if self.ratio == "soft_margin" else 0.0, self.ignore_index)
         for name, value in (
             ("softmax", softmax),
             ("centroid_to_sample", centroid_to_sample),
             ("batch_ratio", batch_ratio),
             ("scalar_by_sample", not batch_ratio and self.reduction != "none"),
             ("for_terms", (*features, self.ignore_index)),
-            (
-                "for_reduce",
-                (centroid_to_sample, self.separation_focus > 0, batch_ratio, reduction, self.eps, self.ignore_index),
-            ),
-            ("for_loss", (*features, batch_ratio, reduction, self.eps, self.ignore_index)),
+            ("for_reduce", (centroid_to_sample, self.separation_focus > 0, *ratio)),
+            ("for_loss", (*features, *ratio)),
         ):
             object.__setattr__(self, name, value)
 

@@ -63,7 +63,8 @@ SCHEMAS = {
     #   centroid_to_sample: own = alpha, other = b beta, share = a beta, constant = own own_mean
     "reduce": (
         "(Tensor terms, Tensor rows, Tensor target, Tensor norms, Tensor? weight, Tensor? totals,"
-        " bool centroid_to_sample, bool focus, bool batch_ratio, int reduction, float eps, int ignore_index)"
+        " bool centroid_to_sample, bool focus, bool batch_ratio, int reduction, float eps, float sharpness,"
+        " int ignore_index)"
         " -> (Tensor loss, Tensor coefficients, Tensor means, Tensor sums)"
     ),
     #
@@ -73,7 +74,8 @@ SCHEMAS = {
     # for an input in the arithmetic type; else grad is [0].
     "loss": (
         f"({_BATCH}, Tensor(a!)? running_center, Tensor(b!)? num_batches_tracked, float momentum, {_TABLE},"
-        f" Tensor? weight, {_FEATURES}, bool batch_ratio, int reduction, float eps, int ignore_index, bool with_grad)"
+        f" Tensor? weight, {_FEATURES}, bool batch_ratio, int reduction, float eps, float sharpness, int ignore_index,"
+        " bool with_grad)"
         " -> (Tensor loss, Tensor rows, Tensor coefficients, Tensor moved_center, Tensor grad, Tensor means)"
     ),
     #

@@ -40,6 +40,7 @@ def ncmi_loss(
     reduction: str = "mean",
     eps: float = 1e-8,
     separation_focus: float = 0.0,
+    sharpness: float = 4.0,
     backend: str | None = None,
 ) -> Tensor:
     r"""Normalized conditional mutual information of a batch, the ratio CMI / Gamma (arXiv 2601.02543).
@@ -51,8 +52,8 @@ def ncmi_loss(
     .. math::
         A_i = \mathrm{KL}(p_i \| q_{y_i}), \qquad G_i = \frac{1}{C} \sum_{v \ne y_i} \mathrm{KL}(p_i \| q_v)
 
-    and the loss is the ratio of their means, or the mean of their ratios. Costs O((B + C) M); nothing of size
-    B C is formed (but with `separation_focus`). Sums and normalisers are float64, everything else float32 (float64 for
+    and the loss is the ratio of their means, or a mean over their ratios. Costs O((B + C) M); nothing of size
+    B C outlives a tile of `separation_focus`. Sums and normalisers are float64, everything else float32 (float64 for
     float64 arguments).
 
     Differentiable any number of times, in reverse and forward mode, and by all transforms of torch.func. Values and
@@ -71,10 +72,11 @@ def ncmi_loss(
         activation: "nsf", or "softmax" for the ablation.
         separation: "sample_to_centroid", KL(p_i || q_v), or "centroid_to_sample", KL(q_v || p_i). The latter
             without `l2_normalize` has a degenerate minimum: one coordinate runs to minus infinity.
-        ratio: "batch", mean(A) / (mean(G) + eps), or "sample", mean(A / (G + eps)).
+        ratio: "batch", mean(A) / (mean(G) + eps); "sample", mean(r) with r = A / (G + eps); or "soft_margin",
+            mean(log(1 + r^sharpness) / sharpness), which pulls the less at a sample, the smaller its r is.
         weight: [C], class weights; the means become weighted means, as in cross_entropy. Not differentiable.
         ignore_index: samples with this target count for nothing and get a zero gradient.
-        reduction: "mean" (weighted; NaN where no sample counts), and for ratio "sample" also "sum" and "none".
+        reduction: "mean" (weighted; NaN where no sample counts), and but for ratio "batch" also "sum" and "none".
         eps: added to the separation; > 0.
         separation_focus: >= 0. Above 0 the other classes no longer count alike in the separation but the more, the
             nearer they are to the sample. With D_iv the divergence of the separation and minimum and softmax over
@@ -85,9 +87,10 @@ def ncmi_loss(
                 w_i = \text{softmax}_v(-\text{focus} \, D_{iv} / \min_u D_{iu})
 
             where w is not differentiated. 0 is the paper's G, 10 trains networks for many classes better. The sum no
-            longer factorises: this costs O(B C M) operations, two matrix products as large as those of a linear head,
-            and O(B C) memory. Of these products sums are in the type of the arithmetic, and the same bits every time
-            are as far as torch.mm gives them.
+            longer factorises: this costs O(B C M) operations, matrix products as large as those of a linear head, by
+            tiles of rows. Of these products sums are in the type of the arithmetic, and the same bits every time are
+            as far as torch.mm gives them.
+        sharpness: of the soft margin; > 0.
         backend: None for the fastest that can run, or one by name: "cpu" (C++), "cuda" (CUDA C++), "triton" or
             "reference" (PyTorch).
 
@@ -110,7 +113,16 @@ def ncmi_loss(
         0.1737
     """
     options = Options(
-        temperature, l2_normalize, activation, separation, ratio, ignore_index, reduction, eps, separation_focus
+        temperature,
+        l2_normalize,
+        activation,
+        separation,
+        ratio,
+        ignore_index,
+        reduction,
+        eps,
+        separation_focus,
+        sharpness,
     )
     warn_if_degenerate(options)
     check_parameters(centroid_logits, center, weight)

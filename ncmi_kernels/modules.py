@@ -60,15 +60,16 @@ class NCMILoss(Predictor):
         l2_normalize: divide the centred features by their length.
         activation: "nsf" or "softmax".
         separation: "sample_to_centroid" or "centroid_to_sample".
-        ratio: "batch" or "sample".
+        ratio: "batch", "sample" or "soft_margin".
         learn_centroids: whether `centroid_logits` requires a gradient. Fixed centroids cost nothing: what the
             loss needs of them is computed once (again after a change, or a call of `train` or `eval`).
         weight: [C] class weights, or None.
         ignore_index: samples with this target count for nothing, in the centre too.
-        reduction: "mean", and for ratio "sample" also "sum" and "none".
+        reduction: "mean", and but for ratio "batch" also "sum" and "none".
         eps: added to the separation; > 0.
         separation_focus: >= 0; above 0 near classes count for more in the separation (:func:`ncmi_loss`). 10 trains
             better where there are many classes, with `learn_centroids`.
+        sharpness: of ratio "soft_margin"; > 0.
         backend: None, "cpu", "cuda", "triton" or "reference".
         process_group: a `torch.distributed.ProcessGroup` whose processes share the loss in training mode, each with a
             batch of its own; None for this process alone. See below.
@@ -147,6 +148,7 @@ class NCMILoss(Predictor):
         reduction: str = "mean",
         eps: float = 1e-8,
         separation_focus: float = 0.0,
+        sharpness: float = 4.0,
         backend: str | None = None,
         process_group: Any = None,
         device: torch.device | str | int | None = None,
@@ -154,7 +156,16 @@ class NCMILoss(Predictor):
     ) -> None:
         super().__init__()
         self.options = Options(
-            temperature, l2_normalize, activation, separation, ratio, ignore_index, reduction, eps, separation_focus
+            temperature,
+            l2_normalize,
+            activation,
+            separation,
+            ratio,
+            ignore_index,
+            reduction,
+            eps,
+            separation_focus,
+            sharpness,
         )
         functional.warn_if_degenerate(self.options)
         self.num_classes = _check_count("num_classes", num_classes)

@@ -211,8 +211,9 @@ def loss(
 
     With w_i the weight of sample i's class, sums over the samples that are not ignored, and W = sum_i w_i:
 
-        ratio "sample": l_i = A_i / (G_i + eps), and mean = sum_i w_i l_i / W
-        ratio "batch":  (sum_i w_i A_i / W) / (sum_i w_i G_i / W + eps)
+        ratio "sample":      l_i = A_i / (G_i + eps), and mean = sum_i w_i l_i / W
+        ratio "soft_margin": l_i = log(1 + (A_i / (G_i + eps))^sharpness) / sharpness, and likewise
+        ratio "batch":       (sum_i w_i A_i / W) / (sum_i w_i G_i / W + eps)
     """
     return loss_and_means(input, target, centroid_logits, center, weight, options, literal=literal)[0]
 
@@ -246,7 +247,7 @@ def reduce(
         concentration, separation, w = concentration.double(), separation.double(), w.double()
     sums = [w.sum(), (w * concentration).sum(), (w * separation).sum()]
     if not options.batch_ratio:
-        each = w * (concentration / (separation + options.eps))
+        each = w * ratio_by_sample(concentration, separation, options)
         sums.append(each.sum())
     if group is not None:
         sums = list(_sums_of_all(torch.stack(sums), group))
@@ -259,6 +260,15 @@ def reduce(
     else:
         loss = sums[3] / weight if options.reduction == "mean" else sums[3]
     return loss.to(dtype), means
+
+
+def ratio_by_sample(concentration: Tensor, separation: Tensor, options: Options) -> Tensor:
+    """r = A / (G + eps) of each sample [B]; with the soft margin log(1 + r^sharpness) / sharpness."""
+    ratio = concentration / (separation + options.eps)
+    if options.ratio != "soft_margin":
+        return ratio
+    log_ratio = ratio.clamp(min=torch.finfo(ratio.dtype).tiny).log()
+    return F.softplus(options.sharpness * log_ratio, threshold=700) / options.sharpness
 
 
 def _sums_of_all(sums: Tensor, group: Group) -> Tensor:

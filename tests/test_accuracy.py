@@ -171,9 +171,9 @@ def test_centroids_that_began_one_hot(columns, ratio, separation, backend, inter
 @every_backend
 @pytest.mark.parametrize("reach", [1e-3, 0.1, 0.24, 0.26, 0.9, 1.1, 4.0, 30.0])
 @every_separation
-def test_every_range_of_the_activation(reach, separation, backend):
+def test_every_range_of_the_activation(reach, separation, backend, interpreted):
     """The kernels choose polynomials by a row's largest |f|; errors stay small on both sides of each border."""
-    z, target, xi, _, _ = make(32, 10, 200, dtype=torch.float32, spread=1.0)
+    z, target, xi, _, _ = make(8 if interpreted else 32, 10, 200, dtype=torch.float32, spread=1.0)
     z = reach * z / z.abs().amax(dim=1, keepdim=True)
     options = Options(separation=separation)
     for logits, bound in ((xi, 5e-6), (10 * torch.eye(10, 200), 1e-5)):
@@ -198,7 +198,9 @@ def test_rows_of_every_range_in_one_class(backend):
     ("focus", "ratio", "l2", "wide_centroids"),
     [*itertools.product([0.0], RATIOS, BOTH, BOTH), (10.0, "batch", True, True)],
 )
-def test_half_precision(focus, ratio, l2, wide_centroids, dtype, separation, backend):
+def test_half_precision(focus, ratio, l2, wide_centroids, dtype, separation, backend, interpreted):
+    if interpreted and wide_centroids != l2:
+        pytest.skip(LEFT)
     z, target, xi, center, _ = make(24, 9, 133, center=True, dtype=dtype, spread=1.0)
     problem = z, target, xi.float() if wide_centroids else xi, center, None
     options = Options(0.5, l2, "nsf", separation, ratio, separation_focus=focus)
@@ -318,10 +320,15 @@ def test_confident_predictions(backend):
 @every_backend
 @every_separation
 def test_near_zero(separation, backend):
-    """A and G are of second order in features and centroids there: what rounds relative to 1 loses them."""
+    """A and G are of second order in features and centroids there: what rounds relative to 1 loses them.
+
+    For centroid_to_sample, whose gradients are made of differences p - q, the bounds are twice the largest errors of 120
+    draws on the CPU.
+    """
     z, target, xi, _, _ = make(40, 3, 24, spread=0.05, dtype=torch.float32)
+    bounds = SINGLE if separation == "sample_to_centroid" else (7e-6, 1e-5, 2e-5)
     for problem in ((z, target, xi, None, None), (z, target, xi, z.mean(0), None)):
-        check_against_float64(problem, Options(separation=separation), backend, SINGLE, literal=True)
+        check_against_float64(problem, Options(separation=separation), backend, bounds, literal=True)
 
 
 @every_backend

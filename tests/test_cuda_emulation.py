@@ -310,7 +310,7 @@ def test_the_loss_is_the_terms_reduced(emulated, runs, launches, separation, row
     terms, stats = emulated.terms(z, target, None, *table, 1.0, False, False, c2s, -100)
     terms[:, target == -100] = float("nan")
     for options in ((True, 1), (False, 1), (False, 2), (False, 0)):
-        settings = *options, 1e-8, -100
+        settings = *options, 1e-8, 0.0, -100
         expected = emulated.loss(
             z, target, None, None, None, 0.0, *table, weight, 1.0, False, False, c2s, *settings, False
         )
@@ -444,12 +444,12 @@ def test_same_outputs_as_the_cpu_operators(emulated, runs):
             loss = [
                 ops.loss(
                     z, target, None, center.clone(), batches.clone(), 0.9, *s, None, 1.0, True, False, separation,
-                    batch, reduction, 1e-8, -100, with_grad,
+                    batch, reduction, 1e-8, 0.0, -100, with_grad,
                 )
                 for batch, reduction, with_grad in ((True, 1, False), (False, 1, True), (False, 0, False))
             ]  # fmt: skip
             reduced = [
-                ops.reduce(*terms, target, s[3], None, None, separation, False, batch, reduction, 1e-8, -100)
+                ops.reduce(*terms, target, s[3], None, None, separation, False, batch, reduction, 1e-8, 0.0, -100)
                 for batch, reduction in ((True, 1), (False, 0))
             ]
             rest, rows, upstream = (z, target, None), loss[0][1:3], torch.tensor(2.0)
@@ -535,7 +535,7 @@ def test_launches_of_a_step(emulated, launches, shape):
     for batch_ratio in (True, False):
         before = launches()
         _, rows, coefficients, moved, grad, _ = emulated.loss(
-            z, target, None, center, batches, 0.9, *stats, None, 1.0, True, False, False, batch_ratio, 1, 1e-8, -100,
+            z, target, None, center, batches, 0.9, *stats, None, 1.0, True, False, False, batch_ratio, 1, 1e-8, 0.0, -100,
             not batch_ratio,
         )  # fmt: skip
         assert launches() - before == 4

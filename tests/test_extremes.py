@@ -180,7 +180,7 @@ def test_a_step_of_a_batch_without_rows_moves_nothing(backend):
     before = [t.clone() for t in changing]
     for z, target in ((torch.randn(5, 12), torch.full((5,), -100)), (torch.randn(0, 12), torch.zeros(0).long())):
         rows = run.loss(
-            z, target, None, None, None, 0.0, *stats, None, 1.0, True, False, False, True, 1, 1e-8, -100, False
+            z, target, None, None, None, 0.0, *stats, None, 1.0, True, False, False, True, 1, 1e-8, 0.0, -100, False
         )[1:3]
         run.centroid_step_(z, target, None, xi, buffer, *stats, *rows, False, False, -100, 1.0, 0.9, 0.1, True)
         for t, old in zip(changing, before, strict=True):
@@ -215,8 +215,8 @@ def everything(z: Tensor, target: Tensor, xi: Tensor, separation: str, l2: bool,
     features, buffer, upstream = (temperature, l2, False, c2s), torch.ones_like(xi), torch.tensor(1.5, dtype=xi.dtype)
     center, batches = torch.zeros(xi.shape[1], dtype=xi.dtype), torch.tensor(1)
     stats = run.centroid_stats(xi, False, c2s)
-    by_sample = run.loss(z, target, None, None, None, 0.0, *stats, None, *features, False, 1, 1e-8, -100, True)
-    loss = run.loss(z, target, None, center, batches, 0.9, *stats, None, *features, True, 1, 1e-8, -100, False)
+    by_sample = run.loss(z, target, None, None, None, 0.0, *stats, None, *features, False, 1, 1e-8, 0.0, -100, True)
+    loss = run.loss(z, target, None, center, batches, 0.9, *stats, None, *features, True, 1, 1e-8, 0.0, -100, False)
     batch, rows = (z, target, loss[3]), loss[1:3]
     totals = run.class_totals(*batch, *rows, upstream, c2s, -100)
     grads = (

@@ -49,8 +49,10 @@ def check_reduce(run, separation, focus, ratio, reduction):
         a, g = values.clone().requires_grad_()
         leaf = a, g
         each = a / (g + options.eps)
-        sums = torch.stack([w.sum(), w @ a, w @ g, w @ each * (ratio == "sample")])
-        given = torch.tensor([7.0, 3.0, 4.0, 5.0 * (ratio == "sample")]).double() if shared else None
+        if ratio == "soft_margin":
+            each = torch.log1p(each**options.sharpness) / options.sharpness
+        sums = torch.stack([w.sum(), w @ a, w @ g, w @ each * (ratio != "batch")])
+        given = torch.tensor([7.0, 3.0, 4.0, 5.0 * (ratio != "batch")]).double() if shared else None
         total = sums if given is None else sums + (given - sums).detach()  # of all processes: the others' are constant
         if ratio == "batch":
             expected = (total[1] / total[0]) / (total[2] / total[0] + options.eps)
@@ -158,7 +160,7 @@ def case_of_few_classes(dtype, separation, run, **options):
 def loss_of(run, problem, stats, target, weight, c2s, batch_ratio=True):
     z, _, _, center, _ = problem
     with_grad = not batch_ratio
-    options = (0.7, True, False, c2s, batch_ratio, 1, 1e-8, -100, with_grad)
+    options = (0.7, True, False, c2s, batch_ratio, 1, 1e-8, 0.0, -100, with_grad)
     return run.loss(z, target, center, None, None, 0.0, *stats, weight, *options)
 
 
@@ -300,7 +302,7 @@ def check_step(run, dtype, separation, activation, sgd):
         target[target >= 0] %= classes - 2
         z[target == -100] = float("nan")
         stats = run.centroid_stats(xi, softmax, c2s)
-        options = (0.7, True, softmax, c2s, True, 1, 1e-8, -100, False)
+        options = (0.7, True, softmax, c2s, True, 1, 1e-8, 0.0, -100, False)
         of_rows = run.loss(z, target, center, None, None, 0.0, *stats, weight, *options)[1:3]
         expected = torch.nn.Parameter(xi.clone())
         expected.grad = run.centroid_grad(z, target, center, xi, *stats, *of_rows, None, c2s, -100)
@@ -381,7 +383,7 @@ def operator_calls(dtype: torch.dtype, separation: str, ratio: str):
     stats = ops.centroid_stats(xi, False, c2s)
     features = (0.5, True, False, c2s)
     moving, tracked = center.clone(), torch.tensor(1)
-    options = (*stats, weight, *features, batch, 1, 1e-8, -100, not batch and z.dtype is xi.dtype)
+    options = (*stats, weight, *features, batch, 1, 1e-8, 0.0, -100, not batch and z.dtype is xi.dtype)
     reduced = (z, target, center, None, None, 0.0, *options)
     loss, *rows = ops.loss(*reduced)[:3]
     terms, _ = ops.terms(z, target, center, *stats, *features, -100)
@@ -394,10 +396,10 @@ def operator_calls(dtype: torch.dtype, separation: str, ratio: str):
         (ops.loss, reduced),
         (ops.loss, (z, target, None, moving, tracked, 0.9, *options)),
         *(
-            (ops.reduce, (terms, rows[0], target, stats[3], weight, sums, c2s, False, batch, 1, 1e-8, -100))
+            (ops.reduce, (terms, rows[0], target, stats[3], weight, sums, c2s, False, batch, 1, 1e-8, 0.0, -100))
             for sums in (None, torch.rand(4).double())
         ),
-        (ops.reduce, (terms, rows[0], target, stats[3], None, None, c2s, True, False, 0, 1e-8, -100)),
+        (ops.reduce, (terms, rows[0], target, stats[3], None, None, c2s, True, False, 0, 1e-8, 0.0, -100)),
         (ops.input_grad, (z, target, center, *stats, *rows, upstream, c2s, -100)),
         (ops.input_grad, (z, target, center, *stats, *rows, None, c2s, -100, mixture)),
         (ops.centroid_grad, (z, target, center, xi, *stats, *rows, upstream, c2s, -100)),
@@ -555,7 +557,7 @@ def test_a_launch_that_fails_has_moved_nothing(stages, backend, monkeypatch):
         failing, launched = failing + 1, 0
         try:
             ops.loss(
-                *(z, y, None, center, batches, 0.9, *stats, None, 1.0, True, False, False, True, 1, 1e-8, -100, False)
+                *(z, y, None, center, batches, 0.9, *stats, None, 1.0, True, False, False, True, 1, 1e-8, 0.0, -100, False)
             )
         except RuntimeError:
             assert batches == 2
@@ -567,7 +569,6 @@ def test_a_launch_that_fails_has_moved_nothing(stages, backend, monkeypatch):
     assert not torch.equal(center, before)
 
 
-# As above.
 @every_backend
 def test_gradients_of_identical_distributions_vanish(backend):
     """p = q for every class: both terms are zero, and the ratio is 0 / eps."""

@@ -85,7 +85,7 @@ def launches_of(operator: str, dtype: str, columns: int, options: dict[str, Any]
         if operator == "terms":
             ops.terms(z, y, center, *stats, temperature, l2, softmax, c2s, -100)
         elif operator == "reduce":
-            ops.reduce(terms, saved, y, stats[3], None, None, c2s, False, True, 1, 1e-8, -100)
+            ops.reduce(terms, saved, y, stats[3], None, None, c2s, False, True, 1, 1e-8, 0.0, -100)
         elif operator == "loss":
             sample = options.get("ratio", "batch") == "sample"
             ops.loss(

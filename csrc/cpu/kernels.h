@@ -26,7 +26,7 @@ struct TermsArgs {
   // For the gradient of sum_i row_weight_i A_i / (G_i + eps) / weight_sum in the same pass, while a row is in cache.
   const double* row_weight;  // [B]
   double weight_sum;
-  double eps;
+  RatioOptions ratio;
   T* grad;                      // [B, M] contiguous, or null
   Coefficients* coefficients;   // [B], of grad
 };

@@ -43,7 +43,7 @@ template <class T>
 struct WithGrad {
   const double* row_weight = nullptr;  // [B]
   double weight_sum = 1;
-  double eps = 0;
+  RatioOptions ratio = {};
   T* grad = nullptr;                     // [B, M]
   Coefficients* coefficients = nullptr;  // [B]
 };
@@ -69,7 +69,7 @@ Tensor compute_terms(const Tensor& input, const Targets& target, const std::opti
                           .rows = output<RowStats>(stats),
                           .row_weight = with_grad.row_weight,
                           .weight_sum = with_grad.weight_sum,
-                          .eps = with_grad.eps,
+                          .ratio = with_grad.ratio,
                           .grad = with_grad.grad,
                           .coefficients = with_grad.coefficients};
   parallel_rows(rows, columns, [&](int64_t begin, int64_t end) {
@@ -98,7 +98,7 @@ std::tuple<Tensor, Tensor> terms(const Tensor& input, const Tensor& target, cons
 struct Reducing {
   bool batch_ratio;
   int64_t reduction;
-  double eps;
+  RatioOptions ratio;
   double classes;
   bool centroid_to_sample, focus;
 };
@@ -138,19 +138,19 @@ Reduced reduce_rows(const double* concentration, const double* separation, const
     const double w = weights.of[i];
     sums[1] += w * concentration[i];
     sums[2] += w * separation[i];
-    if (!by.batch_ratio) sums[3] += w * ratio(concentration[i], separation[i], by.eps).value;
+    if (!by.batch_ratio) sums[3] += w * ratio(concentration[i], separation[i], by.ratio).value;
   }
   if (given) std::copy(given, given + 4, sums);
   result.means[0] = sums[1] / sums[0];
   result.means[1] = sums[2] / sums[0];
-  const Ratio of_batch = ratio(result.means[0], result.means[1], by.eps);
+  const Ratio of_batch = ratio(result.means[0], result.means[1], by.ratio);
   const double total = by.reduction == kMean ? sums[0] : 1.0;  // no sample that counts: 0 / 0, as cross_entropy
   result.loss = by.batch_ratio ? of_batch.value : sums[3] / total;
   for (int64_t i = 0; i < rows; ++i) {
     double value = 0;
     if (coefficients) coefficients[i] = {};
     if (counts(i)) {
-      const Ratio r = by.batch_ratio ? of_batch : ratio(concentration[i], separation[i], by.eps);
+      const Ratio r = by.batch_ratio ? of_batch : ratio(concentration[i], separation[i], by.ratio);
       const double w = weights.of[i] / total;
       value = w * r.value;
       if (coefficients)
@@ -166,8 +166,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reduce(const Tensor& terms, const Ten
                                                   const Tensor& norms, const std::optional<Tensor>& weight,
                                                   const std::optional<Tensor>& totals, bool centroid_to_sample,
                                                   bool focus, bool batch_ratio, int64_t reduction, double eps,
-                                                  int64_t ignore_index) {
-  check_reduction(batch_ratio, reduction);
+                                                  double sharpness, int64_t ignore_index) {
+  check_reduction(batch_ratio, reduction, sharpness);
   STD_TORCH_CHECK(norms.dim() == 2 && norms.size(0) > 0, "ncmi_kernels: norms must have 2 dimensions");
   STD_TORCH_CHECK(terms.dim() == 2, "ncmi_kernels: terms must have 2 dimensions");
   const int64_t rows = terms.size(1), classes = norms.size(0) - 1;
@@ -185,7 +185,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reduce(const Tensor& terms, const Ten
       reduce_rows(values, values + rows, row_stats_of(row_stats, rows), weights, y, data<double>(totals, "totals", {4}),
                   {.batch_ratio = batch_ratio,
                    .reduction = reduction,
-                   .eps = eps,
+                   .ratio = {.eps = eps, .sharpness = sharpness},
                    .classes = reinterpret_cast<const AllStats*>(of + classes)->classes,
                    .centroid_to_sample = centroid_to_sample,
                    .focus = focus},
@@ -260,9 +260,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss(
     const std::optional<Tensor>& running_center, const std::optional<Tensor>& num_batches_tracked, double momentum,
     const Tensor& log_activation, const Tensor& activation, const Tensor& reference, const Tensor& norms,
     const std::optional<Tensor>& weight, double temperature, bool l2_normalize, bool softmax, bool centroid_to_sample,
-    bool batch_ratio, int64_t reduction, double eps, int64_t ignore_index, bool with_grad) {
+    bool batch_ratio, int64_t reduction, double eps, double sharpness, int64_t ignore_index, bool with_grad) {
   check_loss_arguments(input, center, running_center, num_batches_tracked, log_activation, batch_ratio, reduction,
-                       with_grad);
+                       sharpness, with_grad);
   return with_arithmetic_type(log_activation.scalar_type(), "log_activation", [&]<class T>() {
     const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample);
     const int64_t rows = rows_of(input);
@@ -280,7 +280,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss(
         {.inverse_temperature = 1.0 / temperature, .l2_normalize = l2_normalize, .softmax = softmax}, values.data(),
         {.row_weight = weights.of.data(),
          .weight_sum = reduction == kMean ? weights.sum : 1.0,
-         .eps = eps,
+         .ratio = {.eps = eps, .sharpness = sharpness},
          .grad = with_grad ? output<T>(grad) : nullptr,
          .coefficients = output<Coefficients>(coefficients)});
     Tensor result = reduction == kNone ? empty({rows}, kScalarType<T>) : empty({}, kScalarType<T>);
@@ -289,7 +289,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss(
     const Reduced reduced = reduce_rows(concentration, separation, output<RowStats>(stats), weights, y, nullptr,
                                         {.batch_ratio = batch_ratio,
                                          .reduction = reduction,
-                                         .eps = eps,
+                                         .ratio = {.eps = eps, .sharpness = sharpness},
                                          .classes = q.all().classes,
                                          .centroid_to_sample = centroid_to_sample,
                                          .focus = false},

@@ -20,7 +20,7 @@ struct TermsArgs {
   RowStats* stats;  // [B]: scale, inverse_length, kind and shift, and zeros
   // For the gradient of sum_i w_i A_i / (G_i + eps) while a row is on chip.
   Weights<T> weights;
-  double eps;
+  RatioOptions ratio;
   T* grad;                     // [B, M] contiguous, or null
   Coefficients* coefficients;  // [B], of grad
 };

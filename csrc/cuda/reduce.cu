@@ -23,7 +23,7 @@ struct ReduceArgs {
   bool focus;
   bool batch_ratio;
   bool mean;
-  double eps;
+  RatioOptions ratio;
   Loss* loss;                  // scalar
   Loss* row_loss;              // [B], or null: reduction none
   Coefficients* coefficients;  // [B], or null: those that the gradient was made of stand
@@ -51,7 +51,7 @@ NCMI_DEVICE void add_row(const ReduceArgs<T, Loss>& args, int64_t i, double (&su
   sums[0] += w;
   sums[1] += w * t.concentration;
   sums[2] += w * t.separation;
-  if (!args.batch_ratio) sums[3] += w * ratio(t.concentration, t.separation, args.eps).value;
+  if (!args.batch_ratio) sums[3] += w * ratio(t.concentration, t.separation, args.ratio).value;
 }
 
 NCMI_DEVICE void sum_of_block(Group& group, double (&sums)[kReduceSums]) {
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads, 1) reduce_kernel(const ReduceArgs<T,
   sum_of_block(group, sums);
   double weight_sum = args.mean ? sums[0] : 1.0;
   if (args.weights.total) weight_sum = *args.weights.total;
-  const Ratio of_batch = ratio(sums[1] / weight_sum, sums[2] / weight_sum, args.eps);
+  const Ratio of_batch = ratio(sums[1] / weight_sum, sums[2] / weight_sum, args.ratio);
   if (blockIdx.x == 0 && group.first()) {
     // No sample that counts: 0 / 0, as cross_entropy.
     if (args.loss) *args.loss = Loss(args.batch_ratio ? of_batch.value : sums[3] / weight_sum);
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, 1) reduce_kernel(const ReduceArgs<T,
     }
     const int64_t y = class_of(target, args.centroids.classes);
     const RowTerms t = terms_at(args, i, y);
-    const Ratio r = args.batch_ratio ? of_batch : ratio(t.concentration, t.separation, args.eps);
+    const Ratio r = args.batch_ratio ? of_batch : ratio(t.concentration, t.separation, args.ratio);
     double w = weight_of(args.weights, y);
     if (args.mean) w /= weight_sum;
     if (!args.terms) complete(args.stats[i], t);
@@ -173,8 +173,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reduce(const Tensor& terms, const Ten
                                                   const Tensor& norms, const std::optional<Tensor>& weight,
                                                   const std::optional<Tensor>& totals, bool centroid_to_sample,
                                                   bool focus, bool batch_ratio, int64_t reduction, double eps,
-                                                  int64_t ignore_index) {
-  check_reduction(batch_ratio, reduction);
+                                                  double sharpness, int64_t ignore_index) {
+  check_reduction(batch_ratio, reduction, sharpness);
   const Device device(row_stats);
   STD_TORCH_CHECK(row_stats.dim() == 2 && norms.dim() == 2, "ncmi_kernels: rows and norms must have 2 dimensions");
   const int64_t rows = row_stats.size(0), classes = norms.size(0) - 1;
@@ -200,7 +200,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reduce(const Tensor& terms, const Ten
          .focus = focus,
          .batch_ratio = batch_ratio,
          .mean = reduction == kMean,
-         .eps = eps,
+         .ratio = {.eps = eps, .sharpness = sharpness},
          .loss = reduction == kNone ? nullptr : output<double>(result),
          .row_loss = reduction == kNone ? output<double>(result) : nullptr,
          .coefficients = output<Coefficients>(coefficients),
@@ -217,9 +217,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss(
     const std::optional<Tensor>& running_center, const std::optional<Tensor>& num_batches_tracked, double momentum,
     const Tensor& log_activation, const Tensor& activation, const Tensor& reference, const Tensor& norms,
     const std::optional<Tensor>& weight, double temperature, bool l2_normalize, bool softmax, bool centroid_to_sample,
-    bool batch_ratio, int64_t reduction, double eps, int64_t ignore_index, bool with_grad) {
+    bool batch_ratio, int64_t reduction, double eps, double sharpness, int64_t ignore_index, bool with_grad) {
   check_loss_arguments(input, center, running_center, num_batches_tracked, log_activation, batch_ratio, reduction,
-                       with_grad);
+                       sharpness, with_grad);
   const Device device(input);
   return with_arithmetic_type(log_activation.scalar_type(), "log_activation", [&]<class T>() {
     const Centroids<T> q = centroids_on<T>(log_activation, activation, reference, norms, centroid_to_sample, input);
@@ -260,7 +260,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss(
                      .sums = sums,
                      .stats = output<RowStats>(stats),
                      .weights = weights,
-                     .eps = eps,
+                     .ratio = {.eps = eps, .sharpness = sharpness},
                      .grad = with_grad ? output<T>(grad) : nullptr,
                      .coefficients = output<Coefficients>(coefficients)},
                     device.stream());
@@ -272,7 +272,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss(
                          .weights = weights,
                          .batch_ratio = batch_ratio,
                          .mean = reduction == kMean,
-                         .eps = eps,
+                         .ratio = {.eps = eps, .sharpness = sharpness},
                          .loss = reduction == kNone ? nullptr : output<T>(result),
                          .row_loss = reduction == kNone ? output<T>(result) : nullptr,
                          .coefficients = with_grad ? nullptr : output<Coefficients>(coefficients),

@@ -48,7 +48,7 @@ __global__ void __maxnreg__((kTermsRegisters<In, T, kept, centroid_to_sample>)) 
   }
   if constexpr (with_grad) {
     const RowTerms terms = terms_of(q, y, summed.sums);
-    const Ratio r = ratio(terms.concentration, terms.separation, args.eps);
+    const Ratio r = ratio(terms.concentration, terms.separation, args.ratio);
     double w = weight_of(args.weights, y);
     if (args.weights.total) w /= *args.weights.total;
     complete(stats, terms);
@@ -129,7 +129,7 @@ std::tuple<Tensor, Tensor> terms(const Tensor& input, const Tensor& target, cons
                      .sums = sums,
                      .stats = output<RowStats>(stats),
                      .weights = {},
-                     .eps = 0,
+                     .ratio = {},
                      .grad = nullptr,
                      .coefficients = nullptr},
                     device.stream());

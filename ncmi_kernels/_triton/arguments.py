@@ -32,6 +32,7 @@ class Reducing(NamedTuple):
     batch_ratio: bool
     reduction: Any  # an index into REDUCTIONS, or TERMS
     eps: float
+    sharpness: float  # of the soft margin; 0: none
     centroid_to_sample: bool
     focus: bool = False
     totals: Tensor | None = None  # [4] in the place of the sums over the rows

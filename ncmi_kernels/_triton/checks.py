@@ -74,6 +74,8 @@ def check_target(target: Tensor, like: Tensor, rows: int, classes: int, ignore_i
 def check_reducing(by: Reducing) -> None:
     require(0 <= by.reduction < len(REDUCTIONS), "unknown reduction")
     require(REDUCTIONS[by.reduction] == "mean" or not by.batch_ratio, "ratio over the batch needs reduction mean")
+    right = by.sharpness == 0 if by.batch_ratio else by.sharpness >= 0
+    require(right, "sharpness must be >= 0, and 0 for the ratio over the batch")
 
 
 def check_table(input: Tensor, table: Table, centroid_to_sample: bool) -> None:

@@ -426,6 +426,26 @@ def terms_of(norm, own, total, own_cross, own_log_norm, norms, classes, CENTROID
 
 
 @triton.jit
+def ratio_of(concentration, separation, eps, sharpness, SOFT: tl.constexpr):
+    """r = A / (G + eps), with SOFT log(1 + r^sharpness) / sharpness, and its derivatives by A and by G."""
+    inverse = 1.0 / (separation + eps)
+    value = concentration * inverse
+    by_concentration = inverse
+    by_separation = -(value * inverse)
+    if SOFT:
+        r = tl.where(value < 1e-100, 1e-100, value)
+        u = sharpness * tl.log(r)
+        e = tl.exp(-tl.abs(u))
+        share = tl.where(u < 0.0, e, 1.0) / (1.0 + e)
+        rounded = 1.0 + e
+        log_one_plus = tl.where(rounded == 1.0, e, tl.log(rounded) * (e / (rounded - 1.0)))
+        value = (tl.where(u > 0.0, u, 0.0) + log_one_plus) / sharpness + (u - u)  # NaN stays
+        by_concentration = share * inverse / r
+        by_separation = -(share * inverse)
+    return value, by_concentration, by_separation
+
+
+@triton.jit
 def coefficients_of(
     own_mean, all_mean, by_concentration, by_separation, all_classes, CENTROID_TO_SAMPLE: tl.constexpr,
     FOCUS: tl.constexpr,

@@ -34,6 +34,7 @@ def loss(
     batch_ratio: bool,
     reduction: int,
     eps: float,
+    sharpness: float,
     ignore_index: int,
     with_grad: bool,
 ) -> tuple[Tensor, ...]:
@@ -43,7 +44,7 @@ def loss(
     batch = Batch(input, target, center if running_center is None else running_center, ignore_index)
     table = Table(log_activation, activation, reference, norms)
     features = Features(temperature, l2_normalize, softmax, centroid_to_sample)
-    by = Reducing(weight, batch_ratio, reduction, eps, centroid_to_sample)
+    by = Reducing(weight, batch_ratio, reduction, eps, sharpness, centroid_to_sample)
     check_table(input, table, centroid_to_sample)
     dtype, classes = log_activation.dtype, log_activation.shape[0]
     rows, columns = check_batch(batch, dtype, classes)

@@ -23,6 +23,7 @@ from ncmi_kernels._triton.elements import (
     class_count,
     coefficients_of,
     double,
+    ratio_of,
     store_coefficients,
     terms_of,
 )
@@ -72,22 +73,28 @@ def _terms_tile(
 
 
 @triton.jit
-def _batch_sums(concentration, separation, factor, live, eps, BATCH_RATIO: tl.constexpr):
-    """Of BLOCK rows: the sums of w, of w A, of w G, and for the ratio by sample of w A / (G + eps)."""
+def _batch_sums(
+    concentration, separation, factor, live, eps, sharpness, BATCH_RATIO: tl.constexpr, SOFT: tl.constexpr
+):  # fmt: skip
+    """Of BLOCK rows: the sums of w, of w A, of w G, and by sample of w times the ratio."""
     first = tl.sum(tl.where(live, factor * concentration, 0.0), axis=0)
     second = tl.sum(tl.where(live, factor * separation, 0.0), axis=0)
     third = tl.full([], 0.0, tl.float64)
     if not BATCH_RATIO:
-        third = tl.sum(tl.where(live, factor * (concentration * (1.0 / (separation + eps))), 0.0), axis=0)
+        ratio, _, _ = ratio_of(concentration, separation, eps, sharpness, SOFT)
+        third = tl.sum(tl.where(live, factor * ratio, 0.0), axis=0)
     return tl.sum(factor, axis=0), first, second, third
 
 
-@triton.jit(do_not_specialize=["target_stride", "eps", "ignore_index", "classes", "B", "tiles", "columns"], debug=True)
+@triton.jit(
+    do_not_specialize=["target_stride", "eps", "sharpness", "ignore_index", "classes", "B", "tiles", "columns"],
+    debug=True,
+)
 def finish_kernel(
     target, norms, weight, terms, totals, partials, rows, coefficients, loss, means, sums, center, batches,
-    moved_center, moved_batches, target_stride, eps, ignore_index, classes, B, tiles, columns,
-    CENTROID_TO_SAMPLE: tl.constexpr, FOCUS: tl.constexpr, BATCH_RATIO: tl.constexpr, REDUCTION: tl.constexpr,
-    GIVEN: tl.constexpr, STAGE: tl.constexpr, BLOCK: tl.constexpr,
+    moved_center, moved_batches, target_stride, eps, sharpness, ignore_index, classes, B, tiles,
+    columns, CENTROID_TO_SAMPLE: tl.constexpr, FOCUS: tl.constexpr, BATCH_RATIO: tl.constexpr, SOFT: tl.constexpr,
+    REDUCTION: tl.constexpr, GIVEN: tl.constexpr, STAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """From the sums of the rows to what REDUCTION asks for: the loss [] or [B], or for TERMS A and G [2, B].
 
@@ -99,12 +106,15 @@ def finish_kernel(
     Where there is a `center` [columns], this moves it, as nothing comes after that could fail.
     """
     eps = double(eps)
+    sharpness = double(sharpness)
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     concentration, separation, inverse_norm, own_mean, all_mean, factor, live = _terms_tile(
         row, target, norms, weight, terms, rows, target_stride, ignore_index, classes, B, CENTROID_TO_SAMPLE, GIVEN
     )
     if STAGE == PARTIAL:
-        weights, first, second, third = _batch_sums(concentration, separation, factor, live, eps, BATCH_RATIO)
+        weights, first, second, third = _batch_sums(
+            concentration, separation, factor, live, eps, sharpness, BATCH_RATIO, SOFT
+        )  # fmt: skip
         tile = partials + tl.program_id(0)
         tl.store(tile, weights)
         tl.store(tile + tiles, first)
@@ -138,7 +148,9 @@ def finish_kernel(
                             i, target, norms, weight, terms, rows, target_stride, ignore_index, classes, B,
                             CENTROID_TO_SAMPLE, GIVEN,
                         )  # fmt: skip
-                        d_weights, d_first, d_second, d_third = _batch_sums(a, g, w, counts, eps, BATCH_RATIO)
+                        d_weights, d_first, d_second, d_third = _batch_sums(
+                            a, g, w, counts, eps, sharpness, BATCH_RATIO, SOFT
+                        )  # fmt: skip
                     else:
                         d_weights = tl.sum(tl.load(partials + i, mask=i < tiles, other=0.0), axis=0)
                         d_first = tl.sum(tl.load(partials + tiles + i, mask=i < tiles, other=0.0), axis=0)
@@ -153,13 +165,14 @@ def finish_kernel(
             second_mean = second / weights
             if REDUCTION == MEAN:
                 factor = factor / weights
-            inverse = 1.0 / (second_mean + eps) if BATCH_RATIO else 1.0 / (separation + eps)
-            ratio = first_mean * inverse if BATCH_RATIO else concentration * inverse
+            ratio, by_concentration, by_separation = ratio_of(
+                first_mean if BATCH_RATIO else concentration, second_mean if BATCH_RATIO else separation, eps,
+                sharpness, SOFT,
+            )  # fmt: skip
             if coefficients is not None:
-                by_separation = -(factor * (ratio * inverse))
                 made = coefficients_of(
-                    own_mean, all_mean, factor * inverse, by_separation, class_count(norms, classes),
-                    CENTROID_TO_SAMPLE, FOCUS,
+                    own_mean, all_mean, factor * by_concentration, factor * by_separation,
+                    class_count(norms, classes), CENTROID_TO_SAMPLE, FOCUS,
                 )  # fmt: skip
                 store_coefficients(coefficients, row, B, live, made)
             if REDUCTION == NONE:
@@ -200,7 +213,7 @@ def finish(
 ) -> None:
     """The last launch of a call: `moving` is done here."""
     stats, terms, given = of_rows
-    weight, batch_ratio, reduction, eps, centroid_to_sample, focus, totals = by
+    weight, batch_ratio, reduction, eps, sharpness, centroid_to_sample, focus, totals = by
     loss, coefficients, means, sums = to
     center, batches, moved_center, moved_batches = moving or (None, None, None, None)
     rows = target.shape[0]
@@ -228,6 +241,7 @@ def finish(
             moved_batches=moved_batches,
             target_stride=target.stride(0),
             eps=bits(eps),
+            sharpness=bits(sharpness),
             ignore_index=ignore_index,
             classes=norms.shape[0] - 1,
             B=rows,
@@ -236,6 +250,7 @@ def finish(
             CENTROID_TO_SAMPLE=centroid_to_sample,
             FOCUS=focus,
             BATCH_RATIO=batch_ratio,
+            SOFT=sharpness > 0,
             REDUCTION=reduction,
             GIVEN=given,
             STAGE=stage,
@@ -257,6 +272,7 @@ def reduce(
     batch_ratio: bool,
     reduction: int,
     eps: float,
+    sharpness: float,
     ignore_index: int,
 ) -> Reduced:
     """The loss [] or [B] of terms [2, B], the rows' coefficients [B, 4], means [2] and sums [4], float64."""
@@ -269,7 +285,7 @@ def reduce(
     check_target(target, terms, count, classes, ignore_index)
     check("weight", weight, terms, ARITHMETIC, (classes,))
     check("totals", totals, terms, DOUBLE, (4,))
-    by = Reducing(weight, batch_ratio, reduction, eps, centroid_to_sample, focus, totals)
+    by = Reducing(weight, batch_ratio, reduction, eps, sharpness, centroid_to_sample, focus, totals)
     check_reducing(by)
     with launches.on(terms):
         loss = norms.new_empty((count,) if REDUCTIONS[reduction] == "none" else ())

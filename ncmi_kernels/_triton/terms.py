@@ -37,6 +37,7 @@ from ncmi_kernels._triton.elements import (
     load_vector,
     near_zero,
     neighbours,
+    ratio_of,
     store_coefficients,
     sums3,
     sums4,
@@ -176,6 +177,7 @@ def _sum_rows(
         "target_stride",
         "inverse_temperature_bits",
         "eps",
+        "sharpness",
         "ignore_index",
         "classes",
         "B",
@@ -185,15 +187,16 @@ def _sum_rows(
 )
 def terms_kernel(
     input, target, center, log_activation, activation, reference, norms, weight, weight_sums, rows, coefficients,
-    sums, grad, unit_stride, column_stride, target_stride, inverse_temperature_bits, eps, ignore_index, classes, B,
-    columns, chunks, M: tl.constexpr, ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr, L2: tl.constexpr,
+    sums, grad, unit_stride, column_stride, target_stride, inverse_temperature_bits, eps, sharpness, ignore_index,
+    classes, B, columns, chunks, M: tl.constexpr, ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr, L2: tl.constexpr,
     KIND: tl.constexpr, MAY_SHIFT: tl.constexpr, FAST: tl.constexpr, RESCUE: tl.constexpr,
-    CENTROID_TO_SAMPLE: tl.constexpr, WITH_GRAD: tl.constexpr, NORMALIZED: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, STRETCHES: tl.constexpr, VEC: tl.constexpr, CHUNKS: tl.constexpr, KEEP: tl.constexpr,
+    CENTROID_TO_SAMPLE: tl.constexpr, WITH_GRAD: tl.constexpr, SOFT: tl.constexpr, NORMALIZED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRETCHES: tl.constexpr, VEC: tl.constexpr, CHUNKS: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
     """One reading of ROWS rows: scale, length and shift to `rows` [B, 7], what `_row_sums` sums to `sums` [4, B].
 
-    WITH_GRAD: all of `rows`, the terms A and G to `sums`, and of the sum over rows of w A / (G + eps) `coefficients`
+    WITH_GRAD: all of `rows`, the terms A and G to `sums`, and of the sum over rows of w times the ratio `coefficients`
     [B, 4] and `grad` [B, M], d / d input. w is the class weight, with NORMALIZED over the sum of all, which
     `weight_sums` [chunks] holds.
 
@@ -327,10 +330,10 @@ def terms_kernel(
         if NORMALIZED:
             chunk = tl.arange(0, CHUNKS)
             factor = factor / tl.sum(tl.load(weight_sums + chunk, mask=chunk < chunks, other=0.0), axis=0)
-        inverse = 1.0 / (separation + double(eps))
+        _, by_concentration, by_separation = ratio_of(concentration, separation, double(eps), double(sharpness), SOFT)
         made = coefficients_of(
-            own_mean, all_mean, factor * inverse, -(factor * ((concentration * inverse) * inverse)),
-            class_count(norms, classes), CENTROID_TO_SAMPLE, False,
+            own_mean, all_mean, factor * by_concentration, factor * by_separation, class_count(norms, classes),
+            CENTROID_TO_SAMPLE, False,
         )  # fmt: skip
         store_coefficients(coefficients, row, B, live, made)
         tl.store(sums + row, concentration, mask=written)
@@ -401,6 +404,7 @@ def launch_terms(
         target_stride=target.stride(0),
         inverse_temperature_bits=bits(1.0 / temperature),
         eps=0 if reducing is None else bits(reducing.eps),
+        sharpness=0 if reducing is None else bits(reducing.sharpness),
         ignore_index=ignore_index,
         classes=log_activation.shape[0],
         B=rows,
@@ -415,6 +419,7 @@ def launch_terms(
         RESCUE=min(RESCUE_COLUMNS, tile.columns) if l2_normalize and input.dtype is not torch.float16 else 0,
         CENTROID_TO_SAMPLE=centroid_to_sample,
         WITH_GRAD=grad is not None,
+        SOFT=reducing is not None and reducing.sharpness > 0,
         NORMALIZED=weight_sums is not None,
         ROWS=tile.rows,
         COLUMNS=tile.columns,
@@ -451,6 +456,6 @@ def terms(
     with launches.on(input):
         result = norms.new_empty((2, rows))
         of_rows = launch_terms(batch, table, features)
-        no_loss = Reducing(None, False, TERMS, 0.0, centroid_to_sample)
+        no_loss = Reducing(None, False, TERMS, 0.0, 0.0, centroid_to_sample)
         finish(target, ignore_index, norms, of_rows, no_loss, Reduced(result))
     return result, of_rows.stats

@@ -38,7 +38,7 @@ void run(int64_t rows, int64_t classes, int64_t columns, bool softmax, bool cent
   terms(z, y, center, log_a, a, reference, norms, 1, false, softmax, centroid_to_sample, -100);
   const auto [value, stats, moved, grad, means] =
       loss(z, y, std::nullopt, center, batches, 0.9, log_a, a, reference, norms, std::nullopt, 1, true, softmax,
-           centroid_to_sample, false, kMean, 1e-8, -100, true);
+           centroid_to_sample, false, kMean, 1e-8, 0.0, -100, true);
   scale_(grad, upstream);
   input_grad(z, y, moved, log_a, a, reference, norms, stats, std::nullopt, centroid_to_sample, -100);
   const Tensor totals = class_totals(z, y, moved, stats, std::nullopt, centroid_to_sample, -100);
