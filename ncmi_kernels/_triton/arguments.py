@@ -76,6 +76,14 @@ class Rows(NamedTuple):
         return self.upstream.stride(0) if self.upstream is not None and self.upstream.dim() else 0
 
 
+class OfAllRows(NamedTuple):
+    """What stands in for the sums over all rows in the gradient of the centroids; None where these are formed."""
+
+    totals: Tensor | None = None  # [M + 1], the same for each class
+    class_weights: Tensor | None = None  # [C, 2] and
+    weighted: Tensor | None = None  # [C, M], of each class
+
+
 class Step(NamedTuple):
     """A step of the centroids by their gradient."""
 

@@ -5,14 +5,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ncmi_kernels import _schema
 from ncmi_kernels._schema import SGD, Table
 from ncmi_kernels._triton import launches
-from ncmi_kernels._triton.arguments import Batch, Rows, Step
+from ncmi_kernels._triton.arguments import Batch, OfAllRows, Rows, Step
 from ncmi_kernels._triton.centroid_stats import write_stats
-from ncmi_kernels._triton.checks import DOUBLE, check, check_batch, check_rows, check_table
+from ncmi_kernels._triton.checks import ARITHMETIC, DOUBLE, check, check_batch, check_rows, check_table, require
 from ncmi_kernels._triton.elements import (
     CLASS_KIND,
     CLASS_SHIFT,
+    CLASS_WEIGHTS,
     INVERSE_NORM,
     LOG_NORM,
     RECORD,
@@ -42,14 +44,14 @@ _NO_STEP = Step(None, SGD(0.0, 0.0, 0.0, False))
 def class_sums_kernel(
     input, center, rows, coefficients, upstream, order, class_begin, own_sums, all_sums, factor_sums, unit_stride,
     column_stride, upstream_stride, classes, M: tl.constexpr, ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr,
-    DTYPE: tl.constexpr, FAST: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr, WITH_OWN: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DTYPE: tl.constexpr, FAST: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Sums over the rows of one class, in the order of the batch.
 
     Of the coefficients of a row: to `own_sums` [C, M] own p; to `all_sums` [C, M] other p, for centroid_to_sample other
-    log a; to `factor_sums` [2, C] own and other. Without WITH_OWN a class is any set of rows, and only `all_sums` and
-    the sums of other are written.
+    log a; to `factor_sums` [2, C] own and other. Without `own_sums` a class is any set of rows, and nothing of own is
+    written; `all_sums` may be None too.
     """
     c = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -76,19 +78,21 @@ def class_sums_kernel(
         x = tl.where(inside[None, :], x, shift[:, None])
         value, log, _, _ = activate_as(x, scale[:, None], shift[:, None], kind, FAST)
         value = value.to(tl.float64)
-        if WITH_OWN:
+        if own_sums is not None:
             own_sum += (own * inverse_norm)[:, None] * value
-        if CENTROID_TO_SAMPLE:
-            all_sum += tl.where(live[:, None], other[:, None] * log.to(tl.float64), 0.0)
-        else:
-            all_sum += (other * inverse_norm)[:, None] * value
+        if all_sums is not None:
+            if CENTROID_TO_SAMPLE:
+                all_sum += tl.where(live[:, None], other[:, None] * log.to(tl.float64), 0.0)
+            else:
+                all_sum += (other * inverse_norm)[:, None] * value
         owns += own
         others += other
-    if WITH_OWN:
+    if own_sums is not None:
         tl.store(own_sums + c * M + k, tl.sum(own_sum, axis=0), mask=inside)
-    tl.store(all_sums + c * M + k, tl.sum(all_sum, axis=0), mask=inside)
+    if all_sums is not None:
+        tl.store(all_sums + c * M + k, tl.sum(all_sum, axis=0), mask=inside)
     if tl.program_id(1) == 0:
-        if WITH_OWN:
+        if own_sums is not None:
             tl.store(factor_sums + c, tl.sum(owns, axis=0))
         tl.store(factor_sums + classes + c, tl.sum(others, axis=0))
 
@@ -101,14 +105,16 @@ def _class_sums(
     dtype: torch.dtype,
     centroid_to_sample: bool,
     with_own: bool,
-) -> tuple[Tensor, Tensor]:
-    """Sums by class of the rows in `order`, float64: of own p and of other p or other log a [2, C, M].
+    with_all: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """Sums by class of the rows in `order`, float64: of own p [C, M], and of other p or other log a [C, M].
 
-    And of own and other [2, C]. Without `with_own` only the second of each.
+    And of own and other [2, C], of these without `with_own` only the second.
     """
     input, center = batch.input, batch.center
     classes, columns = begin.shape[0] - 1, input.shape[1]
-    sums = rows.stats.new_empty((2, classes, columns))
+    own_sums = rows.stats.new_empty((classes, columns)) if with_own else None
+    all_sums = rows.stats.new_empty((classes, columns)) if with_all else None
     factor_sums = rows.stats.new_empty((2, classes))
     width = power_of_two(columns, 256)
     launches.launch(
@@ -121,8 +127,8 @@ def _class_sums(
         upstream=rows.upstream,
         order=order,
         class_begin=begin,
-        own_sums=sums[0],
-        all_sums=sums[1],
+        own_sums=own_sums,
+        all_sums=all_sums,
         factor_sums=factor_sums,
         **strides_of(input),
         upstream_stride=rows.upstream_stride,
@@ -131,11 +137,10 @@ def _class_sums(
         DTYPE=_TL[dtype],
         FAST=input.dtype in HALF,
         CENTROID_TO_SAMPLE=centroid_to_sample,
-        WITH_OWN=with_own,
         ROWS=4,
         COLUMNS=width,
     )
-    return sums, factor_sums
+    return own_sums, all_sums, factor_sums
 
 
 @triton.jit(do_not_specialize=["chunks"])
@@ -181,23 +186,26 @@ def class_totals(
     begin = torch.minimum(begin, (ignored == 0).sum())
     totals = rows.new_empty((columns + 1,))
     with launches.on(input):
-        sums, factor_sums = _class_sums(batch, of_rows, order, begin, dtype, centroid_to_sample, False)
-        _fold(sums[1], totals)
+        _, sums, factor_sums = _class_sums(batch, of_rows, order, begin, dtype, centroid_to_sample, False, True)
+        assert sums is not None
+        _fold(sums, totals)
         totals[columns] = factor_sums[1].sum()
     return totals
 
 
 @triton.jit(do_not_specialize=["unit_stride", "column_stride", "classes", "lr", "momentum", "weight_decay"])
 def centroid_grad_kernel(
-    logits, norms, own_sums, all_sums, factor_sums, totals, grad, momentum_buffer, class_begin, unit_stride,
-    column_stride, classes, lr, momentum, weight_decay, M: tl.constexpr, ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr,
-    CENTROID_TO_SAMPLE: tl.constexpr, GIVEN: tl.constexpr, NESTEROV: tl.constexpr, COLUMNS: tl.constexpr,
-    CLASSES: tl.constexpr,
+    logits, norms, own_sums, all_sums, factor_sums, totals, reference, class_weights, weighted, upstream, grad,
+    momentum_buffer, class_begin, unit_stride, column_stride, classes, lr, momentum, weight_decay, M: tl.constexpr,
+    ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr, GIVEN: tl.constexpr,
+    NESTEROV: tl.constexpr, COLUMNS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     """d loss / d xi [C, M], one class a program, from class_sums_kernel's sums and their `totals` [M] over classes.
 
-    GIVEN: `totals` [M + 1] are not of these sums, and the last of them is the sum of other. Without `grad` it goes into
-    a step of torch.optim.SGD on `logits` and, where there is one, `momentum_buffer`, both [C, M] and contiguous.
+    GIVEN: `totals` [M + 1] are not of these sums, and the last of them is the sum of other. `class_weights` [C, 2] and
+    `weighted` [C, M], times `upstream`, if given, take the place of the totals: a class has its own. Without `grad` it
+    goes into a step of torch.optim.SGD on `logits` and, where there is one, `momentum_buffer`, both [C, M] and
+    contiguous.
     """
     dtype: tl.constexpr = logits.dtype.element_ty
     c = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
@@ -216,10 +224,15 @@ def centroid_grad_kernel(
             v = start + tl.arange(0, CLASSES)
             parts += tl.load(factor_sums + classes + v, mask=v < classes, other=0.0)
         other_total = tl.sum(parts, axis=0)
+    if class_weights is not None:
+        by = tl.load(upstream).to(tl.float64) if upstream is not None else 1.0
+        other_of_all = by * tl.load(class_weights + c * CLASS_WEIGHTS)
+        base = by * tl.load(class_weights + c * CLASS_WEIGHTS + 1)
     mean = tl.full([1], 0.0, tl.float64)
     # sample_to_centroid: slope (q (own_sum + other_total / C) - own - totals / C). centroid_to_sample:
     # slope ((1 / C) q (s - sum_k q s) - own + own_sum q), s = sum over the rows of other classes of
-    # other_i (log q_c - log p_i), up to what is constant along the row.
+    # other_i (log q_c - log p_i), up to what is constant along the row. With sums of a class's own 1 is in the place of
+    # 1 / C, and s is over all rows.
     PASSES: tl.constexpr = 2 if CENTROID_TO_SAMPLE else 1
     for step in tl.static_range(PASSES):
         for start in range(0, M, COLUMNS):
@@ -232,13 +245,26 @@ def centroid_grad_kernel(
             value, log, slope, _ = activate_as(shifted, tl.full([1, 1], 1.0, dtype), shift[:, None], kind, False)
             q = value.to(tl.float64) * inverse_norm[:, None]
             own = load_rows(own_sums, c * M, k, inside, False)
-            total = load_vector(totals, k, inside, 1, False)
+            if class_weights is not None:
+                total = by * load_rows(weighted, c * M, k, inside, False).to(tl.float64)
+            else:
+                total = load_vector(totals, k, inside, 1, False)
             if CENTROID_TO_SAMPLE:
-                s = (other_total - other_sum)[:, None] * log.to(tl.float64)
-                s -= total - load_rows(all_sums, c * M, k, inside, False)
+                if class_weights is not None:
+                    # Less the reference, as what the product had.
+                    relative = log - load_vector(reference, k, inside, 1, False)
+                    s = other_of_all[:, None] * relative.to(tl.float64) - total
+                else:
+                    s = (other_total - other_sum)[:, None] * log.to(tl.float64)
+                    s -= total - load_rows(all_sums, c * M, k, inside, False)
                 if step == 0:
                     mean += tl.sum(tl.where(inside[None, :], q * s, 0.0), axis=1)
-                by_log = inverse_classes * q * (s - mean[:, None]) - (own - own_sum[:, None] * q)
+                if class_weights is not None:
+                    by_log = q * (s - mean[:, None]) - (own - own_sum[:, None] * q)
+                else:
+                    by_log = inverse_classes * q * (s - mean[:, None]) - (own - own_sum[:, None] * q)
+            elif class_weights is not None:
+                by_log = (own_sum + other_of_all)[:, None] * q - (own + (base[:, None] + total))
             else:
                 by_log = (own_sum[:, None] + inverse_classes * other_total) * q - (own + inverse_classes * total)
             if step == PASSES - 1:
@@ -267,10 +293,10 @@ def centroid_grad_kernel(
 def _by_class(
     batch: Batch,
     centroid_logits: Tensor,
-    norms: Tensor,
+    table: Table,
     rows: Rows,
     centroid_to_sample: bool,
-    totals: Tensor | None,
+    of_all: OfAllRows,
     to: Tensor | Step,
 ) -> None:
     """The gradient of the centroids to a tensor [C, M], or a step by it."""
@@ -278,24 +304,32 @@ def _by_class(
     classes, columns = centroid_logits.shape
     grad, step = (None, to) if isinstance(to, Step) else (to, _NO_STEP)
     lr, momentum, weight_decay, nesterov = step.sgd
+    totals, class_weights, weighted = of_all
     # Rows by class in the order of the batch, ignored ones last. No count is read on the host.
     of_class = torch.where(target == batch.ignore_index, classes, target)
     of_class, order = torch.sort(of_class, stable=True)
     begin = torch.searchsorted(of_class, torch.arange(classes + 1, device=target.device))
-    sums, factor_sums = _class_sums(batch, rows, order, begin, centroid_logits.dtype, centroid_to_sample, True)
+    own_sums, all_sums, factor_sums = _class_sums(
+        batch, rows, order, begin, centroid_logits.dtype, centroid_to_sample, True, class_weights is None
+    )
     folded = totals
-    if folded is None:
-        folded = norms.new_empty((columns,))
-        _fold(sums[1], folded)
+    if class_weights is None and totals is None:
+        assert all_sums is not None
+        folded = table.norms.new_empty((columns,))
+        _fold(all_sums, folded)
     launches.launch(
         centroid_grad_kernel,
         (classes,),
         logits=centroid_logits,
-        norms=norms,
-        own_sums=sums[0],
-        all_sums=sums[1],
+        norms=table.norms,
+        own_sums=own_sums,
+        all_sums=all_sums,
         factor_sums=factor_sums,
         totals=folded,
+        reference=table.reference,
+        class_weights=class_weights,
+        weighted=weighted,
+        upstream=None if class_weights is None else rows.upstream,
         grad=grad,
         momentum_buffer=step.momentum_buffer,
         class_begin=begin,
@@ -311,6 +345,15 @@ def _by_class(
         COLUMNS=power_of_two(columns, 2048),
         CLASSES=1024,
     )
+
+
+def _check_of_all_rows(of_all: OfAllRows, input: Tensor, log_activation: Tensor) -> None:
+    totals, class_weights, weighted = of_all
+    classes, columns = log_activation.shape
+    check("totals", totals, input, DOUBLE, (columns + 1,))
+    check("class_weights", class_weights, input, DOUBLE, (classes, _schema.CLASS_WEIGHTS))
+    check("weighted", weighted, input, (log_activation.dtype,), (classes, columns))
+    require((class_weights is None) == (weighted is None), "pass both class_weights and weighted")
 
 
 @operator
@@ -329,8 +372,13 @@ def centroid_grad(
     centroid_to_sample: bool,
     ignore_index: int,
     totals: Tensor | None = None,
+    class_weights: Tensor | None = None,
+    weighted: Tensor | None = None,
 ) -> Tensor:
-    """d loss / d centroid_logits [C, M]; `totals` [M + 1] float64 are for the sums over all rows, as class_totals."""
+    """d loss / d centroid_logits [C, M]; `totals` [M + 1] float64 are for the sums over all rows, as class_totals.
+
+    So are `class_weights` [C, 2] float64 and `weighted` [C, M], of each class.
+    """
     batch = Batch(input, target, center, ignore_index)
     table = Table(log_activation, activation, reference, norms)
     of_rows = Rows(rows, coefficients, upstream)
@@ -339,10 +387,13 @@ def centroid_grad(
     check_batch(batch, log_activation.dtype, classes)
     check_rows(input, of_rows)
     check("centroid_logits", centroid_logits, input, (log_activation.dtype,), (classes, columns), strided=True)
-    check("totals", totals, input, DOUBLE, (columns + 1,))
+    of_all = OfAllRows(totals, class_weights, weighted)
+    _check_of_all_rows(of_all, input, log_activation)
+    if class_weights is not None and upstream is not None:
+        check("upstream", upstream, input, ARITHMETIC, ())
     grad = torch.empty((classes, columns), dtype=centroid_logits.dtype, device=centroid_logits.device)
     with launches.on(input):
-        _by_class(batch, centroid_logits, norms, of_rows, centroid_to_sample, totals, grad)
+        _by_class(batch, centroid_logits, table, of_rows, centroid_to_sample, of_all, grad)
     return grad
 
 
@@ -366,6 +417,8 @@ def centroid_step_(
     momentum: float,
     weight_decay: float,
     nesterov: bool,
+    class_weights: Tensor | None = None,
+    weighted: Tensor | None = None,
 ) -> None:
     """A step of SGD on contiguous `centroid_logits` and `momentum_buffer` [C, M]; the statistics follow."""
     batch = Batch(input, target, center, ignore_index)
@@ -376,7 +429,9 @@ def centroid_step_(
     check_rows(input, of_rows)
     for name, tensor in (("centroid_logits", centroid_logits), ("momentum_buffer", momentum_buffer)):
         check(name, tensor, input, (log_activation.dtype,), tuple(log_activation.shape))
+    of_all = OfAllRows(None, class_weights, weighted)
+    _check_of_all_rows(of_all, input, log_activation)
     with launches.on(input):
         step = Step(momentum_buffer, SGD(lr, momentum, weight_decay, nesterov))
-        _by_class(batch, centroid_logits, norms, of_rows, centroid_to_sample, None, step)
+        _by_class(batch, centroid_logits, table, of_rows, centroid_to_sample, of_all, step)
         write_stats(centroid_logits, softmax, centroid_to_sample, table)

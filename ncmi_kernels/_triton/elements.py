@@ -58,6 +58,8 @@ WEIGHT_SUM = tl.constexpr(0)
 WEIGHTED_LOG_NORM = tl.constexpr(1)
 ALL_CLASSES = tl.constexpr(2)
 
+CLASS_WEIGHTS = tl.constexpr(2)  # columns of `class_weights`, csrc/layout.h ClassWeights: other, base
+
 # Stages of what needs sums over the batch.
 WHOLE = tl.constexpr(0)  # each program forms them itself, over all rows
 PARTIAL = tl.constexpr(1)  # each writes those of its rows
@@ -92,7 +94,7 @@ def rounded(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _exp_minus(x):
+def exp_minus(x):
     """e^-x for x >= -1, 0 past 86.5. float32: relative error under 1 ulp, as in csrc/ncmi_math.h."""
     if x.dtype == tl.float64:
         return tl.exp(-x)
@@ -207,7 +209,7 @@ def activate(x, scale, shift, KIND: tl.constexpr, FAST: tl.constexpr):
             if KIND == SOFTMAX:
                 g = tl.maximum(g, -finite, propagate_nan=tl.PropagateNan.ALL)
         size = tl.abs(g)
-        small = tl.exp2(size * -LOG2_E) if FAST else _exp_minus(size)
+        small = tl.exp2(size * -LOG2_E) if FAST else exp_minus(size)
         if KIND == SOFTMAX:
             value = small
             log = g
@@ -222,7 +224,7 @@ def activate(x, scale, shift, KIND: tl.constexpr, FAST: tl.constexpr):
             u = 1.0 + small
             if KIND == SHIFTED:
                 shifted = shift != 0.0
-                u = 1.0 + small * tl.where(shifted, _exp_minus(-shift * scale), 1.0)
+                u = 1.0 + small * tl.where(shifted, exp_minus(-shift * scale), 1.0)
             if FAST:
                 # sigma from log sigma: a pair by construction, three special functions and no division.
                 log2_u = _fast_log2(u)
@@ -252,7 +254,7 @@ def activate_for_sums(x, scale, shift, KIND: tl.constexpr, FAST: tl.constexpr):
     """a and its log. Of rows far below zero all columns may round alike: there a is of the rounded log."""
     value, log, _, _ = activate(x, scale, shift, KIND, FAST)
     if KIND == SHIFTED:
-        value = tl.where(shift != 0.0, 0.5 * value, value) if FAST else 0.5 * _exp_minus(-log)
+        value = tl.where(shift != 0.0, 0.5 * value, value) if FAST else 0.5 * exp_minus(-log)
     return value, log
 
 
