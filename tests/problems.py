@@ -13,6 +13,7 @@ __all__ = ["ACTIVATIONS", "RATIOS", "SEPARATIONS", "Options"]
 
 HALF = (torch.bfloat16, torch.float16)
 REDUCTIONS = [("batch", "mean"), ("sample", "mean"), ("sample", "sum"), ("sample", "none")]  # of each ratio
+REDUCTIONS += [("soft_margin", "mean"), ("soft_margin", "none")]
 BOTH = (False, True)
 SINGLE = (2e-6, 5e-6, 5e-6)  # what float32 is off, at most: the loss, its gradients of input and of centroid_logits
 

@@ -322,8 +322,8 @@ def test_confident_predictions(backend):
 def test_near_zero(separation, backend):
     """A and G are of second order in features and centroids there: what rounds relative to 1 loses them.
 
-    For centroid_to_sample, whose gradients are made of differences p - q, the bounds are twice the largest errors of 120
-    draws on the CPU.
+    For centroid_to_sample, whose gradients are made of differences p - q, the bounds are twice the largest errors of
+    120 draws on the CPU.
     """
     z, target, xi, _, _ = make(40, 3, 24, spread=0.05, dtype=torch.float32)
     bounds = SINGLE if separation == "sample_to_centroid" else (7e-6, 1e-5, 2e-5)

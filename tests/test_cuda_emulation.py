@@ -535,8 +535,8 @@ def test_launches_of_a_step(emulated, launches, shape):
     for batch_ratio in (True, False):
         before = launches()
         _, rows, coefficients, moved, grad, _ = emulated.loss(
-            z, target, None, center, batches, 0.9, *stats, None, 1.0, True, False, False, batch_ratio, 1, 1e-8, 0.0, -100,
-            not batch_ratio,
+            z, target, None, center, batches, 0.9, *stats, None, 1.0, True, False, False, batch_ratio, 1, 1e-8, 0.0,
+            -100, not batch_ratio,
         )  # fmt: skip
         assert launches() - before == 4
         before = launches()

@@ -306,13 +306,13 @@ def test_rejected_batch_leaves_the_module_as_it_was(backend):
 CHOICES = {
     "activation": ("nsf", "softmax"),
     "separation": ("sample_to_centroid", "centroid_to_sample"),
-    "ratio": ("batch", "sample"),
+    "ratio": ("batch", "sample", "soft_margin"),
     "reduction": ("none", "mean", "sum"),
 }
 
 
 def bad_options():
-    for name in ("temperature", "eps"):
+    for name in ("temperature", "eps", "sharpness"):
         for value in (0, 0.0, -1, -1e-9, 10**400, math.nan, math.inf, -math.inf, np.float32("nan")):
             yield name, value, ValueError, (f"{name}: got {value!r}", "expected a finite number > 0")
         for value in ("1", None, True, [1.0], 1j, torch.tensor(1.0)):
@@ -340,7 +340,9 @@ def one_option(function, name, value):
     return partial(call, function, **{name: value})
 
 
-@pytest.mark.parametrize("name", ["temperature", "eps", "separation_focus", "l2_normalize", "ignore_index", *CHOICES])
+@pytest.mark.parametrize(
+    "name", ["temperature", "eps", "sharpness", "separation_focus", "l2_normalize", "ignore_index", *CHOICES]
+)
 def test_options_that_do_not_exist_or_are_out_of_range(name):
     cases = [case for case in BAD_OPTIONS if case[0] == name]
     assert len(cases) >= 5
@@ -349,7 +351,7 @@ def test_options_that_do_not_exist_or_are_out_of_range(name):
     for _, value, exception, parts in cases:
         functions = [one_option(ncmi_loss, name, value), partial(NCMILoss, C, M, **{name: value})]
         functions.append(partial(setattr, criterion, name, value))
-        if name not in ("ratio", "reduction", "ignore_index", "eps"):
+        if name not in ("ratio", "reduction", "ignore_index", "eps", "sharpness"):
             functions.append(one_option(ncmi_terms, name, value))
         for function in functions:
             with refused(exception, *parts):

@@ -557,7 +557,26 @@ def test_a_launch_that_fails_has_moved_nothing(stages, backend, monkeypatch):
         failing, launched = failing + 1, 0
         try:
             ops.loss(
-                *(z, y, None, center, batches, 0.9, *stats, None, 1.0, True, False, False, True, 1, 1e-8, 0.0, -100, False)
+                *(
+                    z,
+                    y,
+                    None,
+                    center,
+                    batches,
+                    0.9,
+                    *stats,
+                    None,
+                    1.0,
+                    True,
+                    False,
+                    False,
+                    True,
+                    1,
+                    1e-8,
+                    0.0,
+                    -100,
+                    False,
+                )
             )
         except RuntimeError:
             assert batches == 2

@@ -58,6 +58,7 @@ def arguments(run: _schema.Operators, name: str, centroid_to_sample: bool) -> di
         "batch_ratio": False,
         "reduction": 1,
         "eps": 1e-8,
+        "sharpness": 0.0,
         "ignore_index": -100,
         "with_grad": True,
         "lr": 0.1,
@@ -126,6 +127,7 @@ def check_combinations(run: _schema.Operators) -> None:
     """Of the operator loss: what no combination of its arguments may break."""
     good = arguments(run, "loss", False)
     reductions = {"reduction": 3}, {"reduction": -1}, {"batch_ratio": True, "reduction": 2}
+    reductions += {"sharpness": -1.0}, {"sharpness": math.nan}, {"batch_ratio": True, "sharpness": 1.0}
     for bad in reductions:
         check_refuses(run, "reduce", {**arguments(run, "reduce", False), **bad})
     for bad in (
