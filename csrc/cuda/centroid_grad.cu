@@ -34,7 +34,10 @@ struct CentroidGradArgs {
   // The sums of the classes that have rows, [C, M], or [B, M] where each is in the place of its first row in `order`.
   bool by_first_row;
   T* own;             // workspace, or [C, M] that becomes the gradient
-  T* own_separation;  // workspace; centroid_to_sample only
+  T* own_separation;  // workspace; centroid_to_sample without `weighted` only
+  // With a weight for every row and class, in the place of totals / C:
+  const ClassWeights* class_weights;  // [C], or null
+  const T* weighted;                  // [C, M] sums of x of InProduct, or of log p less what the classes share
 
   NCMI_INLINE_MEMBER int64_t own_offset(int64_t c) const {
     return (by_first_row ? class_begin[c] : c) * centroids.columns;
@@ -104,8 +107,8 @@ struct SumStorage {
 
 // Leaves own = sum_i own_i (p_ik - q_ck), and for centroid_to_sample own_separation = sum_i other_i (log a_ik -
 // log a_ck), for the classes that have rows; and for all classes of the chunk together sum_i other_i p_ik, or
-// sum_i other_i log a_ik.
-template <class In, class T, bool centroid_to_sample>
+// sum_i other_i log a_ik. For `own_alone` nothing but own, which both separations have alike.
+template <class In, class T, bool centroid_to_sample, bool own_alone>
 __global__ void __launch_bounds__(kWarps* kWarp, 1)
     class_grad_sums_kernel(const CentroidGradArgs<T> args, int64_t tiles) {
   constexpr int width = kWidth<In>;
@@ -147,7 +150,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
         if constexpr (centroid_to_sample) {
           own_log[v] += total_share * double(log);
           total[v] += total_share * double(log);
-        } else {
+        } else if constexpr (!own_alone) {
           total[v] += total_share * value;
         }
       });
@@ -189,14 +192,15 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
     if (tile == 0 && thread == 0) args.class_other[c] = other_sum;
     __syncthreads();
   }
-
+  if constexpr (!own_alone) {
 #pragma unroll
-  for (int v = 0; v < width; ++v) storage.own[warp][v * kWarp + lane] = total[v];
-  __syncthreads();
-  if (finishes) {
-    double sum = 0;
-    for (int w = 0; w < kWarps; ++w) sum += storage.own[w][thread];
-    args.partial_totals[chunk * q.columns + column] = sum;
+    for (int v = 0; v < width; ++v) storage.own[warp][v * kWarp + lane] = total[v];
+    __syncthreads();
+    if (finishes) {
+      double sum = 0;
+      for (int w = 0; w < kWarps; ++w) sum += storage.own[w][thread];
+      args.partial_totals[chunk * q.columns + column] = sum;
+    }
   }
 }
 
@@ -287,21 +291,29 @@ __global__ void __launch_bounds__(kThreads, 1) fold_totals_kernel(const TotalsAr
 //   own_i (p_ik - q_ck);
 //   centroid_to_sample: slope (-own + (1/C) q (s - sum_k q s)), s_ck = sum over rows of other classes of
 //   other_i (log q_ck - log p_ik), up to what is constant along the row.
-template <class T, bool centroid_to_sample, bool with_step>
+// For `by_weight` the sums over all rows have a weight for each class, 0 in rows of that, in the place of 1 / C.
+template <class T, bool centroid_to_sample, bool by_weight, bool with_step>
 __global__ void __launch_bounds__(kThreads, 1)
     class_grad_kernel(const CentroidGradArgs<T> args, const StepArgs<T> step) {
   const Centroids<T>& q = args.centroids;
   const int64_t c = blockIdx.x;
   Group group = group_of_thread(shared_storage<GroupStorage>());
   const bool has_rows = args.class_begin[c] != args.class_begin[c + 1];
-  const double inverse_norm = ::exp(-q.of[c].log_norm), inverse_classes = 1.0 / q.all().classes;
-  const double other_sum = args.totals[q.columns];
+  const double inverse_norm = ::exp(-q.of[c].log_norm), inverse_classes = by_weight ? 1.0 : 1.0 / q.all().classes;
+  double other_sum = 0;
+  if constexpr (with_step || !by_weight) other_sum = args.totals[q.columns];
   // A row whose terms are not finite has coefficients that are not: such a batch moves nothing, nor does one without
   // rows.
   if (with_step && (!(other_sum - other_sum == 0) || args.class_begin[q.classes] == 0)) return;
   const T shift = T(q.of[c].shift);
+  [[maybe_unused]] double by = 1, base = 0;
+  if constexpr (by_weight) {
+    by = upstream_at(args.upstream, 0);
+    other_sum = by * args.class_weights[c].other;
+    if constexpr (!centroid_to_sample) base = by * args.class_weights[c].base;
+  }
   T* own_sums = args.own + args.own_offset(c);
-  const T* own_separation = centroid_to_sample ? args.own_separation + args.own_offset(c) : nullptr;
+  const T* own_separation = centroid_to_sample && !by_weight ? args.own_separation + args.own_offset(c) : nullptr;
   with_kind<T>(kind_of(q.of[c].kind), [&]<Kind kind>() NCMI_INLINED {
     const auto logit_at = [&](int64_t k) NCMI_INLINED {
       return load_any<T>(args.logits, c * args.logits.row_stride + k * args.logits.column_stride);
@@ -309,8 +321,17 @@ __global__ void __launch_bounds__(kThreads, 1)
     const auto activation_of = [&](T xi) NCMI_INLINED {
       return activate<kind, false>(xi, argument_scale<kind, T>(1.0), shift);
     };
+    const auto total_at = [&](int64_t k) NCMI_INLINED {
+      if constexpr (by_weight)
+        return base + by * double(args.weighted[c * q.columns + k]);
+      else
+        return args.totals[k];
+    };
     const auto separation_at = [&](int64_t k, const Activation<T>& a) NCMI_INLINED {
-      return other_sum * double(a.log) - args.totals[k] + (has_rows ? double(own_separation[k]) : 0.0);
+      if constexpr (by_weight)
+        return other_sum * (double(a.log) - double(q.reference[k])) - total_at(k);
+      else
+        return other_sum * double(a.log) - total_at(k) + (has_rows ? double(own_separation[k]) : 0.0);
     };
     [[maybe_unused]] double mean = 0;
     if constexpr (centroid_to_sample) {
@@ -328,7 +349,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       if constexpr (centroid_to_sample)
         grad = T(double(a.slope) * (inverse_classes * share * (separation_at(k, a) - mean) - own));
       else
-        grad = T(-double(a.slope) * (own + inverse_classes * (args.totals[k] - other_sum * share)));
+        grad = T(-double(a.slope) * (own + inverse_classes * (total_at(k) - other_sum * share)));
       if constexpr (!with_step) {
         own_sums[k] = grad;
       } else {  // in place: this thread alone reads column k, and for the last time
@@ -354,25 +375,29 @@ void launch_sort_keys(const Targets& target, int64_t rows, int64_t classes, int3
   launch(sort_keys_kernel, ceil_div(rows, kThreads), dim3(kThreads), stream, target, rows, classes, keys);
 }
 
-template <bool with_step, class T>
+template <bool by_weight, bool with_step, class T>
 void launch_by_class(const CentroidGradArgs<T>& args, const StepArgs<T>& step, Stream stream) {
   const Centroids<T>& q = args.centroids;
   launch(class_begin_kernel, ceil_div(args.rows + 1, kThreads), dim3(kThreads), stream, args.sorted, args.rows,
          q.classes, args.class_begin);
   with_row_kernel<T>(args.input, q.columns, aligned(args.center), [&](auto in, auto) {
     using In = typename decltype(in)::type;
-    const int64_t tiles = ceil_div(q.columns, kWarp * kWidth<In>);
-    if (q.centroid_to_sample)
-      launch(class_grad_sums_kernel<In, T, true>, tiles * args.chunks, dim3(kWarp, kWarps), stream, args, tiles);
+    const int64_t tiles = ceil_div(q.columns, kWarp * kWidth<In>), blocks = tiles * args.chunks;
+    if constexpr (by_weight)
+      launch(class_grad_sums_kernel<In, T, false, true>, blocks, dim3(kWarp, kWarps), stream, args, tiles);
+    else if (q.centroid_to_sample)
+      launch(class_grad_sums_kernel<In, T, true, false>, blocks, dim3(kWarp, kWarps), stream, args, tiles);
     else
-      launch(class_grad_sums_kernel<In, T, false>, tiles * args.chunks, dim3(kWarp, kWarps), stream, args, tiles);
+      launch(class_grad_sums_kernel<In, T, false, false>, blocks, dim3(kWarp, kWarps), stream, args, tiles);
   });
-  if (!args.totals_given)
-    launch(totals_kernel<T>, ceil_div(q.columns, kThreads) + 1, dim3(kThreads), stream, args);
+  const int64_t total_columns = by_weight ? 0 : ceil_div(q.columns, kThreads);
+  // By weight only a step asks for sum_i other_i: whether it is finite.
+  if (by_weight ? with_step : !args.totals_given)
+    launch(totals_kernel<T>, total_columns + 1, dim3(kThreads), stream, args);
   if (q.centroid_to_sample)
-    launch(class_grad_kernel<T, true, with_step>, q.classes, dim3(kThreads), stream, args, step);
+    launch(class_grad_kernel<T, true, by_weight, with_step>, q.classes, dim3(kThreads), stream, args, step);
   else
-    launch(class_grad_kernel<T, false, with_step>, q.classes, dim3(kThreads), stream, args, step);
+    launch(class_grad_kernel<T, false, by_weight, with_step>, q.classes, dim3(kThreads), stream, args, step);
 }
 
 int64_t total_chunks(int64_t rows, int64_t columns) {
@@ -412,10 +437,17 @@ struct Batch {
   int64_t ignore_index;
 };
 
+// What the gradients of all centroids have of the rows, where it is given.
+struct OfAllRows {
+  const std::optional<Tensor>& totals;         // [M + 1], or
+  const std::optional<Tensor>& class_weights;  // [C, 2] and
+  const std::optional<Tensor>& weighted;       // [C, M]
+};
+
 // The gradient to `grad` [C, M], or else a step by it.
 template <class T>
 void by_class(const Device& device, const Batch& batch, const Tensor& centroid_logits, const Centroids<T>& q,
-              const std::optional<Tensor>& totals, T* grad, const StepArgs<T>* step) {
+              const OfAllRows& given, T* grad, const StepArgs<T>* step) {
   const auto& [input, target, center, row_stats, coefficients, upstream, ignore_index] = batch;
   const Matrix z = rows_of<T>(input, q.columns), xi = matrix(centroid_logits, "centroid_logits");
   check_device(centroid_logits, "centroid_logits", input);
@@ -426,12 +458,17 @@ void by_class(const Device& device, const Batch& batch, const Tensor& centroid_l
   Tensor keys = empty(device, {rows}, ScalarType::Int);
   launch_sort_keys(y, rows, q.classes, output<int32_t>(keys), device.stream());
   auto [sorted, order] = stable_sort(keys);
-  double* given = const_cast<double*>(data_on<double>(totals, "totals", {q.columns + 1}, input));
-  const bool by_first_row = step && rows < q.classes;
+  double* totals = const_cast<double*>(data_on<double>(given.totals, "totals", {q.columns + 1}, input));
+  STD_TORCH_CHECK(given.class_weights.has_value() == given.weighted.has_value(),
+                  "ncmi_kernels: pass both class_weights and weighted");
+  const bool by_weight = given.weighted.has_value(), by_first_row = step && rows < q.classes;
+  STD_TORCH_CHECK(!by_weight || !upstream || upstream->dim() == 0,
+                  "ncmi_kernels: upstream must be a scalar beside class_weights");
   const int64_t sums = ((by_first_row ? rows : q.classes) * q.columns * sizeof(T) + 7) / sizeof(double);
-  const int64_t own = step ? sums : 0, own_separation = q.centroid_to_sample ? sums : 0;
+  const int64_t own = step ? sums : 0, own_separation = q.centroid_to_sample && !by_weight ? sums : 0;
+  const int64_t partial_totals = by_weight ? 0 : chunks * q.columns;
   Workspace workspace(device,
-                      (q.classes + 1) + chunks * q.columns + (q.columns + 1) + q.classes + own + own_separation);
+                      (q.classes + 1) + partial_totals + (q.columns + 1) + q.classes + own + own_separation);
   const CentroidGradArgs<T> args{.input = z,
                                  .rows = rows,
                                  .target = y,
@@ -445,30 +482,37 @@ void by_class(const Device& device, const Batch& batch, const Tensor& centroid_l
                                  .order = output<int64_t>(order),
                                  .class_begin = workspace.take<int64_t>(q.classes + 1),
                                  .chunks = chunks,
-                                 .partial_totals = workspace.take(chunks * q.columns),
-                                 .totals = given ? given : workspace.take(q.columns + 1),
-                                 .totals_given = given != nullptr,
+                                 .partial_totals = workspace.take(partial_totals),
+                                 .totals = totals ? totals : workspace.take(q.columns + 1),
+                                 .totals_given = totals != nullptr,
                                  .class_other = workspace.take(q.classes),
                                  .by_first_row = by_first_row,
                                  .own = step ? workspace.take<T>(own) : grad,
-                                 .own_separation = workspace.take<T>(own_separation)};
-  if (step)
-    launch_by_class<true>(args, *step, device.stream());
-  else
-    launch_by_class<false>(args, StepArgs<T>{}, device.stream());
+                                 .own_separation = workspace.take<T>(own_separation),
+                                 .class_weights = reinterpret_cast<const ClassWeights*>(data_on<double>(
+                                     given.class_weights, "class_weights", {q.classes, kClassWeights}, input)),
+                                 .weighted = data_on<T>(given.weighted, "weighted", {q.classes, q.columns}, input)};
+  const auto launch_as = [&]<bool weights>() {
+    if (step)
+      launch_by_class<weights, true>(args, *step, device.stream());
+    else
+      launch_by_class<weights, false>(args, StepArgs<T>{}, device.stream());
+  };
+  by_weight ? launch_as.template operator()<true>() : launch_as.template operator()<false>();
 }
 
 Tensor centroid_grad(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
                      const Tensor& centroid_logits, const Tensor& log_activation, const Tensor& activation,
                      const Tensor& reference, const Tensor& norms, const Tensor& row_stats,
                      const Tensor& coefficients, const std::optional<Tensor>& upstream, bool centroid_to_sample,
-                     int64_t ignore_index, const std::optional<Tensor>& totals) {
+                     int64_t ignore_index, const std::optional<Tensor>& totals,
+                     const std::optional<Tensor>& class_weights, const std::optional<Tensor>& weighted) {
   const Device device(input);
   return with_arithmetic_type(centroid_logits.scalar_type(), "centroid_logits", [&]<class T>() {
     const Centroids<T> q = centroids_on<T>(log_activation, activation, reference, norms, centroid_to_sample, input);
     Tensor grad = empty(device, {q.classes, q.columns}, kScalarType<T>);
     by_class<T>(device, {input, target, center, row_stats, coefficients, upstream, ignore_index}, centroid_logits, q,
-                totals, output<T>(grad), nullptr);
+                {totals, class_weights, weighted}, output<T>(grad), nullptr);
     return grad;
   });
 }
@@ -478,7 +522,8 @@ void centroid_step_(const Tensor& input, const Tensor& target, const std::option
                     const Tensor& log_activation, const Tensor& activation, const Tensor& reference,
                     const Tensor& norms, const Tensor& row_stats, const Tensor& coefficients, bool softmax,
                     bool centroid_to_sample, int64_t ignore_index, double lr, double momentum, double weight_decay,
-                    bool nesterov) {
+                    bool nesterov, const std::optional<Tensor>& class_weights,
+                    const std::optional<Tensor>& weighted) {
   const Device device(input);
   with_arithmetic_type(centroid_logits.scalar_type(), "centroid_logits", [&]<class T>() {
     const Centroids<T> q = centroids_on<T>(log_activation, activation, reference, norms, centroid_to_sample, input);
@@ -492,7 +537,7 @@ void centroid_step_(const Tensor& input, const Tensor& target, const std::option
         .nesterov = nesterov};
     Workspace workspace(device, stats_workspace(q.classes, q.columns));  // before anything moves
     by_class<T>(device, {input, target, center, row_stats, coefficients, std::nullopt, ignore_index}, centroid_logits,
-                q, std::nullopt, nullptr, &step);
+                q, {std::nullopt, class_weights, weighted}, nullptr, &step);
     write_stats<T>(device, workspace, matrix(centroid_logits, "centroid_logits"), softmax, q);
   });
 }

@@ -1,0 +1,352 @@
+// Between the matrix products of separation_focus: their factors, and in place on a tile of their result the weights of
+// the other classes.
+#include "launches.h"
+
+namespace ncmi::cuda {
+
+namespace {
+
+constexpr int kRowThreads = 512;  // that a row of the table or of the products has at most
+constexpr int kSumWarps = 32;     // of a block of sums: each takes every 32nd row of a chunk
+constexpr int64_t kRowsPerChunk = 256;  // at least, where there are several chunks
+
+// What matrix products take of the centroids.
+template <class T>
+struct FocusTableArgs {
+  Centroids<T> centroids;
+  T* relative;      // [C, M] log q less what the classes share
+  T* distribution;  // [C, M] q; centroid_to_sample only
+  double* level;    // [C] the sum of relative over the columns, for centroid_to_sample weighed by q
+};
+
+// What matrix products take of the rows.
+template <class T>
+struct FocusRowsArgs {
+  Matrix input;  // [B, M]
+  int64_t rows;
+  Targets target;   // [B]
+  const T* center;  // [M] or null
+  Centroids<T> centroids;
+  const RowStats* stats;  // [B]
+  T* out;                 // [B, M] x of InProduct; for centroid_to_sample log p less what the classes share
+};
+
+template <class T>
+struct FocusWeightsArgs {
+  int64_t rows, classes;
+  Targets target;  // [B]
+  const AllStats* all;
+  const double* class_level;  // [C] of FocusTableArgs
+  bool centroid_to_sample;
+  double focus;
+  T* product;          // [B, C] in, weights out
+  RowStats* stats;     // [B], whose all_mean becomes that to the mixture of the classes by the weights
+  double* separation;  // [B]
+};
+
+template <class T>
+struct FocusSumsArgs {
+  int64_t rows, classes;
+  Targets target;                    // [B]
+  const RowStats* stats;             // [B]
+  const Coefficients* coefficients;  // [B]
+  bool centroid_to_sample;
+  T* weights;          // [B, C] in place times other, but for centroid_to_sample and share
+  ClassWeights* sums;  // [C], added to
+  int64_t chunks;      // sum_chunks(rows, classes)
+  ClassWeights* partials;  // [chunks, C] workspace; not of a single chunk
+};
+
+template <class T>
+__global__ void __launch_bounds__(kRowThreads, 1) focus_table_kernel(const FocusTableArgs<T> args) {
+  const Centroids<T>& q = args.centroids;
+  const int64_t c = row_of_thread();
+  if (c >= q.classes) return;
+  Group group = group_of_thread(shared_storage<GroupStorage>());
+  const double log_norm = q.of[c].log_norm;
+  const T above_mean = T(log_norm - q.all().weighted_log_norm), inverse_norm = T(::exp(-log_norm));
+  double sum = 0;
+  for (int64_t k = group.thread; k < q.columns; k += group.threads) {
+    const int64_t at = c * q.columns + k;
+    const T relative = (q.log_activation[at] - q.reference[k]) - above_mean;
+    args.relative[at] = relative;
+    if (q.centroid_to_sample) {
+      const T share = q.activation[at] * inverse_norm;
+      args.distribution[at] = share;
+      sum += double(share) * double(relative);
+    } else {
+      sum += double(relative);
+    }
+  }
+  sum = group.sum(sum);
+  if (group.first()) args.level[c] = sum;
+}
+
+template <class In, class T, bool centroid_to_sample>
+__global__ void __maxnreg__((kRegisters<In, T, 0>)) focus_rows_kernel(const FocusRowsArgs<T> args) {
+  using Out = std::conditional_t<kSame<In, Any>, Any, float>;
+  using R = Row<In, T, 0>;
+  constexpr bool fast = sizeof(In) == 2;
+  const int64_t i = row_of_thread();
+  if (i >= args.rows) return;
+  Group group = group_of_thread(shared_storage<GroupStorage>());
+  const Centroids<T>& q = args.centroids;
+  const int64_t first = i * q.columns, target = args.target[i];
+  if (target == args.target.ignore_index) {
+    for (int64_t k = group.thread; k < q.columns; k += group.threads) args.out[first + k] = 0;
+    return;
+  }
+  class_of(target, q.classes);
+  R row(args.input, i, args.center, q.columns, group);
+  const RowStats stats = args.stats[i];
+  with_kind<T>(kind_of(stats.kind), [&]<Kind kind>() NCMI_INLINED {
+    const T s = argument_scale<kind, T>(stats.scale), shift = T(stats.shift);
+    const T log_norm = centroid_to_sample ? T(relative_log_norm(q.all(), stats)) : T(0);
+    row.each([&](int k, const T* x) NCMI_INLINED {
+      [[maybe_unused]] T reference[R::part];
+      T out[R::part];
+      if constexpr (centroid_to_sample) load_values<R::part, false>(q.reference + k, reference);
+#pragma unroll
+      for (int v = 0; v < R::part; ++v) {
+        if constexpr (centroid_to_sample) {
+          out[v] = (activate<kind, fast>(x[v], s, shift).log - reference[v]) - log_norm;
+        } else if constexpr (is_near(kind)) {
+          out[v] = near<kind>(x[v] * s).excess;
+        } else {
+          const T a = activate<kind, fast>(x[v], s, shift).value;
+          out[v] = kind == Kind::kNsf ? (a - T(0.5)) + (a - T(0.5)) : a;
+        }
+      }
+      store_output<Out, R::part>(args.out, Dtype::kFloat32, first + k, out);
+    });
+  });
+}
+
+// Of the products of a row with the classes: its divergences D from the other ones, and in their place the weights
+// softmax(-focus D / min D).
+template <class T>
+__global__ void __launch_bounds__(kRowThreads, 1) focus_weights_kernel(const FocusWeightsArgs<T> args) {
+  const int64_t i = row_of_thread();
+  if (i >= args.rows) return;
+  Group group = group_of_thread(shared_storage<GroupStorage>());
+  T* values = args.product + i * args.classes;
+  const int64_t target = args.target[i];
+  if (target == args.target.ignore_index) {
+    for (int64_t c = group.thread; c < args.classes; c += group.threads) values[c] = 0;
+    if (group.first()) args.separation[i] = 0;
+    return;
+  }
+  const int64_t y = class_of(target, args.classes);
+  const auto each_other = [&](const auto& f) NCMI_INLINED {
+    for (int64_t c = group.thread; c < args.classes; c += group.threads)
+      if (c != y) f(c);
+  };
+  const RowStats stats = args.stats[i];
+  const double log_norm = relative_log_norm(*args.all, stats);
+  const InProduct p = in_product(stats);
+  const double level = args.centroid_to_sample ? 0.0 : stats.all_mean - log_norm;
+  const double by_level = args.centroid_to_sample ? 1.0 : -p.share * p.base;
+  const double by_product = args.centroid_to_sample ? -1.0 : -p.share;
+
+  // The least of what is not negative has the least bits, those of NaN apart; a group knows the largest.
+  using Bits = decltype(magnitude_bits(T()));
+  Bits complement = ~magnitude_bits(kLargest<T>);
+  each_other([&](int64_t c) NCMI_INLINED {
+    const T rounded = T(level + by_level * args.class_level[c] + by_product * double(values[c]));
+    const T d = rounded < T(kSmallestDivergence) ? T(kSmallestDivergence) : rounded;  // less than zero by rounding
+    values[c] = d;
+    const Bits bits = ~magnitude_bits(d);
+    complement = bits > complement ? bits : complement;
+  });
+  const T nearest = bit_cast<T>(Bits(~group.maximum(complement)));
+
+  const double by = args.focus / double(nearest);
+  const T by_distance = by < double(kLargest<T>) ? T(by) : kLargest<T>;
+  double sums[2] = {};  // of e, and of e (D - min D)
+  each_other([&](int64_t c) NCMI_INLINED {
+    const T farther = values[c] - nearest;
+    const T e = exp_minus(absolute(by_distance * farther));
+    values[c] = e;
+    sums[0] += double(e);
+    sums[1] += double(e) * double(farther);
+  });
+  for (double& sum : sums) sum = warp_sum(sum);
+  group.sum_warps(sums);
+  const T inverse = T(1.0 / sums[0]);
+  for (int64_t c = group.thread; c < args.classes; c += group.threads) values[c] = c == y ? T(0) : values[c] * inverse;
+  if (group.first()) {
+    const double mean = double(nearest) + sums[1] / sums[0];
+    args.stats[i].all_mean = mean + log_norm;
+    args.separation[i] = mean * (1.0 - 1.0 / args.all->classes);
+  }
+}
+
+// In place: the weights times what the rows' gradients have of their separation; and the sums over a chunk of rows.
+template <class T>
+__global__ void __launch_bounds__(kSumWarps* kWarp, 1) focus_sums_kernel(const FocusSumsArgs<T> args, int64_t tiles) {
+  struct Storage {
+    ClassWeights sums[kSumWarps][kWarp];
+  };
+  Storage& storage = shared_storage<Storage>();
+  const int lane = threadIdx.x, warp = threadIdx.y;
+  const int64_t chunk = blockIdx.x / tiles, c = blockIdx.x % tiles * kWarp + lane;
+  const int64_t begin = chunk * args.rows / args.chunks, end = (chunk + 1) * args.rows / args.chunks;
+  ClassWeights sum{};
+  for (int64_t i = begin + warp; i < end; i += kSumWarps) {
+    const int64_t target = args.target[i];
+    if (target == args.target.ignore_index) continue;
+    class_of(target, args.classes);
+    if (c >= args.classes) continue;
+    const InProduct p = in_product(args.stats[i]);
+    const double other = args.coefficients[i].other, share = args.centroid_to_sample ? 1.0 : p.share;
+    const double base = args.centroid_to_sample ? 0.0 : p.share * p.base;
+    T& weight = args.weights[i * args.classes + c];
+    sum.other += other * double(weight);
+    sum.base += other * base * double(weight);
+    weight *= T(other * share);
+  }
+  storage.sums[warp][lane] = sum;
+  __syncthreads();
+  if (warp != 0 || c >= args.classes) return;
+  for (int w = 1; w < kSumWarps; ++w) {
+    sum.other += storage.sums[w][lane].other;
+    sum.base += storage.sums[w][lane].base;
+  }
+  if (args.chunks == 1)
+    args.sums[c] = {args.sums[c].other + sum.other, args.sums[c].base + sum.base};
+  else
+    args.partials[chunk * args.classes + c] = sum;
+}
+
+// A warp for each class.
+__global__ void __launch_bounds__(kRowsPerBlock* kWarp, 1)
+    fold_focus_sums_kernel(const ClassWeights* partials, int64_t chunks, int64_t classes, ClassWeights* sums) {
+  const int64_t c = row_of_thread();
+  if (c >= classes) return;
+  ClassWeights sum{};
+#pragma unroll 4
+  for (int64_t chunk = threadIdx.x; chunk < chunks; chunk += kWarp) {
+    sum.other += partials[chunk * classes + c].other;
+    sum.base += partials[chunk * classes + c].base;
+  }
+  sum = {warp_sum(sum.other), warp_sum(sum.base)};
+  if (threadIdx.x == 0) sums[c] = {sums[c].other + sum.other, sums[c].base + sum.base};
+}
+
+// A warp or a block for each of the rows, of `size` elements that are read one by one.
+template <class Args>
+void launch_by_row(void (*kernel)(Args), const Args& args, int64_t rows, int64_t size, Stream stream) {
+  const RowShape shape = row_shape(size, kElementsPerThread, kRowThreads);
+  launch(kernel, ceil_div(rows, shape.rows_per_block), dim3(shape.threads, shape.rows_per_block), stream, args);
+}
+
+std::tuple<Tensor, Tensor, Tensor> focus_table(const Tensor& log_activation, const Tensor& activation,
+                                               const Tensor& reference, const Tensor& norms, bool centroid_to_sample) {
+  const Device device(log_activation);
+  return with_arithmetic_type(log_activation.scalar_type(), "log_activation", [&]<class T>() {
+    const Centroids<T> q =
+        centroids_on<T>(log_activation, activation, reference, norms, centroid_to_sample, log_activation);
+    Tensor relative = empty(device, {q.classes, q.columns}, kScalarType<T>);
+    Tensor distribution = empty(device, {centroid_to_sample ? q.classes : 0, q.columns}, kScalarType<T>);
+    Tensor level = empty(device, {q.classes}, ScalarType::Double);
+    const FocusTableArgs<T> args{.centroids = q,
+                                 .relative = output<T>(relative),
+                                 .distribution = output<T>(distribution),
+                                 .level = output<double>(level)};
+    launch_by_row(focus_table_kernel<T>, args, q.classes, q.columns, device.stream());
+    return std::make_tuple(relative, distribution, level);
+  });
+}
+
+Tensor focus_rows(const Tensor& input, const Tensor& target, const std::optional<Tensor>& center,
+                  const Tensor& log_activation, const Tensor& activation, const Tensor& reference,
+                  const Tensor& norms, const Tensor& row_stats, bool centroid_to_sample, int64_t ignore_index) {
+  const Device device(input);
+  return with_arithmetic_type(log_activation.scalar_type(), "log_activation", [&]<class T>() {
+    const Centroids<T> q = centroids_on<T>(log_activation, activation, reference, norms, centroid_to_sample, input);
+    const Matrix z = rows_of<T>(input, q.columns);
+    const int64_t rows = input.size(0);
+    Tensor out = empty(device, {rows, q.columns}, kScalarType<T>);
+    const FocusRowsArgs<T> args{.input = z,
+                                .rows = rows,
+                                .target = targets(target, input, ignore_index),
+                                .center = data_on<T>(center, "center", {q.columns}, input),
+                                .centroids = q,
+                                .stats = stats_on(row_stats, input),
+                                .out = output<T>(out)};
+    const bool can_be_wide = aligned(q) && aligned(args.center) && aligned(args.out);
+    with_row_kernel<T>(z, q.columns, can_be_wide, [&](auto in, auto) {
+      using In = typename decltype(in)::type;
+      if (centroid_to_sample)
+        launch_rows<In, 0>(focus_rows_kernel<In, T, true>, args, q.columns, device.stream());
+      else
+        launch_rows<In, 0>(focus_rows_kernel<In, T, false>, args, q.columns, device.stream());
+    });
+    return out;
+  });
+}
+
+void focus_weights_(const Tensor& product, const Tensor& separation, const Tensor& row_stats, const Tensor& target,
+                    const Tensor& norms, const Tensor& class_level, double focus, bool centroid_to_sample,
+                    int64_t ignore_index) {
+  STD_TORCH_CHECK(product.dim() == 2, "ncmi_kernels: product must have 2 dimensions");
+  const Device device(product);
+  const int64_t rows = product.size(0), classes = product.size(1);
+  with_arithmetic_type(product.scalar_type(), "product", [&]<class T>() {
+    const FocusWeightsArgs<T> args{
+        .rows = rows,
+        .classes = classes,
+        .target = targets(target, product, ignore_index),
+        .all = reinterpret_cast<const AllStats*>(class_stats_on(norms, classes, product) + classes),
+        .class_level = data_on<double>(class_level, "class_level", {classes}, product),
+        .centroid_to_sample = centroid_to_sample,
+        .focus = focus,
+        .product = const_cast<T*>(data<T>(product, "product", {rows, classes})),
+        .stats = const_cast<RowStats*>(stats_on(row_stats, product)),
+        .separation = const_cast<double*>(data_on<double>(separation, "separation", {rows}, product))};
+    launch_by_row(focus_weights_kernel<T>, args, rows, classes, device.stream());
+  });
+}
+
+// A function of the shape alone, so that the order of the sums is one too.
+int64_t sum_chunks(int64_t rows, int64_t classes) {
+  return max(1, min(ceil_div(rows, kRowsPerChunk), 1024 / max(1, ceil_div(classes, kWarp))));
+}
+
+void focus_sums_(const Tensor& weights, const Tensor& class_weights, const Tensor& row_stats,
+                 const Tensor& coefficients, const Tensor& target, bool centroid_to_sample, int64_t ignore_index) {
+  STD_TORCH_CHECK(weights.dim() == 2, "ncmi_kernels: weights must have 2 dimensions");
+  const Device device(weights);
+  const int64_t rows = weights.size(0), classes = weights.size(1), chunks = sum_chunks(rows, classes);
+  const int64_t partials = chunks == 1 ? 0 : chunks * classes * kClassWeights;
+  Workspace workspace(device, partials);
+  with_arithmetic_type(weights.scalar_type(), "weights", [&]<class T>() {
+    const FocusSumsArgs<T> args{
+        .rows = rows,
+        .classes = classes,
+        .target = targets(target, weights, ignore_index),
+        .stats = stats_on(row_stats, weights),
+        .coefficients = coefficients_on(coefficients, weights),
+        .centroid_to_sample = centroid_to_sample,
+        .weights = const_cast<T*>(data<T>(weights, "weights", {rows, classes})),
+        .sums = reinterpret_cast<ClassWeights*>(const_cast<double*>(
+            data_on<double>(class_weights, "class_weights", {classes, kClassWeights}, weights))),
+        .chunks = chunks,
+        .partials = workspace.take<ClassWeights>(partials)};
+    const int64_t tiles = ceil_div(classes, kWarp);
+    launch(focus_sums_kernel<T>, tiles * chunks, dim3(kWarp, kSumWarps), device.stream(), args, tiles);
+    if (chunks > 1)
+      launch(fold_focus_sums_kernel, ceil_div(classes, kRowsPerBlock), dim3(kWarp, kRowsPerBlock), device.stream(),
+             args.partials, chunks, classes, args.sums);
+  });
+}
+
+}  // namespace
+}  // namespace ncmi::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(ncmi_kernels, CUDA, m) {
+  m.impl("focus_table", TORCH_BOX(&ncmi::cuda::focus_table));
+  m.impl("focus_rows", TORCH_BOX(&ncmi::cuda::focus_rows));
+  m.impl("focus_weights_", TORCH_BOX(&ncmi::cuda::focus_weights_));
+  m.impl("focus_sums_", TORCH_BOX(&ncmi::cuda::focus_sums_));
+}
