@@ -127,7 +127,7 @@ FLOAT64 = (1e-10, 1e-10, 1e-10)
 
 @pytest.mark.parametrize("columns", [36, 37], ids=["in 16 bytes", "one by one"])
 @pytest.mark.parametrize("activation", ["nsf", "softmax"])
-@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("ratio", [*RATIOS, "soft_margin"])
 @pytest.mark.parametrize("separation", SEPARATIONS)
 def test_every_variant(runs, separation, ratio, activation, columns):
     for l2, center, weight, ignore in itertools.product((False, True), repeat=4):
