@@ -91,15 +91,18 @@ def ncmi(shape: Shape, *, learn_centroids: bool = False, learnt: bool = False, *
 class CrossEntropyWithHead(nn.Module):
     """cross_entropy of a linear layer from M features to C logits, whose weight takes a gradient: B C M operations.
 
-    Without a bias, which centroids do not have either.
+    Without a bias, which centroids do not have either. `fused`: by torch's linear_cross_entropy, which keeps no logits.
     """
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, *, fused: bool = False) -> None:
         super().__init__()
         self.head = nn.Linear(shape.M, shape.C, bias=False, dtype=DTYPE)
+        self.fused = fused
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
         """The loss of features z [B, M] and targets y [B]."""
+        if self.fused:
+            return F.linear_cross_entropy(z, self.head.weight, y)
         return F.cross_entropy(self.head(z), y)
 
 
@@ -306,6 +309,10 @@ def _needs(module: str) -> Obstacle:
     return lambda shape, device: None if importlib.util.find_spec(module) else f"{module} is not installed"
 
 
+def _no_linear_cross_entropy(shape: Shape, device: torch.device) -> str | None:
+    return None if hasattr(F, "linear_cross_entropy") else f"torch {torch.__version__} has no linear_cross_entropy"
+
+
 def _no_compiler(shape: Shape, device: torch.device) -> str | None:
     if device.type == "cpu":
         compiler = os.environ.get("CXX", "g++")
@@ -381,6 +388,13 @@ CROSS_ENTROPY = Implementation("cross_entropy", lambda shape: nn.CrossEntropyLos
 CROSS_ENTROPY_WITH_HEAD = Implementation(
     "cross_entropy with head", CrossEntropyWithHead, share=0.15, group="with products"
 )
+LINEAR_CROSS_ENTROPY = Implementation(
+    "linear_cross_entropy",
+    lambda shape: CrossEntropyWithHead(shape, fused=True),
+    _no_linear_cross_entropy,
+    share=0.15,
+    group="with products",
+)
 COMPILED_CROSS_ENTROPY = Implementation(
     "cross_entropy compiled", lambda shape: Loss(_compiled_cross_entropy), _no_compiler, compiled=True
 )
@@ -398,6 +412,13 @@ KERNELS = (NCMI_BATCH, NCMI_SAMPLE, NCMI_LEARNT, NCMI_CENTROIDS)
 NCMI_FOCUS = Implementation(
     "ncmi focus", lambda shape: ncmi(shape, separation_focus=10.0), share=0.15, group="with products"
 )
+NCMI_FOCUS_CENTROIDS = Implementation(
+    "ncmi focus + centroids",
+    lambda shape: ncmi(shape, separation_focus=10.0, learn_centroids=True, learnt=True),
+    share=0.15,
+    group="with products",
+)
+WITH_PRODUCTS = (LINEAR_CROSS_ENTROPY, NCMI_FOCUS, NCMI_FOCUS_CENTROIDS)  # as large as those of the head
 
 _PLAIN = NCMI_BATCH.traffic
 EAGER = Implementation("collapsed eager", lambda shape: Collapsed(shape, compiled=False), traffic=_PLAIN, share=0.15)
@@ -413,7 +434,7 @@ IMPLEMENTATIONS = (
     COMPILED,
     LITERAL,
     CROSS_ENTROPY_WITH_HEAD,
-    NCMI_FOCUS,
+    *WITH_PRODUCTS,
 )
 
 CENTROID_STEPS = ("CentroidSGD", "CentroidSGD after forward", "kernels, autograd, SGD")  # of `kernels`

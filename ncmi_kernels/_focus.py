@@ -102,7 +102,7 @@ class _Products:
 
     def run(self, with_mixture: bool, coefficients_of: Callable[[slice], Tensor] | None) -> Rows:
         """`coefficients_of` a tile, asked for once its terms are known; None where no sums over the rows are wanted."""
-        with torch.no_grad(), reference.no_autocast(self.input.device):
+        with reference.no_autocast(self.input.device):
             return self._run(with_mixture, coefficients_of)
 
     def _run(self, with_mixture: bool, coefficients_of: Callable[[slice], Tensor] | None) -> Rows:
