@@ -5,13 +5,14 @@ Here is what the focus alone has. What a plain batch has too, the other files tr
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import relative
-from problems import SEPARATIONS, Options, check, evaluate, every_backend, every_separation, make
+from problems import REDUCTIONS, SEPARATIONS, Options, check, evaluate, every_backend, every_separation, make
 
-from ncmi_kernels import ncmi_loss, ncmi_terms, reference
+from ncmi_kernels import _focus, _ops, _schema, ncmi_loss, ncmi_terms, reference
 
 BATCH, CLASSES, COLUMNS = 9, 7, 11
 
@@ -103,6 +104,90 @@ def test_closer_to_float64_than_autograd(separation, backend, interpreted):
         ]
         for kernels, autograd in zip(*errors, strict=True):
             assert kernels < autograd / 3
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("separation", SEPARATIONS)
+@pytest.mark.parametrize("shape", [(3, 2051, 24), (130, 9, 3), (3, 2, 1029)])
+def test_between_products(shape, separation, dtype, backend):
+    """More classes, rows and columns than are worked on at once; every sum that the gradient of the centroids takes."""
+    rows, classes, columns = shape
+    run, last = _ops.operators(backend), (separation == SEPARATIONS[1], -100)
+    z, xi = torch.randn(rows, columns, dtype=dtype), torch.randn(classes, columns, dtype=dtype)
+    target = torch.randint(classes, (rows,))
+    target[1] = -100
+    kept = (target != -100).nonzero()[:, 0]
+    table = run.centroid_stats(xi, False, last[0])
+    values, stats = run.terms(z, target, None, *table, 1.0, False, False, *last)
+    relative_q, distribution, level = run.focus_table(*table, last[0])
+    x = run.focus_rows(z, target, None, *table, stats, *last)
+    weights = x @ (distribution if last[0] else relative_q).T
+    run.focus_weights_(weights, values[1], stats, target, table[3], level, 5.0, *last)
+
+    log_p, log_q = (reference.log_activation(t.double(), "nsf") for t in (z[kept], xi))
+    every = reference.divergences(log_p, log_q, separation)
+    every[torch.arange(len(kept)), target[kept]] = torch.inf
+    expected = torch.softmax(-5 * every / every.amin(dim=1, keepdim=True), dim=1)
+    mean = torch.where(every.isinf(), 0, expected * every).sum(dim=1)
+    bound = 1e-11 if dtype == torch.float64 else 2e-5
+    assert relative(weights[kept], expected) < bound
+    assert relative(values[1, kept], mean * (1 - 1 / classes)) < bound
+    assert (
+        relative(stats[kept, _schema.ALL_MEAN], mean - stats[kept, _schema.INVERSE_NORM].log() - table[3][-1, 1])
+        < bound
+    )
+    assert weights[kept, target[kept]].eq(0).all()
+    assert weights[1].eq(0).all()
+    assert x[1].eq(0).all()
+    assert values[1, 1] == 0
+
+    coefficients = torch.rand(rows, _schema.COEFFICIENTS, dtype=torch.float64)
+    coefficients[1] = 0
+    before = torch.rand(classes, _schema.CLASS_WEIGHTS, dtype=torch.float64)
+    class_weights = before.clone()
+    run.focus_sums_(weights, class_weights, stats, coefficients, target, *last)
+    other, base = (class_weights - before).T
+    weighted = (weights.T @ x).double()
+    expected = coefficients[kept, 1, None] * expected
+    assert relative(other, expected.sum(dim=0)) < bound
+    if last[0]:
+        assert relative(other[:, None] * relative_q.double() - weighted, _sums_of(expected, log_q, log_p)) < bound
+    else:
+        assert relative(base[:, None] + weighted, expected.T @ log_p.exp()) < bound
+
+
+def _sums_of(weights, log_q, log_p):
+    """sum_i w_ic (log q_c - log p_i)."""
+    return weights.sum(dim=0)[:, None] * log_q - weights.T @ log_p
+
+
+@every_backend
+@every_separation
+@pytest.mark.parametrize(("ratio", "reduction"), REDUCTIONS)
+def test_several_tiles(ratio, reduction, separation, backend, monkeypatch):
+    """Of which none knows the coefficients of its rows: those take the whole batch."""
+    monkeypatch.setattr(_focus, "_TILE", 64 * CLASSES)
+    z, target, xi, center, weight = make(150, CLASSES, COLUMNS, center=True, weight=True, ignore=True)
+    options = Options(separation=separation, ratio=ratio, reduction=reduction, separation_focus=5.0)
+    problem = z, target, xi, center, weight
+    check(evaluate(problem, options, backend), evaluate(problem, options, "float64", literal=True), 1e-10)
+    ignored = z, torch.full_like(target, -100), xi, center, weight
+    grads = evaluate(ignored, replace(options, ratio="sample", reduction="sum"), backend)[1:]
+    assert all(bool((grad == 0).all()) for grad in grads)
+
+
+@every_separation
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_what_is_kept_between_the_passes(reduction, separation):
+    """The gradient of the input takes a mixture [B, M], that of the centroids sums [C, M]; nothing is [B, C]."""
+    rows, classes, columns = 40, 300, 8
+    z, xi = torch.randn(rows, columns, requires_grad=True), torch.randn(classes, columns, requires_grad=True)
+    target, kept = torch.randint(classes, (rows,)), []
+    options = {"separation": separation, "ratio": "sample", "reduction": reduction, "separation_focus": 5.0}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        ncmi_loss(z, target, xi, **options)
+    assert max(kept) <= max(classes * columns, (classes + 1) * 8) < rows * classes
 
 
 def test_a_sample_on_another_centroid():
