@@ -176,6 +176,11 @@ def test_operators_of_the_focus_of_large_shapes(emulated, runs, shape, separatio
 
 
 @pytest.mark.parametrize("separation", SEPARATIONS)
+def test_divergences_that_are_none(emulated, runs, separation):
+    test_focus.check_divergences(emulated, separation)
+
+
+@pytest.mark.parametrize("separation", SEPARATIONS)
 def test_focus_of_every_range(runs, separation):
     for shape in ((1, 2, 2), (3, 2, 5), (17, 33, 64), (2, 257, 130), (9, 5, 1031)):
         test_focus.test_odd_sizes(shape, separation, "cpu", interpreted=False)

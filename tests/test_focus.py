@@ -441,6 +441,9 @@ def check_gradient(run, problem, separation, bound, **options):
         assert grad.dtype == xi.dtype
         assert relative(grad, expected * (1 if upstream is None else -3)) < bound
 
+    by_row = torch.ones(len(z), dtype=xi.dtype)
+    with pytest.raises(RuntimeError, match="upstream"):
+        run.centroid_grad(z, target, center, xi, *known, by_row, *its.last, None, *sums)
     for given in ((class_weights, None), (None, weighted)):
         with pytest.raises(RuntimeError, match="both class_weights and weighted"):
             run.centroid_grad(z, target, center, xi, *known, None, *its.last, None, *given)
@@ -496,6 +499,31 @@ def check_every_kind(run, dtype, separation, activation, shapes=((13, 7, 36), (1
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_operators(dtype, separation, activation, backend):
     check_every_kind(_ops.operators(backend), dtype, separation, activation)
+
+
+def check_divergences(run, separation):
+    """NaN makes the separation of its own row NaN; what rounding leaves below zero is the smallest number."""
+    problem = make(6, 5, 9, dtype=torch.float32)
+    its = Operands(run, problem, separation)
+    target, level = problem[1], its.level
+    product = torch.zeros(6, 5) if separation == "centroid_to_sample" else torch.full((6, 5), 1e3)
+    product[torch.arange(6), target] = math.nan  # that of the own class is not looked at
+    product[1, (target[1] + 1) % 5] = math.nan
+    level = -torch.ones_like(level)
+    separated = torch.empty(6, dtype=torch.float64)
+    run.focus_weights_(product, separated, its.stats.clone(), target, its.table[3], level, FOCUS, *its.last)
+    assert separated[1].isnan()
+    others = torch.arange(6) != 1
+    assert relative(separated[others], torch.full((5,), 1.17549435e-38 * 0.8, dtype=torch.float64)) < 1e-6
+    expected = torch.full((6, 5), 0.25)
+    expected[torch.arange(6), target] = 0
+    assert relative(product[others], expected[others]) < 1e-6
+
+
+@every_backend
+@pytest.mark.parametrize("separation", SEPARATIONS)
+def test_divergences_that_are_none(separation, backend):
+    check_divergences(_ops.operators(backend), separation)
 
 
 # Several chunks of rows; many classes; long rows.
