@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ncmi_kernels import NCMILoss, _ops, _plain, ncmi_terms
+from ncmi_kernels import CentroidSGD, NCMILoss, _ops, _plain, ncmi_terms
 from ncmi_kernels._schema import SCHEMAS, Operators
 
 # B, C, M for their edges, where those of cases.py are for their speed: less than a warp, more than one, rows of several
-# kilobytes and rows longer than shared memory.
-SHAPES = ((5, 3, 7), (33, 4, 130), (7, 5, 2051), (2, 3, 70001))
+# kilobytes and rows longer than shared memory; for separation_focus several chunks of rows, and rows of many classes.
+SHAPES = ((5, 3, 7), (33, 4, 130), (7, 5, 2051), (2, 3, 70001), (600, 33, 9), (3, 4500, 5))
 
 
 def counting(operators: Operators, calls: Counter[str]) -> Operators:
@@ -47,12 +47,15 @@ def run_case(
     y[0] = -100
     settings: dict[str, Any] = {"separation": separation, "ratio": ratio, "backend": backend, "device": device}
     results = []
-    for learn in (True, False):
-        criterion = NCMILoss(classes, columns, learn_centroids=learn, **settings)
+    for focus, learn in itertools.product((5.0, 0.0), (True, False)):
+        criterion = NCMILoss(classes, columns, learn_centroids=learn, separation_focus=focus, **settings)
         loss = criterion(z, y)
         wanted = [z, criterion.centroid_logits] if learn else [z]
         # An upstream gradient other than 1, which scales what the forward pass has made.
         results += [loss, *torch.autograd.grad(loss, wanted, torch.full_like(loss, 0.5))]
+        if focus and learn:
+            CentroidSGD(criterion, lr=0.1, momentum=0.9).step(z, y)
+            results.append(criterion.centroid_logits)
     concentration, separated = ncmi_terms(
         z, y.clamp(min=0), criterion.centroid_logits, center=criterion.center, separation=separation,
         l2_normalize=True, backend=backend,

@@ -20,11 +20,12 @@ NVCC = shutil.which("nvcc") or ("/usr/local/cuda/bin/nvcc" if Path("/usr/local/c
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
 
 # The most registers that any variant of a kernel takes on any of the architectures. 65536 of an SM's registers go to
-# blocks of up to 512 threads for those by row (1024 where they take up to 64), 256 for the sums and 1024 for the rest.
+# blocks of up to 512 threads for those by row (1024 where they take up to 64), 256 for the sums that take more than 64
+# and 1024 for the rest.
 REGISTERS = {
     "centroid_rows_kernel": 80,
     "class_begin_kernel": 18,
-    "class_grad_kernel": 84,
+    "class_grad_kernel": 85,
     "class_grad_sums_kernel": 146,
     "class_sums_kernel": 42,
     "column_sums_kernel": 120,
@@ -32,6 +33,11 @@ REGISTERS = {
     "commit_center_kernel": 40,
     "constants_kernel": 48,
     "finish_terms_kernel": 38,
+    "focus_rows_kernel": 54,
+    "focus_sums_kernel": 55,
+    "focus_table_kernel": 46,
+    "focus_weights_kernel": 72,
+    "fold_focus_sums_kernel": 40,
     "fold_totals_kernel": 32,
     "input_grad_kernel": 96,
     "move_center_kernel": 62,

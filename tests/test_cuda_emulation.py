@@ -7,7 +7,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import test_accuracy
 import test_extremes
+import test_focus
+import test_focus_operators
 import test_operators
 import torch
 from conftest import relative
@@ -25,7 +28,7 @@ from test_kernels import (
 from torch.utils import cpp_extension
 
 import ncmi_kernels
-from ncmi_kernels import _loss, _ops, _schema, ncmi_loss, ncmi_terms, reference
+from ncmi_kernels import _focus, _loss, _ops, _schema, ncmi_loss, ncmi_terms, reference
 from ncmi_kernels._options import Options
 from ncmi_kernels._problem import problem_of
 
@@ -141,7 +144,7 @@ def test_every_variant(runs, separation, ratio, activation, columns):
 @pytest.mark.parametrize("columns", [36, 37], ids=["in 16 bytes", "one by one"])
 @pytest.mark.parametrize("activation", ["nsf", "softmax"])
 @pytest.mark.parametrize("separation", SEPARATIONS)
-def test_focus(runs, separation, activation, columns):
+def test_every_variant_of_the_focus(runs, separation, activation, columns):
     """input_grad with a reference for each row, and coefficients of a separation that is no mean over the classes."""
     for l2, center, ignore in itertools.product((False, True), repeat=3):
         options = {"temperature": 0.7, "l2_normalize": l2, "activation": activation}
@@ -149,6 +152,62 @@ def test_focus(runs, separation, activation, columns):
         for dtype, bounds in ((torch.float32, FLOAT32), (torch.float64, FLOAT64)):
             problem = make(13, 7, columns, center=center, weight=center, ignore=ignore, dtype=dtype)
             check(problem, bounds, **options)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("separation", SEPARATIONS)
+def test_focus_by_tiles(runs, monkeypatch, separation, ratio):
+    monkeypatch.setattr(_focus, "_TILE", 1)
+    problem = make(150, 7, 37, center=True, weight=True, ignore=True)
+    check(problem, FLOAT32, -3.0, separation=separation, ratio=ratio, separation_focus=5.0)
+    if ratio == "sample":
+        check(problem, FLOAT32, separation=separation, ratio=ratio, reduction="none", separation_focus=5.0)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("separation", SEPARATIONS)
+@pytest.mark.parametrize("dtype", test_focus_operators.BOUNDS)
+def test_operators_of_the_focus(emulated, runs, dtype, separation, activation):
+    test_focus_operators.check_every_kind(emulated, dtype, separation, activation)
+
+
+@pytest.mark.parametrize("separation", SEPARATIONS)
+@pytest.mark.parametrize("shape", test_focus_operators.LARGE)
+def test_operators_of_the_focus_of_large_shapes(emulated, runs, shape, separation):
+    test_focus_operators.check_large(emulated, shape, separation)
+
+
+@pytest.mark.parametrize("separation", SEPARATIONS)
+def test_divergences_that_are_none(emulated, runs, separation):
+    test_focus_operators.check_divergences(emulated, separation)
+
+
+@pytest.mark.parametrize("separation", SEPARATIONS)
+def test_focus_of_every_range(runs, separation):
+    for size in test_accuracy.SIZES_WITH_FOCUS:
+        test_accuracy.test_odd_sizes(3.0, size, separation, "cpu", interpreted=False)
+    for dtype in (torch.bfloat16, torch.float16):
+        test_accuracy.test_half_precision(10.0, "batch", True, True, dtype, separation, "cpu", interpreted=False)
+    test_focus.test_where_the_focus_has_no_choice(separation, "cpu")
+
+
+def test_launches_of_the_focus(emulated, launches):
+    """One an operator, but that several blocks' sums over the rows are added up."""
+    for rows, of_sums in ((70, 1), (600, 2)):
+        z, target, xi, _, _ = make(rows, 40, 8)
+        its = test_focus.Operands(emulated, (z, target, xi, None, None), "sample_to_centroid")
+        run = its.run
+        coefficients, class_weights = test_focus.of_rows(its), torch.zeros(40, 2, dtype=torch.float64)
+        last = its.stats, target, its.table[3], its.level, 5.0, False, -100
+        for expected, operator, arguments in (
+            (1, run.focus_table, (*its.table, False)),
+            (1, run.focus_rows, (z, target, None, *its.table, its.stats, False, -100)),
+            (1, run.focus_weights_, (its.weights, its.separation, *last)),
+            (of_sums, run.focus_sums_, (its.weights, class_weights, its.stats, coefficients, target, False, -100)),
+        ):
+            before = launches()
+            operator(*arguments)
+            assert launches() - before == expected
 
 
 # A warp a row; a block; registers no longer enough; one element at a time.
@@ -185,6 +244,13 @@ def test_authors_regime(runs, separation, temperature):
     for ratio in RATIOS:
         options = {"temperature": temperature, "l2_normalize": True, "separation": separation, "ratio": ratio}
         check(problem, (1e-5, 1e-5, 1e-5), **options)
+
+
+@pytest.mark.parametrize("separation", SEPARATIONS)
+def test_focus_in_the_authors_regime(runs, separation):
+    z, target, _, _, _ = make(64, 100, 128)
+    problem = z, target, 10 * torch.eye(100, 128), z.mean(0), None
+    check(problem, (1e-6, 5e-6, 2e-6), l2_normalize=True, separation=separation, separation_focus=10.0)
 
 
 @pytest.mark.parametrize("separation", SEPARATIONS)
@@ -456,7 +522,8 @@ def test_same_outputs_as_the_cpu_operators(emulated, runs):
             grad = ops.input_grad(*rest, *s, *rows, upstream, separation, -100)
             xi_grad = ops.centroid_grad(*rest, xi, *s, *rows, upstream, separation, -100)
             totals = ops.class_totals(*rest, *rows, upstream, separation, -100)
-            outputs.append([*s, *terms, *itertools.chain(*loss, *reduced), grad, xi_grad, totals])
+            factors = *ops.focus_table(*s, separation), ops.focus_rows(*rest, *s, rows[0], separation, -100)
+            outputs.append([*s, *terms, *itertools.chain(*loss, *reduced), grad, xi_grad, totals, *factors])
         for a, e in zip(*outputs, strict=True):
             assert (a.shape, a.dtype, a.stride()) == (e.shape, e.dtype, e.stride())
 
@@ -493,7 +560,7 @@ def test_tensors_that_do_not_fit(emulated, name):
 
 def test_arguments_that_do_not_fit(emulated):
     test_operators.check_combinations(emulated)
-    test_operators.check_targets(emulated)
+    test_operators.check_targets(emulated, on_a_device=True)
     test_operators.check_empty_batches(emulated)
     test_operators.check_statistics_that_are_none(emulated)
     test_operators.check_count_of_batches(emulated)
@@ -507,16 +574,15 @@ def test_a_target_out_of_range_stops_the_kernel(runs):
             ncmi_loss(z, target, xi, backend="cpu")
 
 
+@pytest.mark.parametrize("separation_focus", [0.0, 5.0])
 @pytest.mark.parametrize(("ratio", "reduction"), [("batch", "mean"), ("sample", "mean"), ("sample", "none")])
 @pytest.mark.parametrize("separation", SEPARATIONS)
 @pytest.mark.parametrize("spread", [0.1, 2.0])
-def test_the_same_bits_again(runs, separation, ratio, reduction, spread):
+def test_the_same_bits_again(runs, separation, ratio, reduction, spread, separation_focus):
     z, target, xi, _, weight = make(9, 3, 124, weight=True, ignore=True, spread=spread)
     z.requires_grad_(), xi.requires_grad_()
-    losses = [
-        ncmi_loss(z, target, xi, weight=weight, separation=separation, ratio=ratio, reduction=reduction, backend="cpu")
-        for _ in range(2)
-    ]
+    options = {"separation": separation, "ratio": ratio, "reduction": reduction, "separation_focus": separation_focus}
+    losses = [ncmi_loss(z, target, xi, weight=weight, **options, backend="cpu") for _ in range(2)]
     assert torch.equal(*losses)
     upstream = torch.full_like(losses[0], 3.7)
     first = torch.autograd.grad(losses[0], (z, xi), upstream, retain_graph=True)

@@ -12,7 +12,7 @@ import torch
 from conftest import relative
 from problems import REDUCTIONS, SEPARATIONS, Options, check, evaluate, every_backend, every_separation, make
 
-from ncmi_kernels import _focus, _ops, _schema, ncmi_loss, ncmi_terms, reference
+from ncmi_kernels import _focus, ncmi_loss, ncmi_terms, reference
 
 BATCH, CLASSES, COLUMNS = 9, 7, 11
 
@@ -104,62 +104,6 @@ def test_closer_to_float64_than_autograd(separation, backend, interpreted):
         ]
         for kernels, autograd in zip(*errors, strict=True):
             assert kernels < autograd / 3
-
-
-@every_backend
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("separation", SEPARATIONS)
-@pytest.mark.parametrize("shape", [(3, 2051, 24), (130, 9, 3), (3, 2, 1029)])
-def test_between_products(shape, separation, dtype, backend):
-    """More classes, rows and columns than are worked on at once; every sum that the gradient of the centroids takes."""
-    rows, classes, columns = shape
-    run, last = _ops.operators(backend), (separation == SEPARATIONS[1], -100)
-    z, xi = torch.randn(rows, columns, dtype=dtype), torch.randn(classes, columns, dtype=dtype)
-    target = torch.randint(classes, (rows,))
-    target[1] = -100
-    kept = (target != -100).nonzero()[:, 0]
-    table = run.centroid_stats(xi, False, last[0])
-    values, stats = run.terms(z, target, None, *table, 1.0, False, False, *last)
-    relative_q, distribution, level = run.focus_table(*table, last[0])
-    x = run.focus_rows(z, target, None, *table, stats, *last)
-    weights = x @ (distribution if last[0] else relative_q).T
-    run.focus_weights_(weights, values[1], stats, target, table[3], level, 5.0, *last)
-
-    log_p, log_q = (reference.log_activation(t.double(), "nsf") for t in (z[kept], xi))
-    every = reference.divergences(log_p, log_q, separation)
-    every[torch.arange(len(kept)), target[kept]] = torch.inf
-    expected = torch.softmax(-5 * every / every.amin(dim=1, keepdim=True), dim=1)
-    mean = torch.where(every.isinf(), 0, expected * every).sum(dim=1)
-    bound = 1e-11 if dtype == torch.float64 else 2e-5
-    assert relative(weights[kept], expected) < bound
-    assert relative(values[1, kept], mean * (1 - 1 / classes)) < bound
-    assert (
-        relative(stats[kept, _schema.ALL_MEAN], mean - stats[kept, _schema.INVERSE_NORM].log() - table[3][-1, 1])
-        < bound
-    )
-    assert weights[kept, target[kept]].eq(0).all()
-    assert weights[1].eq(0).all()
-    assert x[1].eq(0).all()
-    assert values[1, 1] == 0
-
-    coefficients = torch.rand(rows, _schema.COEFFICIENTS, dtype=torch.float64)
-    coefficients[1] = 0
-    before = torch.rand(classes, _schema.CLASS_WEIGHTS, dtype=torch.float64)
-    class_weights = before.clone()
-    run.focus_sums_(weights, class_weights, stats, coefficients, target, *last)
-    other, base = (class_weights - before).T
-    weighted = (weights.T @ x).double()
-    expected = coefficients[kept, 1, None] * expected
-    assert relative(other, expected.sum(dim=0)) < bound
-    if last[0]:
-        assert relative(other[:, None] * relative_q.double() - weighted, _sums_of(expected, log_q, log_p)) < bound
-    else:
-        assert relative(base[:, None] + weighted, expected.T @ log_p.exp()) < bound
-
-
-def _sums_of(weights, log_q, log_p):
-    """sum_i w_ic (log q_c - log p_i)."""
-    return weights.sum(dim=0)[:, None] * log_q - weights.T @ log_p
 
 
 @every_backend

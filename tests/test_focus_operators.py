@@ -1,0 +1,228 @@
+"""The operators between the matrix products of `separation_focus`, by definition in float64.
+
+What a backend takes for x, share and base is its own affair: what is made of them is not.
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+from conftest import relative
+from problems import ACTIVATIONS, LEFT, every_backend, every_separation, make
+
+from ncmi_kernels import _ops, reference
+from ncmi_kernels._schema import ALL_MEAN, INVERSE_NORM, MEAN_LOG_NORM
+
+FOCUS = 5.0
+
+
+class Operands:
+    """A batch on its way through the operators, and the same by definition in float64."""
+
+    def __init__(self, run, problem, separation, activation="nsf", l2=False, ignore_index=-100):
+        z, target, xi, center, _ = problem
+        c2s, softmax = separation == "centroid_to_sample", activation == "softmax"
+        self.run, self.problem, self.last = run, problem, (c2s, ignore_index)
+        self.batch = z, target, center
+        self.table = run.centroid_stats(xi, softmax, c2s)
+        terms, self.stats = run.terms(*self.batch, *self.table, 0.7, l2, softmax, *self.last)
+        self.relative, self.distribution, self.level = run.focus_table(*self.table, c2s)
+        self.x = run.focus_rows(*self.batch, *self.table, self.stats, *self.last)
+        self.weights = self.x @ (self.distribution if c2s else self.relative).T
+        self.separation = terms[1].clone()
+        norms = self.table[3]
+        run.focus_weights_(self.weights, self.separation, self.stats, target, norms, self.level, FOCUS, *self.last)
+
+        self.kept = target != ignore_index
+        wide = None if center is None else center.double()
+        y = target[self.kept]
+        log_q = reference.log_activation(xi.double(), activation)
+        log_p = reference.log_probabilities(z[self.kept].double(), wide, 0.7, l2, activation)
+        others = torch.ones(len(log_p), len(xi), dtype=torch.bool)
+        others[torch.arange(len(y)), y] = False
+        d = reference.divergences(log_p, log_q, separation)
+        nearest = torch.where(others, d, torch.inf).amin(dim=1, keepdim=True)
+        self.exact_weights = torch.where(others, -FOCUS * d / nearest, -torch.inf).softmax(dim=1)
+        self.exact_separation = (self.exact_weights * d).sum(dim=1) * (1 - 1 / len(xi))
+        self.log_q, self.log_p, self.y = log_q, log_p, y
+
+    def sums(self, coefficients):
+        """class_weights, which had ones, and weighted."""
+        class_weights = torch.ones(len(self.log_q), 2, dtype=torch.float64)
+        args = self.weights, class_weights, self.stats, coefficients, self.problem[1]
+        self.run.focus_sums_(*args, *self.last)
+        return class_weights, self.weights.T @ self.x
+
+
+def of_rows(operands):
+    """Coefficients for the rows, 0 where they are ignored."""
+    coefficients = torch.rand(len(operands.kept), 4, dtype=torch.float64) + 0.1
+    return coefficients * operands.kept[:, None]
+
+
+def check_operators(run, problem, separation, bound, **options):
+    """focus_table, focus_rows, focus_weights_ and focus_sums_ of a problem."""
+    its = Operands(run, problem, separation, **options)
+    c2s = separation == "centroid_to_sample"
+    relative_q = its.relative.double()
+    shared = (relative_q - its.log_q).mean(dim=0)  # the same in each class
+    assert (relative_q - shared - its.log_q).norm() < bound * its.log_q.norm()
+    level = relative_q
+    if c2s:
+        assert relative(its.distribution, its.log_q.exp()) < bound
+        level = level * its.distribution.double()
+    else:
+        assert its.distribution.shape == (0, problem[0].shape[1])
+    assert (its.level - level.sum(dim=1)).abs().max() < 1e-13 * level.abs().sum(dim=1).max()
+    assert its.x[~its.kept].eq(0).all()
+
+    assert relative(its.separation[its.kept], its.exact_separation) < bound
+    assert relative(its.weights[its.kept], its.exact_weights) < bound
+    assert its.weights[~its.kept].eq(0).all()
+    assert its.separation[~its.kept].eq(0).all()
+    assert its.weights[its.kept, its.y].eq(0).all()
+    # all_mean is D of the mixture and a number of the row, which all_mean is more than D of the mean centroid by too.
+    mixture = its.exact_separation / (1 - 1 / len(its.log_q))
+    log_norm = -its.stats[its.kept, INVERSE_NORM].log() - its.table[3][-1, MEAN_LOG_NORM]
+    assert (its.stats[its.kept, ALL_MEAN] - log_norm - mixture).norm() < bound * mixture.norm()
+
+    coefficients = of_rows(its)
+    other = coefficients[its.kept, 1]
+    class_weights, weighted = its.sums(coefficients)
+    expected = other[:, None] * its.exact_weights
+    assert relative(class_weights[:, 0] - 1, expected.sum(dim=0)) < bound
+    if c2s:
+        expected = expected.T @ (its.log_p + shared)
+        assert class_weights[:, 1].eq(1).all()
+        assert (weighted - expected).norm() < bound * (its.exact_weights.T @ its.log_p.abs()).norm()
+    else:
+        assert relative(weighted + (class_weights[:, 1:] - 1), expected.T @ its.log_p.exp()) < bound
+
+
+def check_gradient(run, problem, separation, bound, **options):
+    """centroid_grad with class_weights and weighted, against autograd in float64; the step by it."""
+    its = Operands(run, problem, separation, **options)
+    z, target, center = its.batch
+    xi, activation = problem[2], options.get("activation", "nsf")
+    coefficients = of_rows(its)
+    class_weights, weighted = its.sums(coefficients)
+    class_weights -= 1
+    wide = xi.double().clone().requires_grad_()
+    log_q = reference.log_activation(wide, activation)
+    own, other = coefficients[its.kept, 0], coefficients[its.kept, 1]
+    own_log = log_q[its.y]
+    by_own = own * (its.log_p.exp() * (its.log_p - own_log)).sum(dim=1)
+    by_others = other * (its.exact_weights * reference.divergences(its.log_p, log_q, separation)).sum(dim=1)
+    (expected,) = torch.autograd.grad((by_own + by_others).sum(), wide)
+    known = *its.table, its.stats, coefficients
+    sums = class_weights, weighted
+    for upstream in (None, torch.tensor(-3.0, dtype=xi.dtype)):
+        grad = run.centroid_grad(z, target, center, xi, *known, upstream, *its.last, None, *sums)
+        assert grad.dtype == xi.dtype
+        assert relative(grad, expected * (1 if upstream is None else -3)) < bound
+
+    by_row = torch.ones(len(z), dtype=xi.dtype)
+    with pytest.raises(RuntimeError, match="upstream"):
+        run.centroid_grad(z, target, center, xi, *known, by_row, *its.last, None, *sums)
+    for given in ((class_weights, None), (None, weighted)):
+        with pytest.raises(RuntimeError, match="both class_weights and weighted"):
+            run.centroid_grad(z, target, center, xi, *known, None, *its.last, None, *given)
+
+    check_step(run, its, coefficients, sums, activation)
+
+
+def check_step(run, its, coefficients, sums, activation):
+    """centroid_step_ by the gradient that centroid_grad gives; a batch that is not finite moves nothing."""
+    (z, target, center), xi = its.batch, its.problem[2]
+    softmax, c2s, ignore_index = activation == "softmax", *its.last
+    grad = run.centroid_grad(
+        z, target, center, xi, *its.table, its.stats, coefficients, None, c2s, ignore_index, None, *sums
+    )
+    rate = (xi.norm() / grad.norm()).item()
+    momentum = torch.randn_like(xi) / rate
+    rounding = 1e-6 if xi.dtype == torch.float32 else 1e-13
+    for finite in (True, False):
+        if not finite:
+            coefficients = coefficients.clone()
+            coefficients[its.kept.nonzero()[-1]] = math.nan
+        before = [xi, momentum, *its.table]
+        after = [t.clone() for t in before]
+        moved, average, *_ = after
+        of_rows = its.stats, coefficients
+        sgd = rate, 0.9, 0.0, False
+        run.centroid_step_(z, target, center, *after, *of_rows, softmax, c2s, ignore_index, *sgd, *sums)
+        if finite:
+            assert relative(average, 0.9 * momentum + grad) < rounding
+            assert relative(moved - xi, -rate * (0.9 * momentum + grad)) < rounding
+            before = [moved, average, *run.centroid_stats(moved, softmax, c2s)]
+        for t, expected in zip(after, before, strict=True):
+            assert torch.equal(t, expected)
+
+
+BOUNDS = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 3e-6, torch.float16: 3e-6}
+
+
+def check_every_kind(run, dtype, separation, activation, shapes=((13, 7, 36), (13, 7, 37), (1, 2, 5))):
+    """In 16 bytes, one by one, strided; features large and small."""
+    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
+    for shape, l2 in itertools.product(shapes, (False, True)):
+        z, *rest = make(*shape, center=True, ignore=shape[0] > 1, dtype=arithmetic)
+        z = z.to(dtype)
+        for input in (z, torch.stack((z, z), dim=-1)[..., 0]):
+            for check in (check_operators, check_gradient):
+                check(run, (input, *rest), separation, BOUNDS[dtype], activation=activation, l2=l2)
+
+
+@every_backend
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@every_separation
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_operators(dtype, separation, activation, backend):
+    check_every_kind(_ops.operators(backend), dtype, separation, activation)
+
+
+def check_divergences(run, separation):
+    """NaN makes the separation of its own row NaN; what rounding leaves below zero is the smallest number."""
+    problem = make(6, 5, 9, dtype=torch.float32)
+    its = Operands(run, problem, separation)
+    target, level = problem[1], its.level
+    product = torch.zeros(6, 5) if separation == "centroid_to_sample" else torch.full((6, 5), 1e3)
+    product[torch.arange(6), target] = math.nan  # that of the own class is not looked at
+    product[1, (target[1] + 1) % 5] = math.nan
+    level = -torch.ones_like(level)
+    separated = torch.empty(6, dtype=torch.float64)
+    run.focus_weights_(product, separated, its.stats.clone(), target, its.table[3], level, FOCUS, *its.last)
+    assert separated[1].isnan()
+    others = torch.arange(6) != 1
+    assert relative(separated[others], torch.full((5,), 1.17549435e-38 * 0.8, dtype=torch.float64)) < 1e-6
+    expected = torch.full((6, 5), 0.25)
+    expected[torch.arange(6), target] = 0
+    assert relative(product[others], expected[others]) < 1e-6
+
+
+@every_backend
+@every_separation
+def test_divergences_that_are_none(separation, backend):
+    check_divergences(_ops.operators(backend), separation)
+
+
+# Several chunks of rows; many classes; long rows.
+LARGE = [(300, 3, 8), (1100, 40, 8), (3, 700, 12), (2, 4500, 12), (3, 4, 4500)]
+
+
+def check_large(run, shape, separation):
+    """The nearest of thousands of classes is at a difference of numbers that are some hundred times as large."""
+    problem = make(*shape, ignore=True, dtype=torch.float32)
+    bound = BOUNDS[torch.float32] if shape[1] < 100 else 2e-5
+    check_operators(run, problem, separation, bound)
+    check_gradient(run, problem, separation, bound)
+
+
+@every_backend
+@every_separation
+@pytest.mark.parametrize("shape", LARGE)
+def test_operators_of_large_shapes(shape, separation, backend, interpreted):
+    if interpreted:
+        pytest.skip(LEFT)
+    check_large(_ops.operators(backend), shape, separation)
