@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ncmi_kernels._schema import COEFFICIENTS, ROW_STATS
+from ncmi_kernels._schema import CLASS_WEIGHTS, COEFFICIENTS, ROW_STATS
 from ncmi_kernels._triton import OPERATORS as ops
 from ncmi_kernels._triton import launches
 
@@ -77,6 +77,9 @@ def launches_of(operator: str, dtype: str, columns: int, options: dict[str, Any]
         saved, coefficients = (torch.empty(rows, n, dtype=torch.float64) for n in (ROW_STATS, COEFFICIENTS))
         terms = torch.empty(2, rows, dtype=torch.float64)
         row_reference = torch.empty(rows, columns, dtype=wide) if options.get("row_reference") else None
+        level, sums = (torch.empty(classes, *n, dtype=torch.float64) for n in ((), (CLASS_WEIGHTS,)))
+        product, weighted = torch.empty(rows, classes, dtype=wide), torch.empty(classes, columns, dtype=wide)
+        of_class = (sums, weighted) if options.get("class_weights") else ()
     found: list[Any] = []
     with recorded(found):
         stats = ops.centroid_stats(xi, softmax, c2s)
@@ -95,13 +98,23 @@ def launches_of(operator: str, dtype: str, columns: int, options: dict[str, Any]
         elif operator == "input_grad":
             ops.input_grad(z, y, center, *stats, saved, coefficients, upstream, c2s, -100, row_reference)
         elif operator == "centroid_grad":
-            ops.centroid_grad(z, y, center, xi, *stats, saved, coefficients, upstream, c2s, -100)
+            ops.centroid_grad(z, y, center, xi, *stats, saved, coefficients, upstream, c2s, -100, None, *of_class)
         elif operator == "centroid_step_":
             sgd = 0.1, 0.9, 5e-4, True
             momenta = torch.empty_like(xi)
-            ops.centroid_step_(z, y, center, xi, momenta, *stats, saved, coefficients, softmax, c2s, -100, *sgd)
+            ops.centroid_step_(
+                z, y, center, xi, momenta, *stats, saved, coefficients, softmax, c2s, -100, *sgd, *of_class
+            )
         elif operator == "scale_":
             ops.scale_(z, upstream)
+        elif operator == "focus_table":
+            ops.focus_table(*stats, c2s)
+        elif operator == "focus_rows":
+            ops.focus_rows(z, y, center, *stats, saved, c2s, -100)
+        elif operator == "focus_weights_":
+            ops.focus_weights_(product, terms[1], saved, y, stats[3], level, 10.0, c2s, -100)
+        elif operator == "focus_sums_":
+            ops.focus_sums_(product, sums, saved, coefficients, y, c2s, -100)
     return found
 
 

@@ -224,15 +224,17 @@ def centroid_grad_kernel(
             v = start + tl.arange(0, CLASSES)
             parts += tl.load(factor_sums + classes + v, mask=v < classes, other=0.0)
         other_total = tl.sum(parts, axis=0)
+    other_of_all = other_total
     if class_weights is not None:
+        inverse_classes = 1.0
         by = tl.load(upstream).to(tl.float64) if upstream is not None else 1.0
         other_of_all = by * tl.load(class_weights + c * CLASS_WEIGHTS)
         base = by * tl.load(class_weights + c * CLASS_WEIGHTS + 1)
     mean = tl.full([1], 0.0, tl.float64)
     # sample_to_centroid: slope (q (own_sum + other_total / C) - own - totals / C). centroid_to_sample:
     # slope ((1 / C) q (s - sum_k q s) - own + own_sum q), s = sum over the rows of other classes of
-    # other_i (log q_c - log p_i), up to what is constant along the row. With sums of a class's own 1 is in the place of
-    # 1 / C, and s is over all rows.
+    # other_i (log q_c - log p_i), up to what is constant along the row. With class_weights 1 is in the place of 1 / C,
+    # and s is over all rows.
     PASSES: tl.constexpr = 2 if CENTROID_TO_SAMPLE else 1
     for step in tl.static_range(PASSES):
         for start in range(0, M, COLUMNS):
@@ -247,26 +249,22 @@ def centroid_grad_kernel(
             own = load_rows(own_sums, c * M, k, inside, False)
             if class_weights is not None:
                 total = by * load_rows(weighted, c * M, k, inside, False).to(tl.float64)
+                if not CENTROID_TO_SAMPLE:
+                    total += base[:, None]
             else:
                 total = load_vector(totals, k, inside, 1, False)
             if CENTROID_TO_SAMPLE:
                 if class_weights is not None:
-                    # Less the reference, as what the product had.
-                    relative = log - load_vector(reference, k, inside, 1, False)
-                    s = other_of_all[:, None] * relative.to(tl.float64) - total
+                    log -= load_vector(reference, k, inside, 1, False)  # as of the rows in their product
+                    s = other_of_all[:, None] * log.to(tl.float64) - total
                 else:
                     s = (other_total - other_sum)[:, None] * log.to(tl.float64)
                     s -= total - load_rows(all_sums, c * M, k, inside, False)
                 if step == 0:
                     mean += tl.sum(tl.where(inside[None, :], q * s, 0.0), axis=1)
-                if class_weights is not None:
-                    by_log = q * (s - mean[:, None]) - (own - own_sum[:, None] * q)
-                else:
-                    by_log = inverse_classes * q * (s - mean[:, None]) - (own - own_sum[:, None] * q)
-            elif class_weights is not None:
-                by_log = (own_sum + other_of_all)[:, None] * q - (own + (base[:, None] + total))
+                by_log = inverse_classes * q * (s - mean[:, None]) - (own - own_sum[:, None] * q)
             else:
-                by_log = (own_sum[:, None] + inverse_classes * other_total) * q - (own + inverse_classes * total)
+                by_log = (own_sum + inverse_classes * other_of_all)[:, None] * q - (own + inverse_classes * total)
             if step == PASSES - 1:
                 g = (slope.to(tl.float64) * by_log).to(dtype)
                 at = (c * M)[:, None] + k[None, :]
@@ -313,7 +311,7 @@ def _by_class(
         batch, rows, order, begin, centroid_logits.dtype, centroid_to_sample, True, class_weights is None
     )
     folded = totals
-    if class_weights is None and totals is None:
+    if totals is None and class_weights is None:
         assert all_sums is not None
         folded = table.norms.new_empty((columns,))
         _fold(all_sums, folded)

@@ -25,6 +25,8 @@ from ncmi_kernels._triton.elements import (
     CLASS_WEIGHTS,
     COEFFICIENTS,
     INVERSE_NORM,
+    LARGEST_32,
+    LARGEST_64,
     LOG_NORM,
     NEAR,
     OTHER,
@@ -240,12 +242,15 @@ def focus_rows(
 
 
 @triton.jit
-def _divergences(product, class_level, at, v, y, classes, level, by_level, by_product):
+def _divergences(product, class_level, at, v, y, classes, level, base, share, CENTROID_TO_SAMPLE: tl.constexpr):
     """Of rows from classes v [ROWS, N], and which of these are other ones; NaN stays."""
     values = load_rows(product, at, v, v < classes, False)
     levels = load_vector(class_level, v, v < classes, at.shape[0], False)
-    d = level[:, None] + by_level[:, None] * levels + by_product[:, None] * values.to(tl.float64)
-    d = d.to(values.dtype)
+    if CENTROID_TO_SAMPLE:
+        d = (levels - values.to(tl.float64)).to(values.dtype)
+    else:
+        d = level[:, None] - (base[:, None] * levels + share[:, None] * values.to(tl.float64))
+        d = d.to(values.dtype)
     # Rounding may leave less than zero.
     return tl.where(d < SMALLEST_DIVERGENCE, SMALLEST_DIVERGENCE, d), (v < classes)[None, :] & (
         v[None, :] != y[:, None]
@@ -263,31 +268,29 @@ def focus_weights_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     y, live, _ = checked(target, row, target_stride, ignore_index, classes, B)
     of_row = rows + row * STATS
-    log_norm = _relative_log_norm(rows, row, live, norms, classes)
-    if CENTROID_TO_SAMPLE:
-        level = tl.full([ROWS], 0.0, tl.float64)
-        by_level = level + 1.0
-        by_product = level - 1.0
-    else:
+    level = tl.full([ROWS], 0.0, tl.float64)
+    share = level
+    base = level
+    if not CENTROID_TO_SAMPLE:
         share, base = _in_product(rows, row, live)
-        level = tl.load(of_row + ALL_MEAN, mask=live, other=0.0) - log_norm
-        by_level = -share * base
-        by_product = -share
+        base *= share
+        level = tl.load(of_row + ALL_MEAN, mask=live, other=0.0)
+        level -= _relative_log_norm(rows, row, live, norms, classes)
     # Formed again for each pass: a row is read from the cache. Rows that do not count are read as the last one.
     at = tl.minimum(row, B - 1) * classes
     nearest = tl.full([ROWS], infinity, dtype)
     for start in range(0, classes, COLUMNS):
         v = start + tl.arange(0, COLUMNS)
-        d, other = _divergences(product, class_level, at, v, y, classes, level, by_level, by_product)
+        d, other = _divergences(product, class_level, at, v, y, classes, level, base, share, CENTROID_TO_SAMPLE)
         nearest = tl.minimum(nearest, tl.min(tl.where(other, d, infinity), axis=1))
     by = double(focus) / nearest.to(tl.float64)
-    largest: tl.constexpr = 1.7976931348623157e308 if dtype == tl.float64 else 3.4028234663852886e38
+    largest: tl.constexpr = LARGEST_64 if dtype == tl.float64 else LARGEST_32
     by_distance = tl.minimum(by, largest).to(dtype)
     total = tl.full([ROWS], 0.0, tl.float64)
     weighted = tl.full([ROWS], 0.0, tl.float64)
     for start in range(0, classes, COLUMNS):
         v = start + tl.arange(0, COLUMNS)
-        d, other = _divergences(product, class_level, at, v, y, classes, level, by_level, by_product)
+        d, other = _divergences(product, class_level, at, v, y, classes, level, base, share, CENTROID_TO_SAMPLE)
         farther = d - nearest[:, None]
         e = tl.where(other, exp_minus(by_distance[:, None] * farther), 0.0).to(tl.float64)
         total += tl.sum(e, axis=1)
@@ -298,11 +301,11 @@ def focus_weights_kernel(
     tl.debug_barrier()
     for start in range(0, classes, COLUMNS):
         v = start + tl.arange(0, COLUMNS)
-        d, other = _divergences(product, class_level, at, v, y, classes, level, by_level, by_product)
+        d, other = _divergences(product, class_level, at, v, y, classes, level, base, share, CENTROID_TO_SAMPLE)
         e = exp_minus(by_distance[:, None] * (d - nearest[:, None])) * inverse[:, None]
         mask = (row < B)[:, None] & (v < classes)[None, :]
         tl.store(product + at[:, None] + v[None, :], tl.where(other & live[:, None], e, 0.0), mask=mask)
-    tl.store(of_row + ALL_MEAN, mean + log_norm, mask=live)
+    tl.store(of_row + ALL_MEAN, mean + _relative_log_norm(rows, row, live, norms, classes), mask=live)
     mean *= 1.0 - 1.0 / class_count(norms, classes)
     tl.store(separation + row, tl.where(live, mean, 0.0), mask=row < B)
 
@@ -327,7 +330,7 @@ def focus_weights_(
     check("norms", norms, product, DOUBLE, (classes + 1, _schema.CLASS_STATS))
     check("class_level", class_level, product, DOUBLE, (classes,))
     check_target(target, product, count, classes, ignore_index)
-    tile = _tile(classes, 4096, 1024)
+    tile = _tile(classes, 2048, 512)
     if count:
         with launches.on(product):
             launches.launch(
@@ -346,7 +349,7 @@ def focus_weights_(
                 B=count,
                 CENTROID_TO_SAMPLE=centroid_to_sample,
                 **tile,
-                warps=max(4, tile["COLUMNS"] // 256),
+                warps=max(4, tile["COLUMNS"] // 128),
             )
 
 
@@ -406,7 +409,7 @@ def focus_sums_(
     check_target(target, weights, count, classes, ignore_index)
     chunk_rows = rows_of_chunk(count)
     chunks = -(-count // chunk_rows)
-    tile = _tile(classes, 64, 2048)
+    tile = _tile(classes, 128, 1024)
     if count:
         with launches.on(weights):
             sums = class_weights.new_empty((chunks, *class_weights.shape))
