@@ -178,8 +178,11 @@ def check_every_kind(run, dtype, separation, activation, shapes=((13, 7, 36), (1
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @every_separation
 @pytest.mark.parametrize("dtype", BOUNDS)
-def test_operators(dtype, separation, activation, backend):
-    check_every_kind(_ops.operators(backend), dtype, separation, activation)
+def test_operators(dtype, separation, activation, backend, interpreted):
+    if interpreted and (activation == "softmax") != (dtype in (torch.float64, torch.bfloat16)):
+        pytest.skip(LEFT)
+    shapes = {"shapes": ((5, 4, 13),)} if interpreted else {}
+    check_every_kind(_ops.operators(backend), dtype, separation, activation, **shapes)
 
 
 def check_divergences(run, separation):
