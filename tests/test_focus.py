@@ -9,7 +9,7 @@ import torch
 from conftest import relative
 from test_kernels import LEFT, check_against_the_literal_definition, evaluate, every_backend, make
 
-from ncmi_kernels import CentroidSGD, NCMILoss, _focus, ncmi_loss, ncmi_terms, reference
+from ncmi_kernels import CentroidSGD, NCMILoss, _focus, _ops, _schema, ncmi_loss, ncmi_terms, reference
 from ncmi_kernels._options import Options
 
 SEPARATIONS = ("sample_to_centroid", "centroid_to_sample")
@@ -313,6 +313,64 @@ def test_a_batch_without_rows(backend):
     z = torch.randn(3, 6, requires_grad=True)
     loss = ncmi_loss(z, ignored, torch.randn(4, 6), separation_focus=1.0, backend=backend)
     assert loss.isnan()
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("separation", SEPARATIONS)
+@pytest.mark.parametrize("shape", [(3, 2051, 24), (130, 9, 3), (3, 2, 1029)])
+def test_between_products(shape, separation, dtype, backend, interpreted):
+    """More classes, rows and columns than are worked on at once; every sum that the gradient of the centroids takes."""
+    if interpreted and max(shape) > 1000 and dtype == torch.float64:
+        pytest.skip(LEFT)
+    rows, classes, columns = shape
+    run, last = _ops.operators(backend), (separation == SEPARATIONS[1], -100)
+    z, xi = torch.randn(rows, columns, dtype=dtype), torch.randn(classes, columns, dtype=dtype)
+    target = torch.randint(classes, (rows,))
+    target[1] = -100
+    kept = (target != -100).nonzero()[:, 0]
+    table = run.centroid_stats(xi, False, last[0])
+    values, stats = run.terms(z, target, None, *table, 1.0, False, False, *last)
+    relative_q, distribution, level = run.focus_table(*table, last[0])
+    x = run.focus_rows(z, target, None, *table, stats, *last)
+    weights = x @ (distribution if last[0] else relative_q).T
+    run.focus_weights_(weights, values[1], stats, target, table[3], level, 5.0, *last)
+
+    log_p, log_q = (reference.log_activation(t.double(), "nsf") for t in (z[kept], xi))
+    every = reference.divergences(log_p, log_q, separation)
+    every[torch.arange(len(kept)), target[kept]] = torch.inf
+    expected = torch.softmax(-5 * every / every.amin(dim=1, keepdim=True), dim=1)
+    mean = torch.where(every.isinf(), 0, expected * every).sum(dim=1)
+    bound = 1e-11 if dtype == torch.float64 else 2e-5
+    assert relative(weights[kept], expected) < bound
+    assert relative(values[1, kept], mean * (1 - 1 / classes)) < bound
+    assert (
+        relative(stats[kept, _schema.ALL_MEAN], mean - stats[kept, _schema.INVERSE_NORM].log() - table[3][-1, 1])
+        < bound
+    )
+    assert weights[kept, target[kept]].eq(0).all()
+    assert weights[1].eq(0).all()
+    assert x[1].eq(0).all()
+    assert values[1, 1] == 0
+
+    coefficients = torch.rand(rows, _schema.COEFFICIENTS, dtype=torch.float64)
+    coefficients[1] = 0
+    before = torch.rand(classes, _schema.CLASS_WEIGHTS, dtype=torch.float64)
+    class_weights = before.clone()
+    run.focus_sums_(weights, class_weights, stats, coefficients, target, *last)
+    other, base = (class_weights - before).T
+    weighted = (weights.T @ x).double()
+    expected = coefficients[kept, 1, None] * expected
+    assert relative(other, expected.sum(dim=0)) < bound
+    if last[0]:
+        assert relative(other[:, None] * relative_q.double() - weighted, _sums_of(expected, log_q, log_p)) < bound
+    else:
+        assert relative(base[:, None] + weighted, expected.T @ log_p.exp()) < bound
+
+
+def _sums_of(weights, log_q, log_p):
+    """sum_i w_ic (log q_c - log p_i)."""
+    return weights.sum(dim=0)[:, None] * log_q - weights.T @ log_p
 
 
 def test_a_sample_on_another_centroid():
