@@ -18,6 +18,7 @@ LOOPING = 20000  # columns, past what is held on chip
 COLUMNS = (512, 1000, 4096, 16384, LOOPING)
 BITS = {"bf16": 16, "fp32": 32}
 C2S = {"centroid_to_sample": True}
+BY_CLASS = {"class_weights": True}
 
 CASES = [
     *itertools.product(("loss", "input_grad", "centroid_grad"), ("bf16", "fp32"), COLUMNS, ({},)),
@@ -35,6 +36,12 @@ CASES = [
     ("loss", "fp16", 4096, {}),
     ("loss", "fp32", 1000, {"rows": 100000}),  # a batch too large for one stage, columns too many for one program
     ("scale_", "fp32", 1000, {}),
+    *itertools.product(("focus_table", "focus_rows"), ("fp32",), (100, 4096), ({}, C2S)),
+    *itertools.product(("focus_rows",), ("bf16",), (1000,), ({}, C2S)),
+    *itertools.product(("focus_weights_", "focus_sums_"), ("fp32",), (512,), [{"classes": n} for n in (10, 100, 1000)]),
+    *itertools.product(("focus_weights_", "focus_sums_"), ("fp32",), (512,), ({"classes": 65536, "rows": 64}, C2S)),
+    *itertools.product(("focus_weights_", "focus_sums_"), ("fp64",), (512,), ({"classes": 100}, C2S)),
+    *itertools.product(("centroid_grad", "centroid_step_"), ("fp32",), (100, 4096), (BY_CLASS, {**BY_CLASS, **C2S})),
 ]
 
 
@@ -147,6 +154,22 @@ def test_traffic_of_the_others(compiled, target):
     rows = kernels["centroid_rows_kernel"]
     assert rows["stores"]["log_activation"] == 32 * rows["elements"]
     assert rows["widest"]["logits"] == rows["widest"]["log_activation"] == 128
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_traffic_between_products(compiled, target):
+    """Each element once, rows of weights for each of three passes, of which two find them in the cache."""
+    (table,) = compiled["focus_table-fp32-4096", target]
+    assert table["loads"]["log_activation"] == table["stores"]["relative"] == 32 * table["elements"]
+    assert table["widest"]["log_activation"] == table["widest"]["relative"] == 128
+    (rows,) = compiled["focus_rows-fp32-4096", target]
+    assert rows["loads"]["input"] == rows["stores"]["out"] == 32 * rows["elements"]
+    assert rows["widest"]["input"] == rows["widest"]["out"] == 128
+    (weights,) = compiled["focus_weights_-fp32-512-classes=65536-rows=64", target]
+    assert weights["loads"]["product"] == 3 * weights["stores"]["product"] == 3 * 32 * weights["elements"]
+    (sums,) = compiled["focus_sums_-fp32-512-classes=65536-rows=64", target]
+    assert sums["loads"]["weights"] == sums["stores"]["weights"] == 32 * sums["elements"]
+    assert weights["widest"]["product"] == sums["widest"]["weights"] == 128
 
 
 # SASS instructions an element: a kernel's code over the elements of a thread. 20 would leave an H100 all of its copy

@@ -340,7 +340,7 @@ def _by_class(
         CENTROID_TO_SAMPLE=centroid_to_sample,
         GIVEN=totals is not None,
         NESTEROV=nesterov,
-        COLUMNS=power_of_two(columns, 2048),
+        COLUMNS=power_of_two(columns, 2048 if class_weights is None else 1024),  # past these, registers spill
         CLASSES=1024,
     )
 
