@@ -72,22 +72,40 @@ def loss_speed() -> str:
     return f"{command} ({machine(measured)}):\n\n" + markdown(("B, C, M", "threads", *names), lines)
 
 
-WITH_PRODUCTS = ("cross_entropy with head", "ncmi focus")
+HEAD, FOCUS = "cross_entropy with head", "ncmi focus"
+WITH_PRODUCTS = (HEAD, "linear_cross_entropy", FOCUS, FOCUS + " + centroids")
 
 
 def focus_speed() -> str:
-    """Forward and backward with separation_focus, microseconds, beside the linear head that has products as large."""
-    head, focus = WITH_PRODUCTS
+    """Forward and backward of what has matrix products, microseconds and the ratio to the head; memory, MiB."""
     lines = []
-    for key, group in report.grouped(_loss_speeds(), "B", "C", "M", "threads").items():
+    for key, group in report.grouped(_focus_speeds(), "B", "C", "M", "threads").items():
         cells = {row["implementation"]: row for row in group}
-        times = [f"{float(cells[name]['median_us']):.0f}" for name in (head, focus)]
-        lines.append([", ".join(key[:3]), key[3], *times, f"{float(cells[focus]['ratio_to_head']):.2f}"])
-    return markdown(("B, C, M", "threads", head, focus, "ratio"), lines)
+        times = [f"{float(cells[name]['median_us']):.0f}" for name in WITH_PRODUCTS]
+        ratios = ["", *(f" ({float(cells[name]['ratio_to_head']):.2f})" for name in WITH_PRODUCTS[1:])]
+        memory = [f"{int(cells[name]['peak_extra_bytes']) / 2**20:.1f}" for name in (HEAD, WITH_PRODUCTS[-1])]
+        cells_of_line = [time + ratio for time, ratio in zip(times, ratios, strict=True)]
+        lines.append([", ".join(key[:3]), key[3], *cells_of_line, ", ".join(memory)])
+    command = "`python benchmarks/bench_loss.py --implementations ... --csv FILE`"
+    head = ("B, C, M", "threads", *WITH_PRODUCTS, "MiB: first, last")
+    return f"{command} ({machine(_focus_speeds())}):\n\n" + markdown(head, lines)
+
+
+def focus_ratios() -> str:
+    """The same in short, on two threads: the ratio to the head."""
+    shapes = report.grouped((row for row in _focus_speeds() if row["threads"] == "2"), "B", "C", "M")
+    cells = [{row["implementation"]: row for row in group} for group in shapes.values()]
+    shown = ("NCMI with focus, centroids fixed", FOCUS), ("NCMI with focus, centroids learnt", WITH_PRODUCTS[-1])
+    lines = [[name, *(f"{float(cell[of]['ratio_to_head']):.2f}" for cell in cells)] for name, of in shown]
+    return markdown(("B, C, M", *(", ".join(shape) for shape in shapes)), lines)
 
 
 def _loss_speeds() -> list[Row]:
     return [row for row in rows("cpu/bench_loss_avx512_intel.csv") if row["mode"] == "forward+backward"]
+
+
+def _focus_speeds() -> list[Row]:
+    return [row for row in rows("cpu/bench_focus.csv") if row["mode"] == "forward+backward"]
 
 
 def _time(row: Row) -> str:
@@ -108,19 +126,20 @@ def test_accuracy() -> str:
 
 
 def speed_ratios() -> str:
-    """Forward and backward in short, on two threads: the ratio to cross_entropy, or to it with a linear head."""
+    """Forward and backward in short, on two threads: the ratio to cross_entropy."""
     shapes = report.grouped((row for row in _loss_speeds() if row["threads"] == "2"), "B", "C", "M")
     cells = [{row["implementation"]: row for row in group} for group in shapes.values()]
-    lines = [[shown, *(f"{float(cell[name][column]):.2f}" for cell in cells)] for shown, name, column in RATIOS]
+    lines = [
+        [shown, *(f"{float(cell[name]['ratio_to_cross_entropy']):.2f}" for cell in cells)] for shown, name in RATIOS
+    ]
     return markdown(("B, C, M", *(", ".join(shape) for shape in shapes)), lines)
 
 
-RATIOS = (  # as the page has it, the implementation, the column
-    ("NCMI / cross_entropy", "ncmi batch", "ratio_to_cross_entropy"),
-    ('NCMI, `ratio="sample"` / cross_entropy', "ncmi sample", "ratio_to_cross_entropy"),
-    ("NCMI, centroids learnt / cross_entropy", "ncmi batch + centroids", "ratio_to_cross_entropy"),
-    ("NCMI in plain PyTorch / cross_entropy", "collapsed eager", "ratio_to_cross_entropy"),
-    ("NCMI with `separation_focus` / linear head and cross_entropy", WITH_PRODUCTS[1], "ratio_to_head"),
+RATIOS = (  # as the page has it, the implementation
+    ("NCMI / cross_entropy", "ncmi batch"),
+    ('NCMI, `ratio="sample"` / cross_entropy', "ncmi sample"),
+    ("NCMI, centroids learnt / cross_entropy", "ncmi batch + centroids"),
+    ("NCMI in plain PyTorch / cross_entropy", "collapsed eager"),
 )
 
 
@@ -236,6 +255,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed-ratios": speed_ratios,
     "loss-speed": loss_speed,
     "focus-speed": focus_speed,
+    "focus-ratios": focus_ratios,
     "training-step": training_step,
     "centroid-step": centroid_step,
     "accuracy": accuracy,

@@ -33,14 +33,17 @@ from cases import (
     FULL,
     IMPLEMENTATIONS,
     KERNELS,
+    LINEAR_CROSS_ENTROPY,
     LITERAL,
     NCMI_BATCH,
     NCMI_CENTROIDS,
     NCMI_FOCUS,
+    NCMI_FOCUS_CENTROIDS,
     NCMI_SAMPLE,
     NO_GRAD,
     SHAPES,
     TINY,
+    WITH_PRODUCTS,
     Shape,
 )
 from devices import CPU
@@ -93,7 +96,7 @@ def two_steps(criterion):
     return results
 
 
-OTHER_LOSSES = (CROSS_ENTROPY, COMPILED_CROSS_ENTROPY, CROSS_ENTROPY_WITH_HEAD, NCMI_SAMPLE, NCMI_FOCUS)
+OTHER_LOSSES = (CROSS_ENTROPY, COMPILED_CROSS_ENTROPY, CROSS_ENTROPY_WITH_HEAD, NCMI_SAMPLE, *WITH_PRODUCTS)
 
 
 @pytest.mark.parametrize("implementation", [each for each in IMPLEMENTATIONS if each not in OTHER_LOSSES], ids=slug)
@@ -113,12 +116,14 @@ def test_other_losses():
     z, y = cases.batch(TINY)
     torch.testing.assert_close(CROSS_ENTROPY.build(TINY)(z, y), F.cross_entropy(z, y))
     torch.testing.assert_close(build(COMPILED_CROSS_ENTROPY, TINY)(z, y), F.cross_entropy(z, y))
-    head = CROSS_ENTROPY_WITH_HEAD.build(TINY)
-    (weight,) = head.parameters()
-    assert weight.shape == (TINY.C, TINY.M)
-    torch.testing.assert_close(head(z, y), F.cross_entropy(z @ weight.T, y))
-    focus = NCMI_FOCUS.build(TINY)
-    assert (focus.options.separation_focus, focus.centroid_logits.requires_grad) == (10, False)
+    for with_head in (CROSS_ENTROPY_WITH_HEAD, LINEAR_CROSS_ENTROPY):
+        head = with_head.build(TINY)
+        (weight,) = head.parameters()
+        assert weight.shape == (TINY.C, TINY.M)
+        torch.testing.assert_close(head(z, y), F.cross_entropy(z @ weight.T, y))
+    for with_focus, learnt in ((NCMI_FOCUS, False), (NCMI_FOCUS_CENTROIDS, True)):
+        focus = with_focus.build(TINY)
+        assert (focus.options.separation_focus, focus.centroid_logits.requires_grad) == (10, learnt)
     sample = NCMI_SAMPLE.build(TINY)
     assert sample.ratio == "sample"
     centre = z.detach().mean(dim=0)
@@ -200,7 +205,6 @@ def test_what_a_slow_step_does_to_its_round_is_not_in_its_ratio():
 def test_the_ratios_of_bench_loss(worker, monkeypatch):
     """Each mode to cross_entropy's of that mode, focus to the head; and what cannot be measured is noted."""
     measured = (CROSS_ENTROPY, LITERAL, CROSS_ENTROPY_WITH_HEAD, NCMI_FOCUS, NCMI_BATCH)
-    monkeypatch.setattr(bench_loss, "IMPLEMENTATIONS", measured)
     monkeypatch.setattr(devices, "free_bytes", lambda device: 0)
     times = {"cross_entropy": 2.0, "cross_entropy with head": 40.0, "ncmi focus": 50.0, "ncmi batch": 3.0}
 
@@ -211,7 +215,7 @@ def test_the_ratios_of_bench_loss(worker, monkeypatch):
                 entry.rounds[number] = {mode: factor * times[entry.name] for mode, factor in laps.items()}
 
     monkeypatch.setattr(bench_loss, "run_rounds", rounds)
-    rows = bench_loss.measure((TINY, 1), 0.0, worker)
+    rows = bench_loss.measure((TINY, 1), 0.0, worker, measured)
     assert [(row.implementation, row.mode) for row in rows] == [
         (each.name, mode) for each in measured for mode in bench_loss.MODES
     ]
