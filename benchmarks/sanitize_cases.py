@@ -64,8 +64,9 @@ def run_case(
     run, options = _ops.operators(backend), criterion.options
     logits, batch = criterion.centroid_logits, (z.detach(), y, criterion.center)
     stats = _plain.table_of(logits, options, backend)
-    values, of_rows = run.terms(*batch, *stats, *options.for_terms)
-    reduced = run.reduce(values, of_rows, y, stats.norms, None, None, *options.for_reduce)
+    values, of_rows = run.terms(*batch, *stats, *options.features, options.ignore_index)
+    how = options.centroid_to_sample, options.separation_focus > 0, *options.loss
+    reduced = run.reduce(values, of_rows, y, stats.norms, None, None, *how)
     known, last = (of_rows, reduced[1]), (options.centroid_to_sample, -100)
     totals = run.class_totals(*batch, *known, None, *last)
     results += [*reduced, totals, run.centroid_grad(*batch, logits, *stats, *known, None, *last, totals)]

@@ -87,7 +87,9 @@ class _Products:
         self.input, self.problem = input, problem
         target, center, _, options, backend, table, *_ = problem
         self.operators = _ops.operators(backend)
-        self.values, self.stats = self.operators.terms(input, target, center, *table[:4], *options.for_terms)
+        self.values, self.stats = self.operators.terms(
+            input, target, center, *table[:4], *options.features, options.ignore_index
+        )
         self.tiles = [slice(None)]
         if not torch.compiler.is_compiling():  # a loop would be for one size of batch
             count, size = len(input), max(64, _TILE // len(table.relative) // 64 * 64)
@@ -109,8 +111,9 @@ class _Products:
         target, center, _, options, _, table, *_ = self.problem
         run, last = self.operators, (options.centroid_to_sample, options.ignore_index)
         classes = table.distribution if options.centroid_to_sample else table.relative
-        mixtures: list[Tensor] = []
-        weighted = class_weights = None
+        mixture = weighted = class_weights = None
+        if with_mixture and not self.whole:
+            mixture = classes.new_empty(self.input.shape)
         for tile in self.tiles:
             if self.whole:
                 input, to, stats, separation = self.input, target, self.stats, self.values[1]
@@ -122,17 +125,21 @@ class _Products:
                 weights, separation, stats, to, table.norms, table.class_level, options.separation_focus, *last
             )
             if with_mixture:
-                shared = None if options.centroid_to_sample else table.reference[0]
-                mixtures.append(weights @ classes if shared is None else torch.addmm(shared, weights, classes))
+                mixed = self._mixture(weights, None if mixture is None else mixture[tile])
+                mixture = mixed if mixture is None else mixture
             if coefficients_of is not None:
                 if class_weights is None:
                     class_weights = table.norms.new_zeros((len(classes), CLASS_WEIGHTS))
                 run.focus_sums_(weights, class_weights, stats, coefficients_of(tile), to, *last)
                 weighted = weights.T @ x if weighted is None else weighted.addmm_(weights.T, x)
-        mixture = None
-        if with_mixture:
-            mixture = mixtures[0] if self.whole else torch.cat(mixtures)
         return Rows(self.stats, None, mixture, class_weights, weighted)
+
+    def _mixture(self, weights: Tensor, out: Tensor | None) -> Tensor:
+        """Of the classes by their weights, [rows, M]: what the operator input_grad takes as row_reference."""
+        table = self.problem.table
+        if self.problem.options.centroid_to_sample:
+            return torch.mm(weights, table.distribution, out=out)
+        return torch.addmm(table.reference[0], weights, table.relative, out=out)
 
     def coefficients_but_for_a_factor(self, tile: slice) -> Tensor:
         """Those of the rows of a tile, up to a factor that takes all rows to know and is the same for each."""
@@ -140,7 +147,7 @@ class _Products:
         ones = table.norms.new_ones(4)
         values = self.values[:, tile].contiguous()
         batch = values, self.stats[tile], target[tile], table.norms, weight, ones
-        coefficients: Tensor = self.operators.reduce(*batch, *options.for_reduce)[1]
+        coefficients: Tensor = self.operators.reduce(*batch, options.centroid_to_sample, True, *options.loss)[1]
         self._factors.append(coefficients[:, 1].sum())
         return coefficients
 

@@ -3,12 +3,31 @@
 import math
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NamedTuple
 
 ACTIVATIONS = ("nsf", "softmax")
 SEPARATIONS = ("sample_to_centroid", "centroid_to_sample")
 RATIOS = ("batch", "sample", "soft_margin")
 REDUCTIONS = ("none", "mean", "sum")
+
+
+class Features(NamedTuple):
+    """How rows become probabilities, and which divergences are taken; in the order that operators take it."""
+
+    temperature: float
+    l2_normalize: bool
+    softmax: bool
+    centroid_to_sample: bool
+
+
+class LossOptions(NamedTuple):
+    """How terms become a loss; in the order that operators take it."""
+
+    batch_ratio: bool
+    reduction: int  # an index into REDUCTIONS
+    eps: float
+    sharpness: float  # 0 without the soft margin
+    ignore_index: int
 
 
 @dataclass(frozen=True)
@@ -30,9 +49,8 @@ class Options:
     centroid_to_sample: bool = field(init=False, repr=False)
     batch_ratio: bool = field(init=False, repr=False)
     scalar_by_sample: bool = field(init=False, repr=False)  # by sample, and one number for the batch
-    for_terms: tuple[Any, ...] = field(init=False, repr=False)  # the last arguments of the operator `terms`
-    for_reduce: tuple[Any, ...] = field(init=False, repr=False)  # the last ones of `reduce`
-    for_loss: tuple[Any, ...] = field(init=False, repr=False)  # those of `loss` before `with_grad`
+    features: Features = field(init=False, repr=False)
+    loss: LossOptions = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("temperature", "eps", "sharpness"):
@@ -64,17 +82,17 @@ class Options:
         softmax = self.activation == "softmax"
         centroid_to_sample = self.separation == "centroid_to_sample"
         batch_ratio = self.ratio == "batch"
-        features = (self.temperature, self.l2_normalize, softmax, centroid_to_sample)
-        ratio = batch_ratio, REDUCTIONS.index(self.reduction), self.eps
-        ratio += (self.sharpness if self.ratio == "soft_margin" else 0.0, self.ignore_index)
+        sharpness = self.sharpness if self.ratio == "soft_margin" else 0.0
         for name, value in (
             ("softmax", softmax),
             ("centroid_to_sample", centroid_to_sample),
             ("batch_ratio", batch_ratio),
             ("scalar_by_sample", not batch_ratio and self.reduction != "none"),
-            ("for_terms", (*features, self.ignore_index)),
-            ("for_reduce", (centroid_to_sample, self.separation_focus > 0, *ratio)),
-            ("for_loss", (*features, *ratio)),
+            ("features", Features(self.temperature, self.l2_normalize, softmax, centroid_to_sample)),
+            (
+                "loss",
+                LossOptions(batch_ratio, REDUCTIONS.index(self.reduction), self.eps, sharpness, self.ignore_index),
+            ),
         ):
             object.__setattr__(self, name, value)
 

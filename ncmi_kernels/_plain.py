@@ -54,12 +54,12 @@ def forward(input: Tensor, centroid_logits: Tensor, problem: Problem, wanted: tu
         table = table_of(centroid_logits, options, backend)
     run = _ops.operators(backend)
     if group is not None:
-        terms, stats = run.terms(input, target, center, *table, *options.for_terms)
+        terms, stats = run.terms(input, target, center, *table, *options.features, options.ignore_index)
         loss, coefficients, means = reduce(terms, stats, problem._replace(table=table))
         return Found(loss.to(centroid_logits.dtype), means, Rows(stats, coefficients), table, center)
     moving = (center, None, None, 0.0) if update is None else (None, center, *update)
     loss, stats, coefficients, moved, grad, means = run.loss(
-        input, target, *moving, *table, weight, *options.for_loss, with_grad
+        input, target, *moving, *table, weight, *options.features, *options.loss, with_grad
     )
     if update is not None:
         center = moved
@@ -69,7 +69,9 @@ def forward(input: Tensor, centroid_logits: Tensor, problem: Problem, wanted: tu
 def terms(input: Tensor, problem: Problem, with_mixture: bool = False) -> tuple[Tensor, Rows]:
     """Terms [2, B] float64, and what is known of the rows: no coefficients yet."""
     target, center, _, options, backend, table, *_ = problem
-    values, stats = _ops.operators(backend).terms(input, target, center, *table, *options.for_terms)
+    values, stats = _ops.operators(backend).terms(
+        input, target, center, *table, *options.features, options.ignore_index
+    )
     return values, Rows(stats, None)
 
 
@@ -86,9 +88,10 @@ def reduce(terms: Tensor, stats: Tensor, problem: Problem) -> Reduced:
     target, _, weight, options, backend, table, group, *_ = problem
     run = _ops.operators(backend).reduce
     batch = terms, stats, target, table.norms, weight
-    loss, coefficients, means, sums = run(*batch, None, *options.for_reduce)
+    how = options.centroid_to_sample, options.separation_focus > 0
+    loss, coefficients, means, sums = run(*batch, None, *how, *options.loss)
     if group is not None:
-        loss, coefficients, means, _ = run(*batch, group.all_reduce(sums), *options.for_reduce)
+        loss, coefficients, means, _ = run(*batch, group.all_reduce(sums), *how, *options.loss)
     return Reduced(loss, coefficients, means)
 
 

@@ -139,7 +139,9 @@ class _TransformableTerms(torch.autograd.Function):
         input: Tensor, target: Tensor, centroid_logits: Tensor, center: Tensor | None, options: Options, backend: str
     ) -> tuple[Tensor, Tensor]:
         table = _plain.table_of(centroid_logits, options, backend)
-        values, _ = _ops.operators(backend).terms(input, target, center, *table, *options.for_terms)
+        values, _ = _ops.operators(backend).terms(
+            input, target, center, *table, *options.features, options.ignore_index
+        )
         dtype = centroid_logits.dtype
         return values[0].to(dtype, copy=True), values[1].to(dtype, copy=True)
 

@@ -68,7 +68,7 @@ def check_reduce(run, separation, focus, ratio, reduction):
         else:
             own = alpha - by_own * beta
             coefficients = [own, by_all * beta, 0 * beta, own * own_mean + by_all * beta * all_mean]
-        arguments = values, stats, target, norms, weight, given, *options.for_reduce
+        arguments = values, stats, target, norms, weight, given, options.centroid_to_sample, focus > 0, *options.loss
         loss, actual, means, own_sums = run.reduce(*arguments)
         assert relative(loss, expected) < 1e-12
         assert relative(actual, torch.stack(coefficients, dim=1)) < 1e-12
@@ -95,7 +95,7 @@ def check_row_references(run, dtype, separation, activation):
     for rows, classes, columns in ((7, 5, 33), (3, 2, 2100)):
         z, target, xi, center, _ = make(rows, classes, columns, center=True, ignore=True, dtype=dtype)
         table = run.centroid_stats(xi, options.softmax, c2s)
-        stats = run.terms(z, target, center, *table, *options.for_terms)[1]
+        stats = run.terms(z, target, center, *table, *options.features, options.ignore_index)[1]
         kept, y = target != -100, target.clamp(min=0)
         log_q = reference.log_activation(torch.randn(rows, columns).double(), "softmax")
         own, other = torch.randn(2, rows, dtype=torch.float64)
@@ -339,7 +339,7 @@ def check_step(run, dtype, separation, activation, sgd):
 def check_step_refuses_strides(run):
     z, target, xi, _, _ = make(5, 4, 4, dtype=torch.float32)
     stats = run.centroid_stats(xi, False, False)
-    of_rows = run.loss(z, target, None, None, None, 0.0, *stats, None, *Options().for_loss, False)[1:3]
+    of_rows = run.loss(z, target, None, None, None, 0.0, *stats, None, *Options().features, *Options().loss, False)[1:3]
     before = xi.clone()
     for name, logits, buffer in (("centroid_logits", xi.t(), None), ("momentum_buffer", xi, torch.zeros_like(xi).t())):
         with pytest.raises(RuntimeError, match=f"{name} must be contiguous"):
@@ -451,7 +451,9 @@ def test_every_element_of_every_output_is_written(separation, backend, interpret
         if interpreted and columns > 100:
             continue  # seconds
         stats = _plain.table_of(xi, options, backend)
-        of_rows = run.loss(z, target, center, None, None, 0.0, *stats, weight, *options.for_loss, False)[1:3]
+        of_rows = run.loss(z, target, center, None, None, 0.0, *stats, weight, *options.features, *options.loss, False)[
+            1:3
+        ]
         fill()
         run.centroid_step_(
             *(z, target, center, xi, None, *stats, *of_rows, False, options.centroid_to_sample, -100),

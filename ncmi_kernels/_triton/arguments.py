@@ -16,15 +16,6 @@ class Batch(NamedTuple):
     ignore_index: int
 
 
-class Features(NamedTuple):
-    """How rows become probabilities, and what their terms are."""
-
-    temperature: float
-    l2_normalize: bool
-    softmax: bool
-    centroid_to_sample: bool
-
-
 class Reducing(NamedTuple):
     """How terms become a loss."""
 

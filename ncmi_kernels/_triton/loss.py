@@ -3,10 +3,10 @@
 from torch import Tensor
 
 from ncmi_kernels import _schema
-from ncmi_kernels._options import REDUCTIONS
+from ncmi_kernels._options import REDUCTIONS, Features
 from ncmi_kernels._schema import Table
 from ncmi_kernels._triton import launches
-from ncmi_kernels._triton.arguments import Batch, Features, Moving, Reduced, Reducing
+from ncmi_kernels._triton.arguments import Batch, Moving, Reduced, Reducing
 from ncmi_kernels._triton.center import column_sums, move_center
 from ncmi_kernels._triton.checks import INT64, check, check_batch, check_reducing, check_table, require
 from ncmi_kernels._triton.ops import operator

@@ -6,9 +6,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ncmi_kernels import _schema
+from ncmi_kernels._options import Features
 from ncmi_kernels._schema import Table
 from ncmi_kernels._triton import launches
-from ncmi_kernels._triton.arguments import Batch, Features, Reduced, Reducing, RowTerms
+from ncmi_kernels._triton.arguments import Batch, Reduced, Reducing, RowTerms
 from ncmi_kernels._triton.checks import check_batch, check_table
 from ncmi_kernels._triton.elements import (
     ALL_MEAN,
