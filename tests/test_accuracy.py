@@ -23,6 +23,7 @@ from problems import (
     every_ratio,
     every_separation,
     make,
+    plain_and_focus,
     to,
 )
 from torch import Tensor
@@ -52,6 +53,29 @@ def test_every_variant_matches_the_literal_definition(
     problem = make(13, 7, 37, center=center, weight=weight, ignore=ignore)
     options = Options(0.7, l2, activation, separation, ratio, separation_focus=focus)
     check_against_the_literal_definition(problem, options, backend)
+
+
+@every_backend
+@plain_and_focus
+@every_separation
+@pytest.mark.parametrize(("sharpness", "reduction"), [(0.5, "none"), (1.0, "sum"), (4.0, "mean"), (30.0, "mean")])
+def test_soft_margin(sharpness, reduction, separation, focus, backend):
+    problem = make(13, 7, 37, center=True, weight=True, ignore=True)
+    options = {"separation": separation, "separation_focus": focus, "reduction": reduction}
+    check_against_the_literal_definition(
+        problem, Options(0.7, True, ratio="soft_margin", sharpness=sharpness, **options), backend
+    )
+
+
+def test_soft_margin_of_a_sample_on_its_centroid():
+    """r = 0, whose logarithm is none: no loss, and no pull where sharpness is 1 or more."""
+    xi = torch.randn(4, 30, dtype=torch.float64)
+    for sharpness in (0.5, 1.0, 4.0):
+        z = xi.clone().requires_grad_()
+        loss = ncmi_loss(z, torch.arange(4), xi, ratio="soft_margin", sharpness=sharpness)
+        (grad,) = torch.autograd.grad(loss, z)
+        assert 0 <= loss < 1e-6
+        assert grad.isfinite().all()
 
 
 @every_backend
