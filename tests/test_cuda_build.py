@@ -27,7 +27,7 @@ REGISTERS = {
     "class_begin_kernel": 18,
     "class_grad_kernel": 85,
     "class_grad_sums_kernel": 146,
-    "class_sums_kernel": 42,
+    "sums_over_classes_kernel": 42,
     "column_sums_kernel": 120,
     "columns_kernel": 62,
     "commit_center_kernel": 40,

@@ -130,7 +130,7 @@ def test_backward_traffic(compiled, dtype, columns, target):
 def test_traffic_of_the_others(compiled, target):
     """Each element once, in accesses of 16 bytes."""
     kernels = {k["kernel"]: k for k in compiled["centroid_grad-fp32-4096", target]}
-    sums, last = kernels["class_sums_kernel"], kernels["centroid_grad_kernel"]
+    sums, last = kernels["centroid_sums_kernel"], kernels["centroid_grad_kernel"]
     assert sums["loads"]["input"] == 32 * sums["elements"]
     assert last["loads"]["logits"] == last["stores"]["grad"] == 32 * last["elements"]
     assert sums["widest"]["input"] == last["widest"]["logits"] == last["widest"]["grad"] == 128

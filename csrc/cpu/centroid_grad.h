@@ -68,7 +68,7 @@ struct FinishClass {
   int64_t n;
   T shift;
   double inverse_norm;
-  const ClassSums& of_class;
+  const RowsOfClass& of_class;
   T* __restrict grad;
   T* __restrict own_separation;
 
@@ -115,7 +115,7 @@ void centroid_sums_range(const CentroidGradArgs<T>& args, int64_t column_begin, 
     for (int64_t c = 0; c < q.classes; ++c) {
       const int64_t first = args.class_begin[c], last = args.class_begin[c + 1];
       if (first == last) continue;
-      const ClassSums& of_class = args.class_sums[c];
+      const RowsOfClass& of_class = args.rows_of_classes[c];
       T* own = args.own + of_class.slot * q.columns + begin;
       memset(sums.own_excess, 0, n * sizeof(T));
       if (!of_class.all_near) {
@@ -191,11 +191,11 @@ void centroid_sums(const CentroidGradArgs<T>& args, int64_t column_begin, int64_
 
 // What the classes' sums hold, decided before they are formed so that every owner of columns agrees.
 template <class T>
-void class_sums(const CentroidGradArgs<T>& args, ClassSums* result) {
+void rows_of_classes(const CentroidGradArgs<T>& args, RowsOfClass* result) {
   int64_t used = 0;
   for (int64_t c = 0; c < args.centroids.classes; ++c) {
     const bool has_rows = args.class_begin[c] != args.class_begin[c + 1];
-    ClassSums of_class{.slot = args.own_is_grad ? c : used,
+    RowsOfClass of_class{.slot = args.own_is_grad ? c : used,
                        .own = 0,
                        .other = 0,
                        .excess_base = 0,
@@ -225,7 +225,7 @@ struct GradFromSample {
   int64_t n;
   T shift;
   double inverse_norm, other_mean;
-  const ClassSums& of_class;
+  const RowsOfClass& of_class;
   const T* own;  // of the class; not read where it has no rows; may be grad
   double level;
   const T* __restrict variation;
@@ -234,8 +234,8 @@ struct GradFromSample {
 
   template <Kind kind, Own sums>
   void loop() const {
-    // own + all = (excess_base + own_excess) - own_sum q + (level + variation) - other_mean q; with own finished, without
-    // own.
+    // own + all = (excess_base + own_excess) - own_sum q + (level + variation) - other_mean q; with own finished,
+    // without own.
     const double own_sum = sums == Own::kExcess ? of_class.own : 0;
     const double base = level + (sums == Own::kExcess ? of_class.excess_base : 0);
     const double q_factor = (own_sum + other_mean) * inverse_norm;
@@ -331,7 +331,7 @@ template <class T>
 void grad_of_class(const CentroidGradArgs<T>& args, int64_t c, const T* x, T* grad) {
   const Centroids<T>& q = args.centroids;
   const int64_t n = q.columns;
-  const ClassSums& of_class = args.class_sums[c];
+  const RowsOfClass& of_class = args.rows_of_classes[c];
   const Kind kind = kind_of(q.of[c].kind);
   const T shift = T(q.of[c].shift);
   const double inverse_norm = exp(-q.of[c].log_norm), inverse_classes = 1.0 / q.all().classes;

@@ -65,7 +65,7 @@ struct CentroidStatsArgs {
 };
 
 // The sums over the rows of a class that have no columns, and what its sums by column hold.
-struct ClassSums {
+struct RowsOfClass {
   int64_t slot;        // the row of CentroidGradArgs::own that holds the sums by column
   double own, other;   // sums of these coefficients
   double excess_base;  // sum over near rows of own / 2 S
@@ -83,7 +83,7 @@ struct CentroidGradArgs {
   const Coefficients* coefficients;  // [B]
   const int64_t* order;              // rows by class, ignored rows left out
   const int64_t* class_begin;        // [C + 1] into order
-  const ClassSums* class_sums;       // [C]
+  const RowsOfClass* rows_of_classes;  // [C]
   T* own;                            // [S, M] workspace, a row for each class that has rows
   T* own_separation;                 // [S, M] likewise; centroid_to_sample only
   bool own_is_grad;                  // S = C: a row for every class, that of the gradient itself
@@ -164,7 +164,7 @@ struct Kernels {
   void (*input_grad)(const InputGradArgs<T>&, int64_t row_begin, int64_t row_end, T* scratch);
   void (*centroid_rows)(const CentroidStatsArgs<T>&, int64_t chunk_begin, int64_t chunk_end, T* scratch);
   void (*centroid_columns)(const CentroidStatsArgs<T>&, int64_t column_begin, int64_t column_end);
-  void (*class_sums)(const CentroidGradArgs<T>&, ClassSums*);
+  void (*rows_of_classes)(const CentroidGradArgs<T>&, RowsOfClass*);
   void (*centroid_sums)(const CentroidGradArgs<T>&, int64_t column_begin, int64_t column_end);
   void (*centroid_grad)(const CentroidGradArgs<T>&, int64_t class_begin, int64_t class_end, T* grad, T* scratch);
   void (*centroid_step)(const CentroidGradArgs<T>&, const StepArgs<T>&, const CentroidStatsArgs<T>&,

@@ -20,7 +20,7 @@ constexpr Kernels<T> table() {
           .input_grad = input_grad,
           .centroid_rows = centroid_rows<T>,
           .centroid_columns = centroid_columns<T>,
-          .class_sums = class_sums<T>,
+          .rows_of_classes = rows_of_classes<T>,
           .centroid_sums = centroid_sums<T>,
           .centroid_grad = centroid_grad<T>,
           .centroid_step = centroid_step<T>,

@@ -119,7 +119,7 @@ class BatchSums {
         class_begin_(q.classes + 1, 0),
         order_(rows_of(input)),
         totals_(q.columns),
-        class_sums_(q.classes) {
+        rows_of_classes_(q.classes) {
     const Matrix z = matrix(input, "input"), xi = matrix(logits, "centroid_logits");
     const int64_t rows = input.size(0);
     const Targets y = targets(target, rows, ignore_index, q.classes);
@@ -149,7 +149,7 @@ class BatchSums {
              .coefficients = coefficients_.data(),
              .order = order_.data(),
              .class_begin = class_begin_.data(),
-             .class_sums = class_sums_.data(),
+             .rows_of_classes = rows_of_classes_.data(),
              .own = own_grad ? own_grad : own_.data(),
              .own_separation = own_separation_.data(),
              .own_is_grad = own_grad != nullptr,
@@ -163,7 +163,7 @@ class BatchSums {
              .weighted_by = 1};
     STD_TORCH_CHECK(!args_.class_weights == !args_.weighted, "ncmi_kernels: pass both class_weights and weighted");
     if (args_.weighted && upstream) args_.weighted_by = double(*data<T>(*upstream, "upstream", {}));
-    kernels_for<T>().class_sums(args_, class_sums_.data());
+    kernels_for<T>().rows_of_classes(args_, rows_of_classes_.data());
     parallel_columns<kWide>(q.columns, rows,
                             [&](int64_t begin, int64_t end) { kernels_for<T>().centroid_sums(args_, begin, end); });
     if (given) std::copy(given, given + q.columns, totals_.begin());
@@ -183,7 +183,7 @@ class BatchSums {
   ScaledCoefficients coefficients_;
   Vector<int64_t> class_begin_, order_;
   Vector<double> totals_;
-  Vector<ClassSums> class_sums_;
+  Vector<RowsOfClass> rows_of_classes_;
   Vector<T> own_, own_separation_, variation_;
   CentroidGradArgs<T> args_;
 };

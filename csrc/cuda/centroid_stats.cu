@@ -5,7 +5,7 @@ namespace ncmi::cuda {
 
 namespace {
 
-constexpr int64_t kClassSums = 3;  // log a; or q, q log a and q log_norm
+constexpr int64_t kSumsOverClasses = 3;  // log a; or q, q log a and q log_norm
 constexpr int kWarps = 8;
 constexpr int kFinishThreads = 1024;
 constexpr int64_t kOneBlock = 65536;  // sums that one block adds up; beyond, blocks share them and need one more launch
@@ -23,7 +23,7 @@ struct CentroidStatsArgs {
   T* reference;       // [2, M]
   ClassStats* of;     // [C], and then AllStats
   int64_t chunks;     // class_chunks(classes, columns)
-  double* sums;       // [chunks, kClassSums, M] workspace
+  double* sums;       // [chunks, kSumsOverClasses, M] workspace
   double* lost;       // [2, M] workspace: what rounding `reference` lost; q_mean_k times the mean log_norm under it
 };
 
@@ -101,16 +101,17 @@ __global__ void __maxnreg__(80) centroid_rows_kernel(const CentroidStatsArgs<T> 
 
 // The sums of a chunk of classes by column: log a; or q, q log a and q log_norm.
 template <class T>
-__global__ void __launch_bounds__(kWarps* kWarp, 1) class_sums_kernel(const CentroidStatsArgs<T> args, int64_t tiles) {
+__global__ void __launch_bounds__(kWarps* kWarp, 1)
+    sums_over_classes_kernel(const CentroidStatsArgs<T> args, int64_t tiles) {
   struct Storage {
-    double sums[kWarps][kClassSums][kWarp];
+    double sums[kWarps][kSumsOverClasses][kWarp];
   };
   Storage& storage = shared_storage<Storage>();
   const int lane = threadIdx.x, warp = threadIdx.y;
   const int64_t chunk = blockIdx.x / tiles, tile = blockIdx.x % tiles;
   const int64_t begin = chunk * args.classes / args.chunks, end = (chunk + 1) * args.classes / args.chunks;
   const int64_t k = tile * kWarp + lane;
-  double sums[kClassSums] = {};
+  double sums[kSumsOverClasses] = {};
   for (int64_t c = begin + warp; c < end; c += kWarps) {
     if (k >= args.columns) break;
     const double log = double(args.log_activation[c * args.columns + k]);
@@ -124,12 +125,12 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1) class_sums_kernel(const Cent
       sums[0] += log;
     }
   }
-  for (int j = 0; j < kClassSums; ++j) storage.sums[warp][j][lane] = sums[j];
+  for (int j = 0; j < kSumsOverClasses; ++j) storage.sums[warp][j][lane] = sums[j];
   __syncthreads();
-  if (warp < kClassSums && k < args.columns) {
+  if (warp < kSumsOverClasses && k < args.columns) {
     double sum = 0;
     for (int w = 0; w < kWarps; ++w) sum += storage.sums[w][warp][lane];
-    args.sums[(chunk * kClassSums + warp) * args.columns + k] = sum;
+    args.sums[(chunk * kSumsOverClasses + warp) * args.columns + k] = sum;
   }
 }
 
@@ -140,10 +141,11 @@ template <class T>
 NCMI_DEVICE void finish_columns(const CentroidStatsArgs<T>& args, int64_t begin, int64_t end) {
   const double inverse_classes = 1.0 / double(args.classes);
   for (int64_t k = begin + threadIdx.x; k < end; k += blockDim.x) {
-    double sums[kClassSums] = {};
+    double sums[kSumsOverClasses] = {};
     for (int64_t chunk = 0; chunk < args.chunks; ++chunk)
 #pragma unroll
-      for (int j = 0; j < kClassSums; ++j) sums[j] += args.sums[(chunk * kClassSums + j) * args.columns + k];
+      for (int j = 0; j < kSumsOverClasses; ++j)
+        sums[j] += args.sums[(chunk * kSumsOverClasses + j) * args.columns + k];
     const double q_mean = args.centroid_to_sample ? sums[0] : 0;
     const double reference =
         args.centroid_to_sample ? (q_mean > 0 ? sums[1] / q_mean : 0) : sums[0] * inverse_classes;
@@ -229,7 +231,7 @@ void launch_centroid_stats(const CentroidStatsArgs<T>& args, Stream stream) {
     if constexpr (sizeof(In) != 2) activate_rows(in, kept);  // the logits are in the arithmetic type
   });
   const int64_t tiles = ceil_div(args.columns, kWarp);
-  launch(class_sums_kernel<T>, tiles * args.chunks, dim3(kWarp, kWarps), stream, args, tiles);
+  launch(sums_over_classes_kernel<T>, tiles * args.chunks, dim3(kWarp, kWarps), stream, args, tiles);
   if (args.columns * args.chunks <= kOneBlock) {
     launch(columns_kernel<T>, 1, dim3(kFinishThreads), stream, args);
   } else {
@@ -241,7 +243,7 @@ void launch_centroid_stats(const CentroidStatsArgs<T>& args, Stream stream) {
 }  // namespace
 
 int64_t stats_workspace(int64_t classes, int64_t columns) {
-  return class_chunks(classes, columns) * kClassSums * columns + 2 * columns;
+  return class_chunks(classes, columns) * kSumsOverClasses * columns + 2 * columns;
 }
 
 template <class T>
@@ -258,7 +260,7 @@ void write_stats(const Device& device, Workspace& workspace, const Matrix& logit
                             .reference = const_cast<T*>(to.reference),
                             .of = const_cast<ClassStats*>(to.of),
                             .chunks = chunks,
-                            .sums = workspace.take(chunks * kClassSums * to.columns),
+                            .sums = workspace.take(chunks * kSumsOverClasses * to.columns),
                             .lost = workspace.take(2 * to.columns)},
                            device.stream());
 }

@@ -41,7 +41,7 @@ _NO_STEP = Step(None, SGD(0.0, 0.0, 0.0, False))
 
 
 @triton.jit(do_not_specialize=["unit_stride", "column_stride", "upstream_stride", "classes"])
-def class_sums_kernel(
+def centroid_sums_kernel(
     input, center, rows, coefficients, upstream, order, class_begin, own_sums, all_sums, factor_sums, unit_stride,
     column_stride, upstream_stride, classes, M: tl.constexpr, ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr,
     DTYPE: tl.constexpr, FAST: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr, ROWS: tl.constexpr,
@@ -97,7 +97,7 @@ def class_sums_kernel(
         tl.store(factor_sums + classes + c, tl.sum(others, axis=0))
 
 
-def _class_sums(
+def _centroid_sums(
     batch: Batch,
     rows: Rows,
     order: Tensor,
@@ -118,7 +118,7 @@ def _class_sums(
     factor_sums = rows.stats.new_empty((2, classes))
     width = power_of_two(columns, 256)
     launches.launch(
-        class_sums_kernel,
+        centroid_sums_kernel,
         (classes, -(-columns // width)),
         input=input,
         center=center,
@@ -186,7 +186,7 @@ def class_totals(
     begin = torch.minimum(begin, (ignored == 0).sum())
     totals = rows.new_empty((columns + 1,))
     with launches.on(input):
-        _, sums, factor_sums = _class_sums(batch, of_rows, order, begin, dtype, centroid_to_sample, False, True)
+        _, sums, factor_sums = _centroid_sums(batch, of_rows, order, begin, dtype, centroid_to_sample, False, True)
         assert sums is not None
         _fold(sums, totals)
         totals[columns] = factor_sums[1].sum()
@@ -200,7 +200,7 @@ def centroid_grad_kernel(
     ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr, GIVEN: tl.constexpr,
     NESTEROV: tl.constexpr, COLUMNS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
-    """d loss / d xi [C, M], one class a program, from class_sums_kernel's sums and their `totals` [M] over classes.
+    """d loss / d xi [C, M], one class a program, from centroid_sums_kernel's sums and their `totals` [M] over classes.
 
     GIVEN: `totals` [M + 1] are not of these sums, and the last of them is the sum of other. `class_weights` [C, 2] and
     `weighted` [C, M], times `upstream`, if given, take the place of the totals: a class has its own. Without `grad` it
@@ -307,7 +307,7 @@ def _by_class(
     of_class = torch.where(target == batch.ignore_index, classes, target)
     of_class, order = torch.sort(of_class, stable=True)
     begin = torch.searchsorted(of_class, torch.arange(classes + 1, device=target.device))
-    own_sums, all_sums, factor_sums = _class_sums(
+    own_sums, all_sums, factor_sums = _centroid_sums(
         batch, rows, order, begin, centroid_logits.dtype, centroid_to_sample, True, class_weights is None
     )
     folded = totals
