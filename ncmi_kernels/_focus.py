@@ -17,7 +17,14 @@ from ncmi_kernels._options import Options
 from ncmi_kernels._problem import Problem
 from ncmi_kernels._schema import CLASS_WEIGHTS, SGD
 
-_TILE = 1 << 22  # elements of [rows, classes] at once: beside it a product of fewer rows would not fill a machine
+
+def tile_rows(classes: int) -> int:
+    """How many rows go through the products at once.
+
+    [rows, classes] is to stay in cache; but for each tile the centroids are read again, and their sums added to, which
+    costs as much as the products of a hundred rows.
+    """
+    return max(256, (1 << 20) // classes // 64 * 64)
 
 
 class Table(NamedTuple):
@@ -92,7 +99,7 @@ class _Products:
         )
         self.tiles = [slice(None)]
         if not torch.compiler.is_compiling():  # a loop would be for one size of batch
-            count, size = len(input), max(64, _TILE // len(table.relative) // 64 * 64)
+            count, size = len(input), tile_rows(len(table.relative))
             if count > size:
                 self.tiles = [slice(first, first + size) for first in range(0, count, size)]
         self._factors: list[Tensor] = []

@@ -157,7 +157,7 @@ def test_every_variant_of_the_focus(runs, separation, activation, columns):
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("separation", SEPARATIONS)
 def test_focus_by_tiles(runs, monkeypatch, separation, ratio):
-    monkeypatch.setattr(_focus, "_TILE", 1)
+    monkeypatch.setattr(_focus, "tile_rows", lambda classes: 64)
     problem = make(150, 7, 37, center=True, weight=True, ignore=True)
     check(problem, FLOAT32, -3.0, separation=separation, ratio=ratio, separation_focus=5.0)
     if ratio == "sample":

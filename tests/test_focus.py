@@ -111,7 +111,7 @@ def test_closer_to_float64_than_autograd(separation, backend, interpreted):
 @pytest.mark.parametrize(("ratio", "reduction"), REDUCTIONS)
 def test_several_tiles(ratio, reduction, separation, backend, monkeypatch):
     """Of which none knows the coefficients of its rows: those take the whole batch."""
-    monkeypatch.setattr(_focus, "_TILE", 64 * CLASSES)
+    monkeypatch.setattr(_focus, "tile_rows", lambda classes: 64)
     z, target, xi, center, weight = make(150, CLASSES, COLUMNS, center=True, weight=True, ignore=True)
     options = Options(separation=separation, ratio=ratio, reduction=reduction, separation_focus=5.0)
     problem = z, target, xi, center, weight
