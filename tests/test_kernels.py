@@ -554,32 +554,11 @@ def test_a_launch_that_fails_has_moved_nothing(stages, backend, monkeypatch):
     monkeypatch.setattr(launches, "launch", count)
     z, y, stats = torch.randn(6, 3), torch.arange(6) % 4, ops.centroid_stats(torch.randn(4, 3), False, False)
     center, batches = torch.randn(3), torch.tensor(2)
-    before = center.clone()
+    before, options = center.clone(), (1.0, True, False, False, True, 1, 1e-8, 0.0, -100, False)
     while failing < 10:
         failing, launched = failing + 1, 0
         try:
-            ops.loss(
-                *(
-                    z,
-                    y,
-                    None,
-                    center,
-                    batches,
-                    0.9,
-                    *stats,
-                    None,
-                    1.0,
-                    True,
-                    False,
-                    False,
-                    True,
-                    1,
-                    1e-8,
-                    0.0,
-                    -100,
-                    False,
-                )
-            )
+            ops.loss(z, y, None, center, batches, 0.9, *stats, None, *options)
         except RuntimeError:
             assert batches == 2
             assert torch.equal(center, before)

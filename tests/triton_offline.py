@@ -93,7 +93,7 @@ def launches_of(operator: str, dtype: str, columns: int, options: dict[str, Any]
             sample = options.get("ratio", "batch") == "sample"
             ops.loss(
                 *(z, y, None, center, batches, 0.9, *stats, None, temperature, l2, softmax, c2s, not sample, 1, 1e-8),
-                *(-100, sample and dtype not in ("bf16", "fp16")),
+                *(0.0, -100, sample and dtype not in ("bf16", "fp16")),
             )
         elif operator == "input_grad":
             ops.input_grad(z, y, center, *stats, saved, coefficients, upstream, c2s, -100, row_reference)
