@@ -40,4 +40,4 @@ export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=pri
 cd build  # child processes import from where they start: not the sources
 # What ends the process is not captured, and a fault of memory is the sanitizer's to report.
 "$bin/pytest" -q --capture=sys -p no:faulthandler -k 'not triton' \
-  ../tests/test_{operators,extremes,kernels,accuracy,batches,errors,backends,optim,optim_state,focus,transforms,compile,steps}.py "$@"
+  ../tests/test_{operators,extremes,kernels,accuracy,batches,errors,backends,optim,optim_state,focus,focus_operators,transforms,compile,steps}.py "$@"
