@@ -1,6 +1,8 @@
 // The CPU operators on several threads, for ThreadSanitizer (`make sanitize`). With an argument the threads' parts
 // overlap: a race in the kernels that it must find.
+#include "../../csrc/cpu/ops_centroids.cpp"
 #include "../../csrc/cpu/ops_cpu.cpp"
+#include "../../csrc/cpu/ops_focus.cpp"
 
 #include <thread>
 
@@ -36,15 +38,26 @@ void run(int64_t rows, int64_t classes, int64_t columns, bool softmax, bool cent
   *output<int64_t>(batches) = 1;
   const auto [log_a, a, reference, norms] = centroid_stats(xi, softmax, centroid_to_sample);
   terms(z, y, center, log_a, a, reference, norms, 1, false, softmax, centroid_to_sample, -100);
-  const auto [value, stats, moved, grad, means] =
+  const auto [value, stats, coefficients, moved, grad, means] =
       loss(z, y, std::nullopt, center, batches, 0.9, log_a, a, reference, norms, std::nullopt, 1, true, softmax,
            centroid_to_sample, false, kMean, 1e-8, 0.0, -100, true);
   scale_(grad, upstream);
-  input_grad(z, y, moved, log_a, a, reference, norms, stats, std::nullopt, centroid_to_sample, -100);
-  const Tensor totals = class_totals(z, y, moved, stats, std::nullopt, centroid_to_sample, -100);
-  centroid_grad(z, y, moved, xi, log_a, a, reference, norms, stats, std::nullopt, centroid_to_sample, -100, totals);
-  centroid_step_(z, y, moved, xi, buffer, log_a, a, reference, norms, stats, softmax, centroid_to_sample, -100, 0.1,
-                 0.9, 1e-4, true);
+  const auto none = std::nullopt;
+  const bool c2s = centroid_to_sample;
+  input_grad(z, y, moved, log_a, a, reference, norms, stats, coefficients, none, c2s, -100, z);
+  const Tensor totals = class_totals(z, y, moved, stats, coefficients, none, c2s, -100);
+  centroid_grad(z, y, moved, xi, log_a, a, reference, norms, stats, coefficients, none, c2s, -100, totals, none, none);
+
+  const auto [relative, distribution, level] = focus_table(log_a, a, reference, norms, c2s);
+  focus_rows(z, y, moved, log_a, a, reference, norms, stats, c2s, -100);
+  const Tensor weights = numbers<T>({rows, classes}), separation = numbers<double>({rows});
+  focus_weights_(weights, separation, stats, y, norms, level, 5.0, c2s, -100);
+  const Tensor class_weights = numbers<double>({classes, kClassWeights}), weighted = numbers<T>({classes, columns});
+  focus_sums_(weights, class_weights, stats, coefficients, y, c2s, -100);
+  centroid_grad(z, y, moved, xi, log_a, a, reference, norms, stats, coefficients, none, c2s, -100, none, class_weights,
+                weighted);
+  centroid_step_(z, y, moved, xi, buffer, log_a, a, reference, norms, stats, coefficients, softmax, c2s, -100, 0.1, 0.9,
+                 1e-4, true, none, none);
 }
 
 }  // namespace ncmi::cpu
