@@ -195,9 +195,9 @@ def test_launches_of_the_focus(emulated, launches):
     """One an operator, but that several blocks' sums over the rows are added up."""
     for rows, of_sums in ((70, 1), (600, 2)):
         z, target, xi, _, _ = make(rows, 40, 8)
-        its = test_focus.Operands(emulated, (z, target, xi, None, None), "sample_to_centroid")
+        its = test_focus_operators.Operands(emulated, (z, target, xi, None, None), "sample_to_centroid")
         run = its.run
-        coefficients, class_weights = test_focus.of_rows(its), torch.zeros(40, 2, dtype=torch.float64)
+        coefficients, class_weights = test_focus_operators.of_rows(its), torch.zeros(40, 2, dtype=torch.float64)
         last = its.stats, target, its.table[3], its.level, 5.0, False, -100
         for expected, operator, arguments in (
             (1, run.focus_table, (*its.table, False)),
