@@ -133,25 +133,6 @@ NCMI_INLINE Coefficients coefficients_of(const RowStats& row, double by_concentr
   return {own, other, 0.0, own * row.own_mean + other * row.all_mean};
 }
 
-// A row in a matrix product with the centroids: p = share (base + x). Where sigma is a, x is 2 sigma - 1: only what is
-// small, and its rounding, meets the product. What the base comes to is summed apart, in double.
-struct InProduct {
-  double base, share;
-};
-
-NCMI_INLINE InProduct in_product(const RowStats& row) {
-  const Kind kind = kind_of(row.kind);
-  if (kind == Kind::kNsf || is_near(kind)) return {1.0, 0.5 * row.inverse_norm};
-  return {0.0, row.inverse_norm};
-}
-
-// log sum_k a_k less what the classes share.
-NCMI_INLINE double relative_log_norm(const AllStats& all, const RowStats& row) {
-  return -::log(row.inverse_norm) - all.weighted_log_norm;
-}
-
-constexpr double kSmallestDivergence = 1.17549435e-38;  // that others are measured by
-
 // The gradient of a row by z, but for what the chain rule of its length takes away.
 template <bool centroid_to_sample, Kind kind, class T>
 struct RowGradient {

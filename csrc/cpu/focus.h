@@ -69,11 +69,8 @@ struct ProductRow {
     for (int64_t k = 0; k < n; ++k) {
       if constexpr (centroid_to_sample) {
         out[k] = (activate<kind>(x[k], s, shift).log - reference[k]) + above;
-      } else if constexpr (is_near(kind)) {
-        out[k] = near<kind>(x[k] * s).excess;
       } else {
-        const T a = activate<kind>(x[k], s, shift).value;
-        out[k] = kind == Kind::kNsf ? (a - T(0.5)) + (a - T(0.5)) : a;
+        out[k] = x_in_product<kind>(x[k], s, shift);
       }
     }
   }
@@ -89,7 +86,7 @@ void focus_rows(const FocusRowsArgs<T>& args, int64_t row_begin, int64_t row_end
       memset(out, 0, n * sizeof(T));
       continue;
     }
-    const RowStats& row = args.rows[i];
+    const RowStats& row = args.stats[i];
     load(args.input, i, 0, n, args.center, x);
     const double log_norm = relative_log_norm(q.all(), row);
     if (q.centroid_to_sample)
@@ -102,13 +99,12 @@ void focus_rows(const FocusRowsArgs<T>& args, int64_t row_begin, int64_t row_end
 // Of the products of a row with the classes: its divergences D from the other ones, and in their place the weights
 // softmax(-focus D / min D). Returns the mean of D under them; NaN where there is one.
 template <class T>
-double weigh_row(const double* __restrict class_level, int64_t classes, int64_t y, double level, double by_level,
-                 double by_product, double focus, T* __restrict values) {
+double weigh_row(const double* __restrict class_level, int64_t classes, int64_t y, Divergence divergence, double focus,
+                 T* __restrict values) {
   T nearest = kLargest<T>;
   NCMI_SIMD(reduction(min : nearest))
   for (int64_t c = 0; c < classes; ++c) {
-    const T d = T(level + by_level * class_level[c] + by_product * double(values[c]));
-    values[c] = d < T(kSmallestDivergence) ? T(kSmallestDivergence) : d;  // rounding may leave less than zero
+    values[c] = divergence(class_level[c], values[c]);
     const T other = c == y ? kLargest<T> : values[c];
     nearest = other < nearest ? other : nearest;
   }
@@ -144,14 +140,10 @@ void focus_weights(const FocusWeightsArgs<T>& args, int64_t row_begin, int64_t r
       args.separation[i] = 0;
       continue;
     }
-    RowStats& row = args.rows[i];
+    RowStats& row = args.stats[i];
     const double log_norm = relative_log_norm(*args.all, row);
-    const InProduct p = in_product(row);
-    const double mean =
-        args.centroid_to_sample
-            ? weigh_row(args.class_level, args.classes, y, 0.0, 1.0, -1.0, args.focus, values)
-            : weigh_row(args.class_level, args.classes, y, row.all_mean - log_norm, -p.share * p.base, -p.share,
-                        args.focus, values);
+    const double mean = weigh_row(args.class_level, args.classes, y,
+                                  divergence_of(row, log_norm, args.centroid_to_sample), args.focus, values);
     row.all_mean = mean + log_norm;
     args.separation[i] = mean * (1.0 - 1.0 / args.all->classes);
   }
@@ -160,12 +152,11 @@ void focus_weights(const FocusWeightsArgs<T>& args, int64_t row_begin, int64_t r
 // In place: the weights times what the rows' gradients have of their separation; and the sums over the rows.
 template <class T>
 void focus_sums(const FocusSumsArgs<T>& args, int64_t class_begin, int64_t class_end) {
-  for (int64_t i = 0; i < args.row_count; ++i) {
+  for (int64_t i = 0; i < args.rows; ++i) {
     if (args.target[i] == args.target.ignore_index) continue;
-    const InProduct p = in_product(args.rows[i]);
-    const double other = args.coefficients[i].other, share = args.centroid_to_sample ? 1.0 : p.share;
-    const double by_base = args.centroid_to_sample ? 0.0 : other * p.share * p.base;
-    const T by = T(other * share);
+    const InProduct p = in_product(args.stats[i], args.centroid_to_sample);
+    const double other = args.coefficients[i].other, by_base = other * p.share * p.base;
+    const T by = T(other * p.share);
     T* __restrict weights = args.weights + i * args.classes;
     ClassWeights* __restrict sums = args.sums;
     NCMI_SIMD()

@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#include "../rows.h"
+#include "../focus.h"
 
 namespace ncmi::cpu {
 
@@ -110,51 +110,6 @@ struct TotalsArgs {
   const Coefficients* coefficients;  // [B]
   bool centroid_to_sample;
   double* totals;                    // [M]
-};
-
-// What matrix products take of the centroids.
-template <class T>
-struct FocusTableArgs {
-  Centroids<T> centroids;
-  T* relative;      // [C, M] log q less what the classes share
-  T* distribution;  // [C, M] q; centroid_to_sample only
-  double* level;    // [C] the sum of relative over the columns, for centroid_to_sample weighed by q
-};
-
-// What matrix products take of the rows.
-template <class T>
-struct FocusRowsArgs {
-  Matrix input;          // [B, M]
-  Targets target;        // [B]
-  const T* center;       // [M] or null
-  Centroids<T> centroids;
-  const RowStats* rows;  // [B]
-  T* out;                // [B, M] x of InProduct; for centroid_to_sample log p less what the classes share
-};
-
-template <class T>
-struct FocusWeightsArgs {
-  Targets target;             // [B]
-  int64_t classes;
-  const AllStats* all;
-  const double* class_level;  // [C] of FocusTableArgs
-  bool centroid_to_sample;
-  double focus;
-  T* product;                 // [B, C] in, weights out
-  RowStats* rows;             // [B], whose all_mean becomes that to the mixture of the classes by the weights
-  double* separation;         // [B]
-};
-
-template <class T>
-struct FocusSumsArgs {
-  Targets target;                    // [B]
-  int64_t row_count;                 // B
-  int64_t classes;
-  const RowStats* rows;              // [B]
-  const Coefficients* coefficients;  // [B]
-  bool centroid_to_sample;
-  T* weights;                        // [B, C] in place times other, but for centroid_to_sample and share
-  ClassWeights* sums;                // [C], added to
 };
 
 // `scratch` is [columns] elements, for terms and input_grad [4, columns]. centroid_sums begins at a multiple of kWide.

@@ -32,10 +32,11 @@ Tensor focus_rows(const Tensor& input, const Tensor& target, const std::optional
     check_shape(input, "input", {rows, columns});
     Tensor out = empty({rows, columns}, kScalarType<T>);
     const FocusRowsArgs<T> args{.input = z,
+                                .rows = rows,
                                 .target = targets(target, rows, ignore_index, q.classes),
                                 .center = data<T>(center, "center", {columns}),
                                 .centroids = q,
-                                .rows = row_stats_of(row_stats, rows),
+                                .stats = row_stats_of(row_stats, rows),
                                 .out = output<T>(out)};
     parallel_rows(rows, columns, [&](int64_t begin, int64_t end) {
       Vector<T> scratch(columns);
@@ -53,14 +54,15 @@ void focus_weights_(const Tensor& product, const Tensor& separation, const Tenso
   with_arithmetic_type(product.scalar_type(), "product", [&]<class T>() {
     const auto* of = reinterpret_cast<const ClassStats*>(data<double>(norms, "norms", {classes + 1, kClassStats}));
     const FocusWeightsArgs<T> args{
-        .target = targets(target, rows, ignore_index, classes),
+        .rows = rows,
         .classes = classes,
+        .target = targets(target, rows, ignore_index, classes),
         .all = reinterpret_cast<const AllStats*>(of + classes),
         .class_level = data<double>(class_level, "class_level", {classes}),
         .centroid_to_sample = centroid_to_sample,
         .focus = focus,
         .product = const_cast<T*>(data<T>(product, "product", {rows, classes})),
-        .rows = const_cast<RowStats*>(row_stats_of(row_stats, rows)),
+        .stats = const_cast<RowStats*>(row_stats_of(row_stats, rows)),
         .separation = const_cast<double*>(data<double>(separation, "separation", {rows}))};
     parallel_rows(rows, classes, [&](int64_t begin, int64_t end) { kernels_for<T>().focus_weights(args, begin, end); });
   });
@@ -72,10 +74,10 @@ void focus_sums_(const Tensor& weights, const Tensor& class_weights, const Tenso
   const int64_t rows = weights.size(0), classes = weights.size(1);
   with_arithmetic_type(weights.scalar_type(), "weights", [&]<class T>() {
     const FocusSumsArgs<T> args{
-        .target = targets(target, rows, ignore_index, classes),
-        .row_count = rows,
+        .rows = rows,
         .classes = classes,
-        .rows = row_stats_of(row_stats, rows),
+        .target = targets(target, rows, ignore_index, classes),
+        .stats = row_stats_of(row_stats, rows),
         .coefficients = coefficients_in(coefficients, rows),
         .centroid_to_sample = centroid_to_sample,
         .weights = const_cast<T*>(data<T>(weights, "weights", {rows, classes})),

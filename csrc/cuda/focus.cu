@@ -1,5 +1,6 @@
 // Between the matrix products of separation_focus: their factors, and in place on a tile of their result the weights of
 // the other classes.
+#include "../focus.h"
 #include "launches.h"
 
 namespace ncmi::cuda {
@@ -10,50 +11,11 @@ constexpr int kRowThreads = 512;  // that a row of the table or of the products 
 constexpr int kSumWarps = 32;     // of a block of sums: each takes every 32nd row of a chunk
 constexpr int64_t kRowsPerChunk = 256;  // at least, where there are several chunks
 
-// What matrix products take of the centroids.
+// Over chunks of the rows.
 template <class T>
-struct FocusTableArgs {
-  Centroids<T> centroids;
-  T* relative;      // [C, M] log q less what the classes share
-  T* distribution;  // [C, M] q; centroid_to_sample only
-  double* level;    // [C] the sum of relative over the columns, for centroid_to_sample weighed by q
-};
-
-// What matrix products take of the rows.
-template <class T>
-struct FocusRowsArgs {
-  Matrix input;  // [B, M]
-  int64_t rows;
-  Targets target;   // [B]
-  const T* center;  // [M] or null
-  Centroids<T> centroids;
-  const RowStats* stats;  // [B]
-  T* out;                 // [B, M] x of InProduct; for centroid_to_sample log p less what the classes share
-};
-
-template <class T>
-struct FocusWeightsArgs {
-  int64_t rows, classes;
-  Targets target;  // [B]
-  const AllStats* all;
-  const double* class_level;  // [C] of FocusTableArgs
-  bool centroid_to_sample;
-  double focus;
-  T* product;          // [B, C] in, weights out
-  RowStats* stats;     // [B], whose all_mean becomes that to the mixture of the classes by the weights
-  double* separation;  // [B]
-};
-
-template <class T>
-struct FocusSumsArgs {
-  int64_t rows, classes;
-  Targets target;                    // [B]
-  const RowStats* stats;             // [B]
-  const Coefficients* coefficients;  // [B]
-  bool centroid_to_sample;
-  T* weights;          // [B, C] in place times other, but for centroid_to_sample and share
-  ClassWeights* sums;  // [C], added to
-  int64_t chunks;      // sum_chunks(rows, classes)
+struct ChunkedSumsArgs {
+  FocusSumsArgs<T> of;
+  int64_t chunks;          // sum_chunks(rows, classes)
   ClassWeights* partials;  // [chunks, C] workspace; not of a single chunk
 };
 
@@ -110,11 +72,8 @@ __global__ void __maxnreg__((kRegisters<In, T, 0>)) focus_rows_kernel(const Focu
       for (int v = 0; v < R::part; ++v) {
         if constexpr (centroid_to_sample) {
           out[v] = (activate<kind, fast>(x[v], s, shift).log - reference[v]) - log_norm;
-        } else if constexpr (is_near(kind)) {
-          out[v] = near<kind>(x[v] * s).excess;
         } else {
-          const T a = activate<kind, fast>(x[v], s, shift).value;
-          out[v] = kind == Kind::kNsf ? (a - T(0.5)) + (a - T(0.5)) : a;
+          out[v] = x_in_product<kind, fast>(x[v], s, shift);
         }
       }
       store_output<Out, R::part>(args.out, Dtype::kFloat32, first + k, out);
@@ -143,17 +102,13 @@ __global__ void __launch_bounds__(kRowThreads, 1) focus_weights_kernel(const Foc
   };
   const RowStats stats = args.stats[i];
   const double log_norm = relative_log_norm(*args.all, stats);
-  const InProduct p = in_product(stats);
-  const double level = args.centroid_to_sample ? 0.0 : stats.all_mean - log_norm;
-  const double by_level = args.centroid_to_sample ? 1.0 : -p.share * p.base;
-  const double by_product = args.centroid_to_sample ? -1.0 : -p.share;
+  const Divergence divergence = divergence_of(stats, log_norm, args.centroid_to_sample);
 
   // The least of what is not negative has the least bits, those of NaN apart; a group knows the largest.
   using Bits = decltype(magnitude_bits(T()));
   Bits complement = ~magnitude_bits(kLargest<T>);
   each_other([&](int64_t c) NCMI_INLINED {
-    const T rounded = T(level + by_level * args.class_level[c] + by_product * double(values[c]));
-    const T d = rounded < T(kSmallestDivergence) ? T(kSmallestDivergence) : rounded;  // less than zero by rounding
+    const T d = divergence(args.class_level[c], values[c]);
     values[c] = d;
     const Bits bits = ~magnitude_bits(d);
     complement = bits > complement ? bits : complement;
@@ -183,27 +138,27 @@ __global__ void __launch_bounds__(kRowThreads, 1) focus_weights_kernel(const Foc
 
 // In place: the weights times what the rows' gradients have of their separation; and the sums over a chunk of rows.
 template <class T>
-__global__ void __launch_bounds__(kSumWarps* kWarp, 1) focus_sums_kernel(const FocusSumsArgs<T> args, int64_t tiles) {
+__global__ void __launch_bounds__(kSumWarps* kWarp, 1) focus_sums_kernel(const ChunkedSumsArgs<T> chunked, int64_t tiles) {
   struct Storage {
     ClassWeights sums[kSumWarps][kWarp];
   };
   Storage& storage = shared_storage<Storage>();
+  const FocusSumsArgs<T>& args = chunked.of;
   const int lane = threadIdx.x, warp = threadIdx.y;
   const int64_t chunk = blockIdx.x / tiles, c = blockIdx.x % tiles * kWarp + lane;
-  const int64_t begin = chunk * args.rows / args.chunks, end = (chunk + 1) * args.rows / args.chunks;
+  const int64_t begin = chunk * args.rows / chunked.chunks, end = (chunk + 1) * args.rows / chunked.chunks;
   ClassWeights sum{};
   for (int64_t i = begin + warp; i < end; i += kSumWarps) {
     const int64_t target = args.target[i];
     if (target == args.target.ignore_index) continue;
     class_of(target, args.classes);
     if (c >= args.classes) continue;
-    const InProduct p = in_product(args.stats[i]);
-    const double other = args.coefficients[i].other, share = args.centroid_to_sample ? 1.0 : p.share;
-    const double base = args.centroid_to_sample ? 0.0 : p.share * p.base;
+    const InProduct p = in_product(args.stats[i], args.centroid_to_sample);
+    const double other = args.coefficients[i].other;
     T& weight = args.weights[i * args.classes + c];
     sum.other += other * double(weight);
-    sum.base += other * base * double(weight);
-    weight *= T(other * share);
+    sum.base += other * p.share * p.base * double(weight);
+    weight *= T(other * p.share);
   }
   storage.sums[warp][lane] = sum;
   __syncthreads();
@@ -212,10 +167,10 @@ __global__ void __launch_bounds__(kSumWarps* kWarp, 1) focus_sums_kernel(const F
     sum.other += storage.sums[w][lane].other;
     sum.base += storage.sums[w][lane].base;
   }
-  if (args.chunks == 1)
+  if (chunked.chunks == 1)
     args.sums[c] = {args.sums[c].other + sum.other, args.sums[c].base + sum.base};
   else
-    args.partials[chunk * args.classes + c] = sum;
+    chunked.partials[chunk * args.classes + c] = sum;
 }
 
 // A warp for each class.
@@ -321,23 +276,24 @@ void focus_sums_(const Tensor& weights, const Tensor& class_weights, const Tenso
   const int64_t partials = chunks == 1 ? 0 : chunks * classes * kClassWeights;
   Workspace workspace(device, partials);
   with_arithmetic_type(weights.scalar_type(), "weights", [&]<class T>() {
-    const FocusSumsArgs<T> args{
-        .rows = rows,
-        .classes = classes,
-        .target = targets(target, weights, ignore_index),
-        .stats = stats_on(row_stats, weights),
-        .coefficients = coefficients_on(coefficients, weights),
-        .centroid_to_sample = centroid_to_sample,
-        .weights = const_cast<T*>(data<T>(weights, "weights", {rows, classes})),
-        .sums = reinterpret_cast<ClassWeights*>(const_cast<double*>(
-            data_on<double>(class_weights, "class_weights", {classes, kClassWeights}, weights))),
+    auto* const sums = reinterpret_cast<ClassWeights*>(
+        const_cast<double*>(data_on<double>(class_weights, "class_weights", {classes, kClassWeights}, weights)));
+    const ChunkedSumsArgs<T> args{
+        .of = {.rows = rows,
+               .classes = classes,
+               .target = targets(target, weights, ignore_index),
+               .stats = stats_on(row_stats, weights),
+               .coefficients = coefficients_on(coefficients, weights),
+               .centroid_to_sample = centroid_to_sample,
+               .weights = const_cast<T*>(data<T>(weights, "weights", {rows, classes})),
+               .sums = sums},
         .chunks = chunks,
         .partials = workspace.take<ClassWeights>(partials)};
     const int64_t tiles = ceil_div(classes, kWarp);
     launch(focus_sums_kernel<T>, tiles * chunks, dim3(kWarp, kSumWarps), device.stream(), args, tiles);
     if (chunks > 1)
       launch(fold_focus_sums_kernel, ceil_div(classes, kRowsPerBlock), dim3(kWarp, kRowsPerBlock), device.stream(),
-             args.partials, chunks, classes, args.sums);
+             args.partials, chunks, classes, sums);
   });
 }
 
