@@ -129,7 +129,9 @@ def test_class_means_fitted_in_inference_mode_are_an_ordinary_buffer():
     criterion = NCMILoss(C, M)
     with torch.inference_mode():
         criterion.fit_class_means([batch()])
-    criterion.class_means.mul_(0.5)
+    assert not criterion.class_means.is_inference()
+    before = criterion.class_means.clone()
+    assert torch.equal(criterion.class_means.mul_(0.5), before / 2)
 
 
 def test_a_new_criterion_takes_class_means_from_a_distributed_checkpoint(tmp_path):
