@@ -61,29 +61,20 @@ def forward(input: Tensor, centroid_logits: Tensor, problem: Problem, wanted: tu
     if problem.table is None:
         problem = problem._replace(table=table_of(centroid_logits, options, problem.backend))
     products = _Products(input, problem)
-    found = None
-    if products.whole:
-        # The coefficients are known between the products.
-        def coefficients_of(tile: slice) -> Tensor:
-            nonlocal found
-            found = _plain.reduce(products.values, products.stats, problem)
-            return found.coefficients
-    else:
-        coefficients_of = products.coefficients_but_for_a_factor
-    # Sums over the rows take one factor for all of them.
-    rows = products.run(wanted[0], coefficients_of if wanted[1] and options.reduction != "none" else None)
-    if found is None:
-        found = _plain.reduce(products.values, rows.stats, problem)
-        if rows.weighted is not None:
-            rows = products.times_the_factor(rows, found.coefficients)
+    # One upstream gradient is a factor that all rows have in common; several are waited for.
+    summed = wanted[1] and options.reduction != "none"
+    rows = products.run(wanted[0], products.coefficients_of if summed else None)
+    found = products.reduce()
+    if summed and not products.whole:
+        rows = products.times_the_factor(rows, found.coefficients)
     rows = rows._replace(coefficients=found.coefficients)
     return _plain.Found(found.loss.to(centroid_logits.dtype), found.means, rows, problem.table, problem.center)
 
 
-def terms(input: Tensor, problem: Problem, with_mixture: bool = False) -> tuple[Tensor, Rows]:
-    """As :func:`_plain.terms`; `with_mixture` where the gradient of the input is to come."""
+def terms(input: Tensor, problem: Problem, with_input_grad: bool = False) -> tuple[Tensor, Rows]:
+    """As :func:`_plain.terms`."""
     products = _Products(input, problem)
-    rows = products.run(with_mixture, None)
+    rows = products.run(with_input_grad, None)
     return products.values, rows
 
 
@@ -102,6 +93,7 @@ class _Products:
             count, size = len(input), tile_rows(len(table.relative))
             if count > size:
                 self.tiles = [slice(first, first + size) for first in range(0, count, size)]
+        self._reduced: _plain.Reduced | None = None
         self._factors: list[Tensor] = []
 
     @property
@@ -148,8 +140,16 @@ class _Products:
             return torch.mm(weights, table.distribution, out=out)
         return torch.addmm(table.reference[0], weights, table.relative, out=out)
 
-    def coefficients_but_for_a_factor(self, tile: slice) -> Tensor:
-        """Those of the rows of a tile, up to a factor that takes all rows to know and is the same for each."""
+    def reduce(self) -> _plain.Reduced:
+        """What the terms of all rows come to."""
+        if self._reduced is None:
+            self._reduced = _plain.reduce(self.values, self.stats, self.problem)
+        return self._reduced
+
+    def coefficients_of(self, tile: slice) -> Tensor:
+        """Those of the rows of a tile; of one among several up to a factor that takes all of them to know."""
+        if self.whole:
+            return self.reduce().coefficients
         target, _, weight, options, _, table, *_ = self.problem
         ones = table.norms.new_ones(4)
         values = self.values[:, tile].contiguous()

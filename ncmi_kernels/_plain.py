@@ -66,8 +66,11 @@ def forward(input: Tensor, centroid_logits: Tensor, problem: Problem, wanted: tu
     return Found(loss, means, Rows(stats, coefficients), table, center, grad if with_grad else None)
 
 
-def terms(input: Tensor, problem: Problem, with_mixture: bool = False) -> tuple[Tensor, Rows]:
-    """Terms [2, B] float64, and what is known of the rows: no coefficients yet."""
+def terms(input: Tensor, problem: Problem, with_input_grad: bool = False) -> tuple[Tensor, Rows]:
+    """Terms [2, B] float64, and what is known of the rows: no coefficients yet.
+
+    `with_input_grad`: whether :func:`input_grad` is to come, for which other ways find more.
+    """
     target, center, _, options, backend, table, *_ = problem
     values, stats = _ops.operators(backend).terms(
         input, target, center, *table, *options.features, options.ignore_index

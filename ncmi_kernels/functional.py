@@ -88,8 +88,8 @@ def ncmi_loss(
 
             where w is not differentiated. 0 is the paper's G, 10 trains networks for many classes better. The sum no
             longer factorises: this costs O(B C M) operations, matrix products as large as those of a linear head, by
-            tiles of rows. Of these products sums are in the type of the arithmetic, and the same bits every time are
-            as far as torch.mm gives them.
+            tiles of rows (in torch.compile of the whole batch). Of these products sums are in the type of the
+            arithmetic, and the same bits every time are as far as torch.mm gives them.
         sharpness: of the soft margin; > 0.
         backend: None for the fastest that can run, or one by name: "cpu" (C++), "cuda" (CUDA C++), "triton" or
             "reference" (PyTorch).
