@@ -34,7 +34,7 @@ REGISTERS = {
     "constants_kernel": 48,
     "finish_terms_kernel": 38,
     "focus_rows_kernel": 54,
-    "focus_sums_kernel": 55,
+    "focus_sums_kernel": 58,
     "focus_table_kernel": 46,
     "focus_weights_kernel": 72,
     "fold_focus_sums_kernel": 40,
