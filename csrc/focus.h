@@ -11,7 +11,7 @@ struct FocusTableArgs {
   Centroids<T> centroids;
   T* relative;      // [C, M] log q less what the classes share
   T* distribution;  // [C, M] q; centroid_to_sample only
-  double* level;    // [C] the sum of relative over the columns, for centroid_to_sample weighed by q
+  double* level;    // [2, C] the sum of relative over the columns, for centroid_to_sample weighed by q; and prior
 };
 
 // What matrix products take of the rows.
@@ -28,14 +28,15 @@ struct FocusRowsArgs {
 
 template <class T>
 struct FocusWeightsArgs {
-  int64_t rows, classes;
+  int64_t rows, classes;  // centroids, that is; a class has those whose number is that of the class modulo `period`
+  int64_t period;
   Targets target;  // [B]
   const AllStats* all;
-  const double* class_level;  // [C] of FocusTableArgs
+  const double* class_level;  // [2, C] of FocusTableArgs
   bool centroid_to_sample;
   double focus;
   T* product;          // [B, C] in, weights out
-  RowStats* stats;     // [B], whose all_mean becomes that to the mixture of the classes by the weights
+  RowStats* stats;     // [B], whose all_mean becomes that to the mixture by the weights, own_prior that of the class
   double* separation;  // [B]
 };
 

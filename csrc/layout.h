@@ -40,6 +40,7 @@ struct RowStats {
   double inverse_norm;    // 1 / sum_k a_k
   double own_mean;        // mean under p of log a - log a(xi_y)
   double all_mean;        // mean under p of log a - reference
+  double own_prior;       // what its class counts for in the separation, of all the classes' 1
 };
 constexpr int64_t kRowStats = sizeof(RowStats) / sizeof(double);
 
@@ -53,7 +54,7 @@ struct Coefficients {
 };
 constexpr int64_t kCoefficients = sizeof(Coefficients) / sizeof(double);
 
-// What there is to know of a centroid but for its columns: a cache line.
+// What there is to know of a centroid but for its columns.
 struct ClassStats {
   double log_norm;  // log sum_k a(xi_c)_k, shifted
   double shift;     // the largest logit, where log a(xi_c) is relative to that; else 0
@@ -63,6 +64,7 @@ struct ClassStats {
   double lone;
   double lone_log, other_log;
   double lone_activation, other_activation;  // centroid_to_sample only
+  double prior;                              // what it counts for in the separation, of all the classes' 1
 };
 constexpr int64_t kClassStats = sizeof(ClassStats) / sizeof(double);
 
@@ -70,15 +72,14 @@ constexpr int64_t kClassStats = sizeof(ClassStats) / sizeof(double);
 struct AllStats {
   double weight_sum;         // sum_k q_mean_k as rounded (1 for sample_to_centroid)
   double weighted_log_norm;  // the mean log_norm, weighted as `reference` is, less what rounding that lost
-  double classes;            // C, however many of the classes the table has a row of
-  double unused[5];
+  double unused[7];
 };
 static_assert(sizeof(AllStats) == sizeof(ClassStats), "one tensor holds both");
 
 // What the rows need to know of the centroids. T is the type of the arithmetic, float or double.
 template <class T>
 struct Centroids {
-  int64_t classes;          // C, of the table; all().classes is how many there are
+  int64_t classes;          // C, of the table, which may be some of all
   int64_t columns;          // M
   bool centroid_to_sample;  // the separation
   const T* log_activation;  // [C, M] log a(xi), shifted

@@ -114,20 +114,20 @@ NCMI_INLINE RowTerms terms_of(const Centroids<T>& q, int64_t y, const RowSums& s
   const double own_mean = sums.own * inverse_norm, all_mean = sums.all * inverse_norm;
   const double own_gap = log_norm - q.of[y].log_norm;
   const double concentration = own_mean - own_gap;
-  const double inverse_classes = 1.0 / q.all().classes;
+  const double prior = q.of[y].prior;
   const double separation =
       q.centroid_to_sample ? (q.all().weight_sum * log_norm - q.all().weighted_log_norm) - sums.all +
-                                 (sums.own_cross * ::exp(-q.of[y].log_norm) - own_gap) * inverse_classes
-                           : all_mean - (log_norm - q.all().weighted_log_norm) - concentration * inverse_classes;
+                                 (sums.own_cross * ::exp(-q.of[y].log_norm) - own_gap) * prior
+                           : all_mean - (log_norm - q.all().weighted_log_norm) - concentration * prior;
   return {inverse_norm, own_mean, all_mean, not_negative(concentration), not_negative(separation)};
 }
 
 // The coefficients of a row from the derivatives of the loss by its terms. `focus`: its separation is that from a
 // reference of its own, in which the own class has no part.
 NCMI_INLINE Coefficients coefficients_of(const RowStats& row, double by_concentration, double by_separation,
-                                         double classes, bool centroid_to_sample, bool focus) {
-  const double own_share = focus ? 0.0 : by_separation / classes;
-  const double other = focus ? by_separation * (1.0 - 1.0 / classes) : by_separation;
+                                         bool centroid_to_sample, bool focus) {
+  const double own_share = focus ? 0.0 : by_separation * row.own_prior;
+  const double other = focus ? by_separation * (1.0 - row.own_prior) : by_separation;
   if (centroid_to_sample) return {by_concentration, other, own_share, by_concentration * row.own_mean};
   const double own = by_concentration - own_share;
   return {own, other, 0.0, own * row.own_mean + other * row.all_mean};

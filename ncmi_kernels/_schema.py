@@ -14,10 +14,10 @@ from torch.library import Library
 from ncmi_kernels._options import REDUCTIONS
 
 # Columns of the operators' `rows`, `coefficients`, `norms` and `class_weights`: csrc/layout.h
-ROW_STATS, COEFFICIENTS, CLASS_STATS, CLASS_WEIGHTS = 7, 4, 8, 2
-SCALE, SHIFT, INVERSE_NORM, OWN_MEAN, ALL_MEAN = 0, 3, 4, 5, 6  # of rows
-CLASS_LOG_NORM = 0  # of a class's record in norms
-MEAN_LOG_NORM, CLASSES = 1, 2  # of the last one
+ROW_STATS, COEFFICIENTS, CLASS_STATS, CLASS_WEIGHTS = 8, 4, 9, 2
+SCALE, SHIFT, INVERSE_NORM, OWN_MEAN, ALL_MEAN, OWN_PRIOR = 0, 3, 4, 5, 6, 7  # of rows
+CLASS_LOG_NORM, PRIOR = 0, 8  # of a class's record in norms
+MEAN_LOG_NORM = 1  # of the last one
 
 
 class Table(NamedTuple):
@@ -26,7 +26,7 @@ class Table(NamedTuple):
     log_activation: Tensor  # [C, M]
     activation: Tensor  # [C, M], or [0, M] for sample_to_centroid
     reference: Tensor  # [2, M]
-    norms: Tensor  # [C + 1, 8] float64: a record a class, then one of all
+    norms: Tensor  # [C + 1, 9] float64: a record a class, then one of all
 
 
 class SGD(NamedTuple):
@@ -45,11 +45,12 @@ _FEATURES = "float temperature, bool l2_normalize, bool softmax, bool centroid_t
 SCHEMAS = {
     # What the rows need to know of the centroids, from their logits [C, M] in the arithmetic type:
     # log_activation [C, M]; activation [C, M], or [0, M] for sample_to_centroid; reference [2, M];
-    # norms [C + 1, 8] float64. The operators below also take a table (log_activation, activation, norms) of only some
-    # of the classes, of which the targets are then row numbers: reference and the last record of norms speak for all C.
-    "centroid_stats": f"(Tensor centroid_logits, bool softmax, bool centroid_to_sample) -> ({_TABLE})",
+    # norms [C + 1, 9] float64. `prior` [C] float64 is what a class counts for in the separation, 1 together (None: all
+    # alike). The operators below also take a table (log_activation, activation, norms) of only some of the classes, of
+    # which the targets are then row numbers: reference and the last record of norms speak for all C.
+    "centroid_stats": f"(Tensor centroid_logits, Tensor? prior, bool softmax, bool centroid_to_sample) -> ({_TABLE})",
     #
-    # By row, float64: terms [2, B] = (concentration, separation); rows [B, 7], what the operators below need to form p
+    # By row, float64: terms [2, B] = (concentration, separation); rows [B, 8], what the operators below need to form p
     # again, and means under p that the coefficients are made of.
     "terms": f"({_BATCH}, {_TABLE}, {_FEATURES}, int ignore_index) -> (Tensor terms, Tensor rows)",
     #
@@ -57,12 +58,12 @@ SCHEMAS = {
     # coefficients [B, 4] = (own, other, share, constant), what a row's gradient is made of, zeros in ignored rows;
     # means [2], those of both terms over the rows, weighted as the loss is (NaN where no row counts); sums [4] over the
     # rows, of w, w A, w G and for the ratio by sample w A / (G + eps). `totals`, if given, take the place of the sums.
-    # With alpha and beta the derivatives of the loss by A and G of a row, C of the last record of norms, a = 1 / C and
-    # b = 1, but with `focus`, whose separation is no mean over the classes, a = 0 and b = 1 - 1 / C:
+    # With alpha and beta the derivatives of the loss by A and G of a row, a = own_prior of `rows` and b = 1, but with
+    # `focus`, whose separation has no part of the own class, a = 0 and b = 1 - own_prior:
     #   sample_to_centroid: own = alpha - a beta, other = b beta, share = 0, constant = own own_mean + other all_mean
     #   centroid_to_sample: own = alpha, other = b beta, share = a beta, constant = own own_mean
     "reduce": (
-        "(Tensor terms, Tensor rows, Tensor target, Tensor norms, Tensor? weight, Tensor? totals,"
+        "(Tensor terms, Tensor rows, Tensor target, Tensor? weight, Tensor? totals,"
         " bool centroid_to_sample, bool focus, bool batch_ratio, int reduction, float eps, float sharpness,"
         " int ignore_index)"
         " -> (Tensor loss, Tensor coefficients, Tensor means, Tensor sums)"
@@ -84,12 +85,13 @@ SCHEMAS = {
     #
     # Backward by row: d loss / d input [B, M] in the dtype of input. `upstream` (a scalar or [B]) multiplies the
     # coefficients. `row_reference` [B, M], in the arithmetic type, is in the place of reference[0], of
-    # centroid_to_sample in that of reference[1]: a row each. Before the chain rule of the length, d loss / d f is
+    # centroid_to_sample in that of reference[1]: a row each; and so is `row_own` [B, M] in that of log a_y. Before the
+    # chain rule of the length, d loss / d f is
     #   sample_to_centroid: (1 - sigma) p [own (log a - log a_y) + other (log a - reference) - constant]
     #   centroid_to_sample: (1 - sigma) {p [own (log a - log a_y) - constant] + other (p - reference) + share (q_y - p)}
     "input_grad": (
         f"({_BATCH}, {_TABLE}, Tensor rows, Tensor coefficients, Tensor? upstream, bool centroid_to_sample,"
-        " int ignore_index, Tensor? row_reference=None) -> Tensor"
+        " int ignore_index, Tensor? row_reference=None, Tensor? row_own=None) -> Tensor"
     ),
     #
     # The centroid sums: d loss / d centroid_logits [C, M]. `totals`, as class_totals gives them, stand in for the sums
@@ -121,12 +123,13 @@ SCHEMAS = {
         " Tensor? class_weights=None, Tensor? weighted=None) -> ()"
     ),
     #
-    # With separation_focus every row and class have a divergence D, and a weight: softmax_v(-focus D_iv / min_u D_iu)
-    # over the other classes. They come of matrix products, one tile of rows after another; between these products:
+    # With separation_focus, or several centroids a class, every row and centroid have a divergence D, and a weight:
+    # softmax_v(log prior_v - focus D_iv / min_u D_iu) over those of the other classes. They come of matrix products,
+    # one tile of rows after another. Centroid r is one of class r modulo C. Between these products, with R centroids:
     #
-    # The centroids in products: relative [C, M], log q less what the classes share; distribution [C, M], q, or [0, M]
-    # for sample_to_centroid; class_level [C] float64, the sum of relative over the columns, for centroid_to_sample
-    # that of q relative.
+    # The centroids in products: relative [R, M], log q less what all share; distribution [R, M], q, or [0, M] for
+    # sample_to_centroid; class_level [2, R] float64, first the sum of relative over the columns, for centroid_to_sample
+    # that of q relative, and then prior.
     "focus_table": f"({_TABLE}, bool centroid_to_sample) -> (Tensor relative, Tensor distribution, Tensor class_level)",
     #
     # The rows in products, [B, M]: x of p = share (base + x), by numbers share and base that a backend forms of `rows`.
@@ -134,15 +137,16 @@ SCHEMAS = {
     # ignored rows.
     "focus_rows": f"({_BATCH}, {_TABLE}, Tensor rows, bool centroid_to_sample, int ignore_index) -> Tensor",
     #
-    # In place: `product` [B, C], of focus_rows and relative (or distribution), to the weights, 0 for the own class and
-    # in ignored rows; `separation` [B] float64; all_mean of `rows`, to that against the classes by their weights.
+    # In place: `product` [B, R], of focus_rows and relative (or distribution), to the weights, 0 for the own class and
+    # in ignored rows (and everywhere, where no other class has a prior above 0); `separation` [B] float64; of `rows`
+    # all_mean, to that against the centroids by their weights, and own_prior, to the sum over those of the own class.
     "focus_weights_": (
         "(Tensor(a!) product, Tensor(b!) separation, Tensor(c!) rows, Tensor target, Tensor norms, Tensor class_level,"
-        " float focus, bool centroid_to_sample, int ignore_index) -> ()"
+        " float focus, int centroids_per_class, bool centroid_to_sample, int ignore_index) -> ()"
     ),
     #
-    # In place: `weights` [B, C] times `other` of a row's coefficients, for sample_to_centroid times share too, as their
-    # product with focus_rows gives sums over rows of other w p. Added to `class_weights` [C, 2] float64: the sums over
+    # In place: `weights` [B, R] times `other` of a row's coefficients, for sample_to_centroid times share too, as their
+    # product with focus_rows gives sums over rows of other w p. Added to `class_weights` [R, 2] float64: the sums over
     # the rows of other w, and for sample_to_centroid of other w share base.
     "focus_sums_": (
         "(Tensor(a!) weights, Tensor(b!) class_weights, Tensor rows, Tensor coefficients, Tensor target,"
@@ -208,7 +212,7 @@ _FAKES: dict[str, Callable[[SimpleNamespace], Any]] = {
     "focus_table": lambda a: (
         a.log_activation.new_empty(a.log_activation.shape),
         a.activation.new_empty(a.activation.shape),
-        a.norms.new_empty(a.log_activation.shape[:1]),
+        a.norms.new_empty((2, a.log_activation.shape[0])),
     ),
     "focus_rows": lambda a: a.reference.new_empty(a.input.shape),
     "update_center_": lambda a: a.center.new_empty(a.center.shape),
