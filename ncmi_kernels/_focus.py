@@ -153,7 +153,7 @@ class _Products:
         target, _, weight, options, _, table, *_ = self.problem
         ones = table.norms.new_ones(4)
         values = self.values[:, tile].contiguous()
-        batch = values, self.stats[tile], target[tile], table.norms, weight, ones
+        batch = values, self.stats[tile], target[tile], weight, ones
         coefficients: Tensor = self.operators.reduce(*batch, options.centroid_to_sample, True, *options.loss)[1]
         self._factors.append(coefficients[:, 1].sum())
         return coefficients

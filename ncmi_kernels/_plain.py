@@ -88,9 +88,9 @@ class Reduced(NamedTuple):
 
 def reduce(terms: Tensor, stats: Tensor, problem: Problem) -> Reduced:
     """The loss of terms [2, B] and statistics [B, 7]; with a group, of the rows of all its processes."""
-    target, _, weight, options, backend, table, group, *_ = problem
+    target, _, weight, options, backend, _, group, *_ = problem
     run = _ops.operators(backend).reduce
-    batch = terms, stats, target, table.norms, weight
+    batch = terms, stats, target, weight
     how = options.centroid_to_sample, options.separation_focus > 0
     loss, coefficients, means, sums = run(*batch, None, *how, *options.loss)
     if group is not None:

@@ -48,7 +48,7 @@ SCHEMAS = {
     # norms [C + 1, 9] float64. `prior` [C] float64 is what a class counts for in the separation, 1 together (None: all
     # alike). The operators below also take a table (log_activation, activation, norms) of only some of the classes, of
     # which the targets are then row numbers: reference and the last record of norms speak for all C.
-    "centroid_stats": f"(Tensor centroid_logits, Tensor? prior, bool softmax, bool centroid_to_sample) -> ({_TABLE})",
+    "centroid_stats": f"(Tensor centroid_logits, bool softmax, bool centroid_to_sample, Tensor? prior=None) -> ({_TABLE})",
     #
     # By row, float64: terms [2, B] = (concentration, separation); rows [B, 8], what the operators below need to form p
     # again, and means under p that the coefficients are made of.
@@ -142,7 +142,7 @@ SCHEMAS = {
     # all_mean, to that against the centroids by their weights, and own_prior, to the sum over those of the own class.
     "focus_weights_": (
         "(Tensor(a!) product, Tensor(b!) separation, Tensor(c!) rows, Tensor target, Tensor norms, Tensor class_level,"
-        " float focus, int centroids_per_class, bool centroid_to_sample, int ignore_index) -> ()"
+        " float focus, bool centroid_to_sample, int ignore_index, int centroids_per_class=1) -> ()"
     ),
     #
     # In place: `weights` [B, R] times `other` of a row's coefficients, for sample_to_centroid times share too, as their
@@ -168,13 +168,13 @@ def _rows_of(a: SimpleNamespace) -> Tensor:
 
 
 def _coefficients(a: SimpleNamespace) -> Tensor:
-    coefficients: Tensor = a.norms.new_empty((a.target.shape[0], COEFFICIENTS))
+    coefficients: Tensor = a.target.new_empty((a.target.shape[0], COEFFICIENTS), dtype=torch.float64)
     return coefficients
 
 
 def _fake_reduce(a: SimpleNamespace) -> tuple[Tensor, ...]:
-    loss = a.norms.new_empty(a.target.shape if REDUCTIONS[a.reduction] == "none" else ())
-    return loss, _coefficients(a), a.norms.new_empty((2,)), a.norms.new_empty((4,))
+    loss = a.terms.new_empty(a.target.shape if REDUCTIONS[a.reduction] == "none" else ())
+    return loss, _coefficients(a), a.terms.new_empty((2,)), a.terms.new_empty((4,))
 
 
 def _fake_loss(a: SimpleNamespace) -> tuple[Tensor, ...]:

@@ -10,7 +10,7 @@ from ncmi_kernels._autograd import apply, grads_by_autograd, restored, save, sav
 from ncmi_kernels._modes import forward_mode, jit_tracing, mapped_backward, plain_backward, transforming
 from ncmi_kernels._options import Options
 from ncmi_kernels._problem import Problem
-from ncmi_kernels._schema import ALL_MEAN, CLASSES, OWN_MEAN
+from ncmi_kernels._schema import ALL_MEAN, OWN_MEAN, OWN_PRIOR
 
 
 def way_of(options: Options, shards: Any = None) -> Any:
@@ -46,7 +46,7 @@ class _Terms(torch.autograd.Function):
         if plain_backward(*upstream):
             if repeated:
                 _, rows = way.terms(input, problem, wanted[0])
-            rows = rows._replace(coefficients=coefficients_of(rows.stats, upstream, table.norms, options))
+            rows = rows._replace(coefficients=coefficients_of(rows.stats, upstream, options))
             return (
                 way.input_grad(input, problem, rows, None) if wanted[0] else None,
                 way.centroid_grad(input, centroid_logits, problem, rows, None) if wanted[1] else None,
@@ -66,14 +66,14 @@ class _Terms(torch.autograd.Function):
         return *grads, None
 
 
-def coefficients_of(stats: Tensor, upstream: tuple[Tensor, ...], norms: Tensor, options: Options) -> Tensor:
+def coefficients_of(stats: Tensor, upstream: tuple[Tensor, ...], options: Options) -> Tensor:
     """The coefficients [B, 4] of rows, as the operator reduce has them, for gradients [B] of both terms."""
     by_concentration, by_separation = (each.double() for each in upstream)
     own_mean, all_mean = stats[:, OWN_MEAN], stats[:, ALL_MEAN]
-    classes = norms[-1, CLASSES]
-    other, share = by_separation, by_separation / classes
+    own_prior = stats[:, OWN_PRIOR]
+    other, share = by_separation, by_separation * own_prior
     if options.separation_focus:
-        other, share = by_separation * (1 - 1 / classes), torch.zeros_like(share)
+        other, share = by_separation * (1 - own_prior), torch.zeros_like(share)
     if options.centroid_to_sample:
         own, constant = by_concentration, by_concentration * own_mean
     else:
@@ -188,7 +188,7 @@ class _TermsGrad(torch.autograd.Function):
         problem = Problem(target, center, None, options, backend, _plain.table_of(centroid_logits, options, backend))
         stats = _plain.terms(input, problem)[1].stats
         upstream = upstream_concentration, upstream_separation
-        rows = _plain.Rows(stats, coefficients_of(stats, upstream, problem.table.norms, options))
+        rows = _plain.Rows(stats, coefficients_of(stats, upstream, options))
         return (
             _plain.input_grad(input, problem, rows, None) if wanted[0] else None,
             _plain.centroid_grad(input, centroid_logits, problem, rows, None) if wanted[1] else None,
