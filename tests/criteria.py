@@ -22,6 +22,7 @@ CRITERIA = {
     "batch": {},
     "sample": {"ratio": "sample"},
     "focus": {"separation_focus": 5.0},
+    "several": {"centroids_per_class": 2, "class_prior": torch.tensor([0.4, 0.3, 0.2, 0.1])},
     "fixed": {"learn_centroids": False},
     "reference": {"backend": "reference"},
 }

@@ -18,6 +18,7 @@ VARIANTS = [
     for separation in ("sample_to_centroid", "centroid_to_sample")
     for ratio, reduction in (("batch", "mean"), ("sample", "mean"), ("sample", "sum"))
 ]
+VARIANTS += [{**VARIANTS[0], "priors": True}, {**VARIANTS[3], "priors": True}]
 
 
 def batches(sizes, dtype=torch.float32, seed=0, ignored=IGNORED, classes=C):
@@ -30,7 +31,17 @@ def batches(sizes, dtype=torch.float32, seed=0, ignored=IGNORED, classes=C):
     return list(zip(*(tensor.split(sizes) for tensor in whole), strict=True)), whole
 
 
+def _with_priors(classes, options):
+    """The options, `priors` made into some of the classes."""
+    options = dict(options)
+    if options.pop("priors", False):
+        prior = torch.arange(1.0, classes + 1)
+        options["class_prior"] = prior / prior.sum()
+    return options
+
+
 def criterion_of(dtype, seed=1, classes=C, **options):
+    options = _with_priors(classes, options)
     generator = torch.Generator().manual_seed(seed)
     criterion = NCMILoss(classes, M, dtype=dtype, **{"center_momentum": 0.5, **options})
     with torch.no_grad():
@@ -48,7 +59,7 @@ def sharded_pair(classes, dtype=torch.float32, **options):
     """A criterion whose centroids are shared out, and one that has them all."""
     plain = criterion_of(dtype, classes=classes, **{"ignore_index": IGNORED, **options})
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    options = {"dtype": dtype, "ignore_index": IGNORED, "center_momentum": 0.5, **options}
+    options = {"dtype": dtype, "ignore_index": IGNORED, "center_momentum": 0.5, **_with_priors(classes, options)}
     sharded = ShardedNCMILoss(classes, M, device_mesh=mesh, **options)
     with torch.no_grad():
         own(sharded.centroid_logits).copy_(part(plain.centroid_logits))

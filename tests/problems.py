@@ -51,15 +51,16 @@ def to(dtype, problem):
     return tuple(t.to(dtype) if t is not None and t.is_floating_point() else t for t in problem)
 
 
-def evaluate(problem, options: Options, backend: str, literal=False, upstream=1.0):
+def evaluate(problem, options: Options, backend: str, literal=False, upstream=1.0, class_prior=None):
     """Loss and gradients of input and centroid_logits. backend "float64" is the literal or collapsed reference."""
     z, target, xi, center, weight = to(torch.float64, problem) if backend == "float64" else problem
     z, xi = z.detach().requires_grad_(), xi.detach().requires_grad_()  # strides as they are, which a clone may not keep
     if backend == "float64":
-        loss = reference.loss(z, target, xi, center, weight, options, literal=literal)
+        loss = reference.loss(z, target, xi, center, weight, options, class_prior, literal=literal)
     else:
         keywords = {each.name: getattr(options, each.name) for each in fields(options) if each.init}
-        loss = ncmi_loss(z, target, xi, center=center, weight=weight, backend=backend, **keywords)
+        keywords |= {"center": center, "weight": weight, "class_prior": class_prior}
+        loss = ncmi_loss(z, target, xi, backend=backend, **keywords)
     grads = torch.autograd.grad(loss, (z, xi), torch.full_like(loss, upstream))
     return loss.detach(), *grads
 
@@ -75,12 +76,12 @@ def check_against_float64(problem, options: Options, backend: str, bounds, liter
     check(evaluate(problem, options, backend), evaluate(problem, options, "float64", literal), bounds)
 
 
-def check_against_the_literal_definition(problem, options: Options, backend: str):
+def check_against_the_literal_definition(problem, options: Options, backend: str, **others):
     """A problem in float64, of the collapsed reference and the backend, and of the backend in float32."""
-    expected = evaluate(problem, options, "float64", literal=True)
-    for actual in (evaluate(problem, options, "float64"), evaluate(problem, options, backend)):
+    expected = evaluate(problem, options, "float64", literal=True, **others)
+    for actual in (evaluate(problem, options, "float64", **others), evaluate(problem, options, backend, **others)):
         check(actual, expected, 1e-10)
     single = to(torch.float32, problem)
-    actual = evaluate(single, options, backend)
-    check(actual, evaluate(single, options, "float64", literal=True), SINGLE)
+    actual = evaluate(single, options, backend, **others)
+    check(actual, evaluate(single, options, "float64", literal=True, **others), SINGLE)
     assert {each.dtype for each in actual} == {torch.float32}

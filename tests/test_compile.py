@@ -255,8 +255,9 @@ def test_export_of_the_evaluation(name, keywords, learnt):
 @pytest.mark.parametrize("name", CRITERIA)
 def test_fake_tensors(name):
     """What estimates memory or counts operations of a whole program without running it."""
-    with FakeTensorMode():
-        criterion = NCMILoss(C, M, **CRITERIA[name])
+    with FakeTensorMode() as mode:
+        options = {key: mode.from_tensor(o) if isinstance(o, torch.Tensor) else o for key, o in CRITERIA[name].items()}
+        criterion = NCMILoss(C, M, **options)
         z, y = torch.randn(B, M, requires_grad=True), torch.randint(C, (B,))
         optimizer = CentroidSGD(criterion, 0.1, momentum=0.9)
         for training in (True, False):

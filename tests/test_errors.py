@@ -39,6 +39,7 @@ CENTER = torch.randn(M, generator=RNG)
 
 
 WEIGHT = torch.rand(C, generator=RNG)
+PRIOR = torch.full((C,), 1 / C)
 
 
 @contextmanager
@@ -142,15 +143,29 @@ def bad_parameters(with_weight):
     yield {"centroid_logits": torch.zeros(C, M + 1)}, ValueError, columns
     meta = ("centroid_logits: got device meta", "expected cpu")
     yield {"centroid_logits": CENTROIDS.to("meta")}, RuntimeError, meta
+    of_classes = ((C + 1,), (M,), (1, C), (C, 1), (), (0,))
     vectors = [("center", CENTER, M, ((M + 1,), (C,), (1, M), (B, M), (), (0,)))]
+    vectors.append(("class_prior", PRIOR, C, of_classes))
     if with_weight:
-        vectors.append(("weight", WEIGHT, C, ((C + 1,), (M,), (1, C), (C, 1), (), (0,))))
+        vectors.append(("weight", WEIGHT, C, of_classes))
     for name, good, size, shapes in vectors:
         yield from bad_floats(name, good)
         for shape in shapes:
             parts = (f"{name}: got shape {shape}", f"expected ({size},)")
             yield {name: torch.zeros(shape)}, ValueError, parts
         yield {name: good.to("meta")}, RuntimeError, (f"{name}: got device meta", "expected cpu")
+    yield from bad_priors()
+    for own, rows in ((2, C + 1), (3, C), (4, C), (5, 2 * C)):
+        parts = (f"centroid_logits: got shape ({rows}, {M})", f"expected [{own} C, M]", "centroids_per_class rows")
+        yield {"centroid_logits": torch.zeros(rows, M), "centroids_per_class": own}, ValueError, parts
+
+
+def bad_priors():
+    for least, total in ((-0.125, 1.0), (0.125, 0.75), (0.25, 2.0), (math.nan, math.nan), (math.inf, math.inf)):
+        prior = torch.tensor([least] + [(total - least) / (C - 1)] * (C - 1))
+        parts = ("class_prior: got a minimum of", f"a sum of {prior.sum():.6g}", "expected numbers >= 0 whose sum is 1")
+        yield {"class_prior": prior}, ValueError, parts
+    yield {"class_prior": torch.ones(C) * 7}, ValueError, ("class_prior: got a minimum of 7 and a sum of 28",)
 
 
 def check_all(function, cases, **options):
@@ -317,10 +332,11 @@ def bad_options():
             yield name, value, ValueError, (f"{name}: got {value!r}", "expected a finite number > 0")
         for value in ("1", None, True, [1.0], 1j, torch.tensor(1.0)):
             yield name, value, TypeError, (f"{name}: got {value!r}", "expected a number > 0")
-    for value in (-1, -1e-9, 10**400, math.nan, math.inf):
-        yield "separation_focus", value, ValueError, ("separation_focus: got", "expected a finite number >= 0")
-    for value in ("1", None, False, torch.tensor(1.0)):
-        yield "separation_focus", value, TypeError, ("separation_focus: got", "expected a number >= 0")
+    for name in ("separation_focus", "centroid_focus"):
+        for value in (-1, -1e-9, 10**400, math.nan, math.inf):
+            yield name, value, ValueError, (f"{name}: got", "expected a finite number >= 0")
+        for value in ("1", None, False, torch.tensor(1.0)):
+            yield name, value, TypeError, (f"{name}: got", "expected a number >= 0")
     for name, choices in CHOICES.items():
         for value in ("", "other", choices[0].upper(), None, 0, True, [choices[0]]):
             expected = (f"{name}: got {value!r}", "expected one of", *map(repr, choices))
@@ -340,9 +356,7 @@ def one_option(function, name, value):
     return partial(call, function, **{name: value})
 
 
-@pytest.mark.parametrize(
-    "name", ["temperature", "eps", "sharpness", "separation_focus", "l2_normalize", "ignore_index", *CHOICES]
-)
+@pytest.mark.parametrize("name", sorted({case[0] for case in BAD_OPTIONS}))
 def test_options_that_do_not_exist_or_are_out_of_range(name):
     cases = [case for case in BAD_OPTIONS if case[0] == name]
     assert len(cases) >= 5
@@ -376,13 +390,15 @@ def test_reduction_of_the_batch_ratio(reduction):
 
 
 def bad_constructions():
-    for name, good in (("num_classes", {}), ("feature_dim", {"num_classes": C})):
-        for value in (1, 0, -3):
-            parts = (f"{name}: got {value}", "expected an integer >= 2")
+    counts = ("num_classes", {}, 2), ("feature_dim", {"num_classes": C}, 2), ("centroids_per_class", {}, 1)
+    for name, good, least in counts:
+        for value in (least - 1, -3):
+            parts = (f"{name}: got {value}", f"expected an integer >= {least}")
             yield {**good, name: value}, ValueError, parts
         for value in (3.0, "3", True, torch.tensor(3)):
-            parts = (f"{name}: got {value!r}", "expected an integer >= 2")
+            parts = (f"{name}: got {value!r}", f"expected an integer >= {least}")
             yield {**good, name: value}, TypeError, parts
+    yield from bad_priors()
     yield {"num_classes": None}, TypeError, ("num_classes: got None", "expected an integer >= 2")
     for value in (-0.1, 1.1, math.nan, math.inf, -1, 2):
         parts = (f"center_momentum: got {value!r}", "expected a number in [0, 1]")

@@ -20,8 +20,14 @@ SETTINGS = {
     "centroid_to_sample": {"separation": "centroid_to_sample"},
     "softmax": {"activation": "softmax", "l2_normalize": False},
     "focus": {"separation_focus": 10.0, "temperature": 0.2},  # at 1 these steps diverge, and roundings with them
+    "several": {"centroids_per_class": 2, "temperature": 0.2},
     "no centre": {"center_momentum": None},
     "weights": {"weight": torch.rand(C, generator=torch.Generator().manual_seed(3)) + 0.5, "ignore_index": 2},
+    "priors": {
+        "class_prior": torch.arange(1.0, C + 1) / (C * (C + 1) / 2),
+        "separation_focus": 2.0,
+        "temperature": 0.2,
+    },
 }
 
 
@@ -49,7 +55,7 @@ def pair(dtype=torch.float32, classes=C, columns=M, **options):
     criterion = NCMILoss(classes, columns, dtype=dtype, **options)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        criterion.centroid_logits.add_(torch.randn(classes, columns, generator=generator, dtype=dtype))
+        criterion.centroid_logits.add_(torch.randn(criterion.centroid_logits.shape, generator=generator, dtype=dtype))
     return criterion, copy.deepcopy(criterion)
 
 
