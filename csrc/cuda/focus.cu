@@ -265,13 +265,11 @@ void focus_weights_(const Tensor& product, const Tensor& separation, const Tenso
   const Device device(product);
   const int64_t rows = product.size(0), classes = product.size(1);
   STD_TORCH_CHECK(classes <= kMostColumns, "ncmi_kernels: more centroids than 2^30");
-  STD_TORCH_CHECK(centroids_per_class > 0 && classes % centroids_per_class == 0,
-                  "ncmi_kernels: centroids_per_class must divide the number of centroids");
   with_arithmetic_type(product.scalar_type(), "product", [&]<class T>() {
     const FocusWeightsArgs<T> args{
         .rows = rows,
         .classes = classes,
-        .period = classes / centroids_per_class,
+        .period = period_of(classes, centroids_per_class),
         .target = targets(target, product, ignore_index),
         .all = reinterpret_cast<const AllStats*>(class_stats_on(norms, classes, product) + classes),
         .class_level = data_on<double>(class_level, "class_level", {2, classes}, product),
