@@ -66,7 +66,7 @@ def run_case(
     stats = _plain.table_of(logits, options, backend)
     values, of_rows = run.terms(*batch, *stats, *options.features, options.ignore_index)
     how = options.centroid_to_sample, options.separation_focus > 0, *options.loss
-    reduced = run.reduce(values, of_rows, y, stats.norms, None, None, *how)
+    reduced = run.reduce(values, of_rows, y, None, None, *how)
     known, last = (of_rows, reduced[1]), (options.centroid_to_sample, -100)
     totals = run.class_totals(*batch, *known, None, *last)
     results += [*reduced, totals, run.centroid_grad(*batch, logits, *stats, *known, None, *last, totals)]

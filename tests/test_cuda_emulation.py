@@ -2,6 +2,7 @@
 
 import ctypes
 import itertools
+import math
 import shutil
 import subprocess
 from pathlib import Path
@@ -397,6 +398,160 @@ def test_the_loss_is_the_terms_reduced(emulated, runs, launches, separation, row
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_reference_for_each_row(emulated, runs, dtype, separation, activation):
     check_row_references(emulated, dtype, separation, activation)
+
+
+def some_priors(classes):
+    """Of which one is 0."""
+    prior = torch.rand(classes, dtype=torch.float64) + 0.1
+    prior[1] = 0
+    return prior / prior.sum()
+
+
+# A chunk of classes and several; columns that one block finishes, and that blocks share.
+@pytest.mark.parametrize("shape", [(5, 36), (70, 37), (3, 66000)])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("separation", SEPARATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_statistics_by_priors(emulated, runs, dtype, separation, activation, shape):
+    """Those of the CPU; and without priors those of priors that are alike, to the bit."""
+    xi, bound = 2 * torch.randn(shape, dtype=dtype), 1e-6 if dtype == torch.float32 else 1e-13
+    run, how = emulated.centroid_stats, (activation == "softmax", separation == "centroid_to_sample")
+    prior = some_priors(len(xi))
+    actual, expected = (ops.centroid_stats(xi, *how, prior) for ops in (emulated, _ops._compiled))
+    for a, e in zip(actual[:3], expected[:3], strict=True):
+        assert relative(a, e) < bound
+    assert torch.equal(actual[3][:-1, _schema.PRIOR], prior)
+    for column in (0, 1):  # of the norms' last record, and the one that classes have of log_norm
+        assert relative(actual[3][-1, column], expected[3][-1, column]) < bound
+    assert relative(actual[3][:-1, 0], expected[3][:-1, 0]) < bound
+    alike = torch.full((len(xi),), 1 / len(xi), dtype=torch.float64)
+    for a, e in zip(run(xi, *how, None), run(xi, *how, alike), strict=True):
+        assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("separation", SEPARATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_priors(emulated, runs, dtype, separation, activation):
+    """Terms, loss, gradients and a step by them, against the definition in float64."""
+    softmax, c2s = activation == "softmax", separation == "centroid_to_sample"
+    bound, loss_bound = (5e-6, 2e-6) if dtype == torch.float32 else (1e-11, 1e-12)
+    features = 0.7, True, softmax, c2s
+    for columns, ratio in itertools.product((36, 37), RATIOS):
+        z, target, xi, center, weight = make(13, 5, columns, center=True, weight=True, ignore=True, dtype=dtype)
+        target[1] = 1  # the class whose prior is 0
+        prior, kept = some_priors(len(xi)), target != -100
+        wide, wide_xi = z.double().requires_grad_(), xi.double().requires_grad_()
+        log_p = reference.log_probabilities(wide[kept], center.double(), 0.7, True, activation)
+        log_q, y = reference.log_activation(wide_xi, activation), target[kept]
+        others = prior.expand(len(y), -1).clone()
+        others[torch.arange(len(y)), y] = 0
+        a = reference.kl_divergence(log_p, log_q[y])
+        g = (others * reference.divergences(log_p, log_q, separation)).sum(dim=1)
+        w = weight.double()[y]
+        exact = (w @ a) / (w @ g) if ratio == "batch" else w @ (a / g) / w.sum()
+        expected = torch.autograd.grad(exact, (wide, wide_xi))
+
+        table = emulated.centroid_stats(xi, softmax, c2s, prior)
+        values, stats = emulated.terms(z, target, center, *table, *features, -100)
+        assert relative(values[:, kept], torch.stack([a, g])) < loss_bound
+        assert torch.equal(stats[kept, _schema.OWN_PRIOR], prior[y])
+        assert bool((stats[~kept] == 0).all())
+        settings = ratio == "batch", 1, 0.0, 0.0, -100
+        for with_grad in {False, ratio == "sample"}:
+            loss, rows, coefficients, _, grad, _ = emulated.loss(
+                z, target, center, None, None, 0.0, *table, weight, *features, *settings, with_grad
+            )
+            assert relative(loss, exact) < loss_bound
+            assert torch.equal(rows, stats)
+            known = rows, coefficients
+            if not with_grad:
+                grad = emulated.input_grad(z, target, center, *table, *known, None, c2s, -100)
+            assert relative(grad, expected[0]) < bound
+        grad = emulated.centroid_grad(z, target, center, xi, *table, *known, None, c2s, -100)
+        assert relative(grad, expected[1]) < bound
+        moved, rate = xi.clone(), (xi.norm() / grad.norm()).item()
+        emulated.centroid_step_(
+            z, target, center, moved, None, *table, *known, softmax, c2s, -100, rate, 0.0, 0.0, False
+        )
+        assert relative(moved - xi, -rate * grad) < (1e-6 if dtype == torch.float32 else 1e-13)
+        for after, fresh in zip(table, emulated.centroid_stats(moved, softmax, c2s, prior), strict=True):
+            assert torch.equal(after, fresh)
+
+
+# Rows of a warp and of a block, and classes that are fewer than its threads and more.
+@pytest.mark.parametrize(("classes", "each"), [(5, 1), (5, 2), (5, 3), (3, 200), (700, 3)])
+@pytest.mark.parametrize("focus", [0.0, 5.0])
+@pytest.mark.parametrize("separation", SEPARATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_of_several_centroids_a_class(emulated, runs, dtype, separation, focus, classes, each):
+    """By priors of which those of a class are 0, or all but those of a class."""
+    c2s, centroids, rows = separation == "centroid_to_sample", classes * each, 9
+    bound = 1e-5 if dtype == torch.float32 else 1e-11
+    z, target, xi, _, _ = make(rows, centroids, 12, dtype=dtype)
+    target %= classes
+    target[0], target[1], target[2] = -100, 0, 1
+    class_of = torch.arange(centroids) % classes
+    own = class_of == target[:, None]
+    some = torch.rand(centroids, dtype=torch.float64) + 0.1
+    for prior in (torch.where(class_of == 1, 0, some), torch.where(class_of == 0, some, 0)):
+        prior = prior / prior.sum()
+        table = emulated.centroid_stats(xi, False, c2s, prior)
+        values, stats = emulated.terms(z, target, None, *table, 0.7, False, False, c2s, -100)
+        relative_q, distribution, level = emulated.focus_table(*table, c2s)
+        assert torch.equal(level[1], prior)
+        x = emulated.focus_rows(z, target, None, *table, stats, c2s, -100)
+        weights, separated = x @ (distribution if c2s else relative_q).T, values[1].clone()
+        emulated.focus_weights_(weights, separated, stats, target, table[3], level, focus, c2s, -100, each)
+
+        log_p = reference.log_probabilities(z.double(), None, 0.7, False, "nsf")
+        d = reference.divergences(log_p, reference.log_activation(xi.double(), "nsf"), separation)
+        counts = ~own & (prior > 0) & (target != -100)[:, None]
+        nearest = torch.where(counts, d, torch.inf).amin(dim=1, keepdim=True)
+        exact = torch.where(counts, prior.log() - focus * d / nearest, -torch.inf).softmax(dim=1).nan_to_num(0)
+        own_prior = torch.where(own, prior, 0).sum(dim=1)
+        assert bool((weights[~counts] == 0).all())
+        assert relative(weights, exact) < bound
+        mixture = (exact * d).sum(dim=1)
+        assert relative(separated, mixture * (1 - own_prior)) < bound
+        assert bool((separated[~counts.any(dim=1)] == 0).all())
+        assert relative(stats[:, _schema.OWN_PRIOR], own_prior) < 1e-14
+        kept = target != -100
+        log_norm = -stats[kept, _schema.INVERSE_NORM].log() - table[3][-1, _schema.MEAN_LOG_NORM]
+        assert (stats[kept, _schema.ALL_MEAN] - log_norm - mixture[kept]).norm() < bound * mixture.norm()
+    with pytest.raises(RuntimeError, match="centroids_per_class"):
+        emulated.focus_weights_(weights, separated, stats, target, table[3], level, focus, c2s, -100, centroids + 1)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("separation", SEPARATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_own_centroid_for_each_row(emulated, runs, dtype, separation, activation):
+    """The gradient of own KL to a mixture of each row's own, and other KL to another, against autograd in float64."""
+    c2s = separation == "centroid_to_sample"
+    for rows, columns in ((7, 33), (3, 2100)):
+        z, target, xi, center, _ = make(rows, 5, columns, center=True, ignore=True, dtype=dtype)
+        table = emulated.centroid_stats(xi, activation == "softmax", c2s)
+        stats = emulated.terms(z, target, center, *table, 0.7, True, activation == "softmax", c2s, -100)[1]
+        kept = (target != -100).double()
+        log_own, log_q = reference.log_activation(torch.randn(2, rows, columns).double(), "softmax")
+        own, other = torch.randn(2, rows, dtype=torch.float64) * kept
+        wide = z.double().requires_grad_()
+        log_p = reference.log_probabilities(wide, center.double(), 0.7, True, activation)
+        divergence = reference.kl_divergence(log_q, log_p) if c2s else reference.kl_divergence(log_p, log_q)
+        (expected,) = torch.autograd.grad(own @ reference.kl_divergence(log_p, log_own) + other @ divergence, wide)
+        # Means under p are of log a, and so is what comes in with each row: both up to one number for all columns.
+        log_p = log_p.detach()
+        constant = own * reference.kl_divergence(log_p, log_own)
+        if not c2s:
+            constant = constant + other * reference.kl_divergence(log_p, log_q)
+        # log 2 a for NSF.
+        shift = -stats[:, _schema.INVERSE_NORM, None].log() + (math.log(2) if activation == "nsf" else 0)
+        coefficients = torch.stack([own, other, torch.zeros(rows).double(), constant], dim=1)
+        row_own, row_reference = log_own + shift, log_q.exp() if c2s else log_q + shift
+        given = row_reference.to(dtype), row_own.to(dtype)
+        actual = emulated.input_grad(z, target, center, *table, stats, coefficients, None, c2s, -100, *given)
+        assert relative(actual, expected) < (1e-12 if dtype == torch.float64 else 3e-6)
 
 
 @pytest.mark.parametrize("separation", SEPARATIONS)

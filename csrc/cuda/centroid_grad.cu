@@ -35,7 +35,7 @@ struct CentroidGradArgs {
   bool by_first_row;
   T* own;             // workspace, or [C, M] that becomes the gradient
   T* own_separation;  // workspace; centroid_to_sample without `weighted` only
-  // With a weight for every row and class, in the place of totals / C:
+  // With a weight for every row and class, in the place of the totals times the prior:
   const ClassWeights* class_weights;  // [C], or null
   const T* weighted;                  // [C, M] sums of x of InProduct, or of log p less what the classes share
 
@@ -287,11 +287,11 @@ __global__ void __launch_bounds__(kThreads, 1) fold_totals_kernel(const TotalsAr
 }
 
 // By class: the gradient in the place of `own`, or for `with_step` none, but the step of SGD by it.
-//   sample_to_centroid: slope (-own - (1/C) sum_i other_i (p_ik - q_ck)), own = sum over the rows of the class of
+//   sample_to_centroid: slope (-own - prior sum_i other_i (p_ik - q_ck)), own = sum over the rows of the class of
 //   own_i (p_ik - q_ck);
-//   centroid_to_sample: slope (-own + (1/C) q (s - sum_k q s)), s_ck = sum over rows of other classes of
+//   centroid_to_sample: slope (-own + prior q (s - sum_k q s)), s_ck = sum over rows of other classes of
 //   other_i (log q_ck - log p_ik), up to what is constant along the row.
-// For `by_weight` the sums over all rows have a weight for each class, 0 in rows of that, in the place of 1 / C.
+// For `by_weight` the sums over all rows have a weight for each class, 0 in rows of that, in the place of its prior.
 template <class T, bool centroid_to_sample, bool by_weight, bool with_step>
 __global__ void __launch_bounds__(kThreads, 1)
     class_grad_kernel(const CentroidGradArgs<T> args, const StepArgs<T> step) {
@@ -299,7 +299,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int64_t c = blockIdx.x;
   Group group = group_of_thread(shared_storage<GroupStorage>());
   const bool has_rows = args.class_begin[c] != args.class_begin[c + 1];
-  const double inverse_norm = ::exp(-q.of[c].log_norm), inverse_classes = by_weight ? 1.0 : 1.0 / q.all().classes;
+  const double inverse_norm = ::exp(-q.of[c].log_norm), prior = by_weight ? 1.0 : q.of[c].prior;
   double other_sum = 0;
   if constexpr (with_step || !by_weight) other_sum = args.totals[q.columns];
   // A row whose terms are not finite has coefficients that are not: such a batch moves nothing, nor does one without
@@ -347,9 +347,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       const double own = has_rows ? double(own_sums[k]) : 0.0, share = double(a.value) * inverse_norm;
       T grad;
       if constexpr (centroid_to_sample)
-        grad = T(double(a.slope) * (inverse_classes * share * (separation_at(k, a) - mean) - own));
+        grad = T(double(a.slope) * (prior * share * (separation_at(k, a) - mean) - own));
       else
-        grad = T(-double(a.slope) * (own + inverse_classes * (total_at(k) - other_sum * share)));
+        grad = T(-double(a.slope) * (own + prior * (total_at(k) - other_sum * share)));
       if constexpr (!with_step) {
         own_sums[k] = grad;
       } else {  // in place: this thread alone reads column k, and for the last time
@@ -538,7 +538,8 @@ void centroid_step_(const Tensor& input, const Tensor& target, const std::option
     Workspace workspace(device, stats_workspace(q.classes, q.columns));  // before anything moves
     by_class<T>(device, {input, target, center, row_stats, coefficients, std::nullopt, ignore_index}, centroid_logits,
                 q, {std::nullopt, class_weights, weighted}, nullptr, &step);
-    write_stats<T>(device, workspace, matrix(centroid_logits, "centroid_logits"), softmax, q);
+    write_stats<T>(device, workspace, matrix(centroid_logits, "centroid_logits"),
+                   {.data = &q.of->prior, .stride = kClassStats}, softmax, q);
   });
 }
 

@@ -5,7 +5,7 @@ namespace ncmi::cuda {
 
 namespace {
 
-constexpr int64_t kSumsOverClasses = 3;  // log a; or q, q log a and q log_norm
+constexpr int64_t kSumsOverClasses = 3;  // log a; or q, q log a and q log_norm; each times the prior
 constexpr int kWarps = 8;
 constexpr int kFinishThreads = 1024;
 constexpr int64_t kOneBlock = 65536;  // sums that one block adds up; beyond, blocks share them and need one more launch
@@ -15,6 +15,7 @@ constexpr int64_t kClassesPerChunk = 32;  // at least
 template <class T>
 struct CentroidStatsArgs {
   Matrix logits;  // [C, M] xi
+  Priors priors;
   int64_t classes, columns;
   bool softmax;
   bool centroid_to_sample;
@@ -95,11 +96,13 @@ __global__ void __maxnreg__(80) centroid_rows_kernel(const CentroidStatsArgs<T> 
   }
   norm += poison<T>(row, size.squares);
   if (group.first()) {
-    args.of[c] = {::log(norm), double(shift), double(kind), -1, 0, 0, 0, 0};  // of lone columns only the CPU makes use
+    const double prior = args.priors.data ? args.priors.data[c * args.priors.stride] : 1.0 / double(args.classes);
+    // Of lone columns only the CPU makes use.
+    args.of[c] = {::log(norm), double(shift), double(kind), -1, 0, 0, 0, 0, prior};
   }
 }
 
-// The sums of a chunk of classes by column: log a; or q, q log a and q log_norm.
+// The sums of a chunk of classes by column: log a; or q, q log a and q log_norm; each times the prior.
 template <class T>
 __global__ void __launch_bounds__(kWarps* kWarp, 1)
     sums_over_classes_kernel(const CentroidStatsArgs<T> args, int64_t tiles) {
@@ -114,15 +117,15 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
   double sums[kSumsOverClasses] = {};
   for (int64_t c = begin + warp; c < end; c += kWarps) {
     if (k >= args.columns) break;
-    const double log = double(args.log_activation[c * args.columns + k]);
+    const double log = double(args.log_activation[c * args.columns + k]), prior = args.of[c].prior;
     if (args.centroid_to_sample) {
       const double log_norm = args.of[c].log_norm;
-      const double q = double(args.activation[c * args.columns + k]) * ::exp(-log_norm);
+      const double q = double(args.activation[c * args.columns + k]) * (prior * ::exp(-log_norm));
       sums[0] += q;
       sums[1] += q * log;
       sums[2] += q * log_norm;
     } else {
-      sums[0] += log;
+      sums[0] += prior * log;
     }
   }
   for (int j = 0; j < kSumsOverClasses; ++j) storage.sums[warp][j][lane] = sums[j];
@@ -135,11 +138,10 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
 }
 
 // reference [2, M]: row 0 what log a is compared with, row 1 the mean q over classes (centroid_to_sample).
-//   sample_to_centroid: the mean over classes of log a(xi);
-//   centroid_to_sample: its mean weighted with q.
+//   sample_to_centroid: the mean over classes of log a(xi), by their priors;
+//   centroid_to_sample: its mean weighted with q, too.
 template <class T>
 NCMI_DEVICE void finish_columns(const CentroidStatsArgs<T>& args, int64_t begin, int64_t end) {
-  const double inverse_classes = 1.0 / double(args.classes);
   for (int64_t k = begin + threadIdx.x; k < end; k += blockDim.x) {
     double sums[kSumsOverClasses] = {};
     for (int64_t chunk = 0; chunk < args.chunks; ++chunk)
@@ -147,9 +149,8 @@ NCMI_DEVICE void finish_columns(const CentroidStatsArgs<T>& args, int64_t begin,
       for (int j = 0; j < kSumsOverClasses; ++j)
         sums[j] += args.sums[(chunk * kSumsOverClasses + j) * args.columns + k];
     const double q_mean = args.centroid_to_sample ? sums[0] : 0;
-    const double reference =
-        args.centroid_to_sample ? (q_mean > 0 ? sums[1] / q_mean : 0) : sums[0] * inverse_classes;
-    const T rounded = T(reference), weight = T(q_mean * inverse_classes);
+    const double reference = args.centroid_to_sample ? (q_mean > 0 ? sums[1] / q_mean : 0) : sums[0];
+    const T rounded = T(reference), weight = T(q_mean);
     args.reference[k] = rounded;
     args.reference[args.columns + k] = weight;
     args.lost[k] = reference - double(rounded);
@@ -179,7 +180,7 @@ NCMI_DEVICE void finish_constants(const CentroidStatsArgs<T>& args, Group& group
       sums[0] += w;
       sums[1] += w * args.lost[k];
     }
-    for (int64_t c = threadIdx.x; c < args.classes; c += blockDim.x) sums[2] += args.of[c].log_norm;
+    for (int64_t c = threadIdx.x; c < args.classes; c += blockDim.x) sums[2] += args.of[c].prior * args.of[c].log_norm;
   }
 #pragma unroll
   for (int j = 0; j < 3; ++j) sums[j] = warp_sum(sums[j]);
@@ -187,8 +188,7 @@ NCMI_DEVICE void finish_constants(const CentroidStatsArgs<T>& args, Group& group
   if (group.first()) {
     *reinterpret_cast<AllStats*>(args.of + args.classes) = {
         args.centroid_to_sample ? sums[0] : 1.0,
-        args.centroid_to_sample ? sums[2] - sums[1] : sums[2] / double(args.classes) - sums[1] / sums[0],
-        double(args.classes),
+        args.centroid_to_sample ? sums[2] - sums[1] : sums[2] - sums[1] / sums[0],
         {}};
   }
 }
@@ -247,10 +247,11 @@ int64_t stats_workspace(int64_t classes, int64_t columns) {
 }
 
 template <class T>
-void write_stats(const Device& device, Workspace& workspace, const Matrix& logits, bool softmax,
+void write_stats(const Device& device, Workspace& workspace, const Matrix& logits, const Priors& priors, bool softmax,
                  const Centroids<T>& to) {
   const int64_t chunks = class_chunks(to.classes, to.columns);
   launch_centroid_stats<T>({.logits = logits,
+                            .priors = priors,
                             .classes = to.classes,
                             .columns = to.columns,
                             .softmax = softmax,
@@ -265,13 +266,13 @@ void write_stats(const Device& device, Workspace& workspace, const Matrix& logit
                            device.stream());
 }
 
-template void write_stats(const Device&, Workspace&, const Matrix&, bool, const Centroids<float>&);
-template void write_stats(const Device&, Workspace&, const Matrix&, bool, const Centroids<double>&);
+template void write_stats(const Device&, Workspace&, const Matrix&, const Priors&, bool, const Centroids<float>&);
+template void write_stats(const Device&, Workspace&, const Matrix&, const Priors&, bool, const Centroids<double>&);
 
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_stats(const Tensor& logits, bool softmax,
-                                                          bool centroid_to_sample) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_stats(const Tensor& logits, bool softmax, bool centroid_to_sample,
+                                                          const std::optional<Tensor>& prior) {
   const Matrix xi = matrix(logits, "centroid_logits");
   const int64_t classes = logits.size(0), columns = logits.size(1);
   STD_TORCH_CHECK(classes > 0 && columns > 0, "ncmi_kernels: centroid_logits must not be empty");
@@ -279,12 +280,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_stats(const Tensor& logits, 
   const Device device(logits);
   return with_arithmetic_type(logits.scalar_type(), "centroid_logits", [&]<class T>() {
     const ScalarType dtype = logits.scalar_type();
+    const Priors priors{.data = data_on<double>(prior, "prior", {classes}, logits), .stride = 1};
     Tensor log_activation = empty(device, {classes, columns}, dtype);
     Tensor activation = empty(device, {centroid_to_sample ? classes : 0, columns}, dtype);
     Tensor reference = empty(device, {2, columns}, dtype);
     Tensor norms = empty(device, {classes + 1, kClassStats}, ScalarType::Double);
     Workspace workspace(device, stats_workspace(classes, columns));
-    write_stats<T>(device, workspace, xi, softmax,
+    write_stats<T>(device, workspace, xi, priors, softmax,
                    {.classes = classes,
                     .columns = columns,
                     .centroid_to_sample = centroid_to_sample,

@@ -41,7 +41,10 @@ __global__ void __launch_bounds__(kRowThreads, 1) focus_table_kernel(const Focus
     }
   }
   sum = group.sum(sum);
-  if (group.first()) args.level[c] = sum;
+  if (group.first()) {
+    args.level[c] = sum;
+    args.level[q.classes + c] = q.of[c].prior;
+  }
 }
 
 template <class In, class T, bool centroid_to_sample>
@@ -81,8 +84,8 @@ __global__ void __maxnreg__((kRegisters<In, T, 0>)) focus_rows_kernel(const Focu
   });
 }
 
-// Of the products of a row with the classes: its divergences D from the other ones, and in their place the weights
-// softmax(-focus D / min D).
+// Of the products of a row with the centroids: its divergences D from those of other classes that have a prior, and in
+// their place the weights softmax(log prior - focus D / min D). The own class is left out as if its prior were 0.
 template <class T>
 __global__ void __launch_bounds__(kRowThreads, 1) focus_weights_kernel(const FocusWeightsArgs<T> args) {
   const int64_t i = row_of_thread();
@@ -95,10 +98,15 @@ __global__ void __launch_bounds__(kRowThreads, 1) focus_weights_kernel(const Foc
     if (group.first()) args.separation[i] = 0;
     return;
   }
-  const int64_t y = class_of(target, args.classes);
-  const auto each_other = [&](const auto& f) NCMI_INLINED {
-    for (int64_t c = group.thread; c < args.classes; c += group.threads)
-      if (c != y) f(c);
+  const int y = int(class_of(target, args.period)), period = int(args.period);
+  const double* priors = args.class_level + args.classes;
+  const int first_class = group.thread % period, step = group.threads % period;
+  const auto each_prior = [&](const auto& f) NCMI_INLINED {
+    int of = first_class;
+    for (int64_t c = group.thread; c < args.classes; c += group.threads) {
+      f(c, of == y ? 0.0 : priors[c]);
+      of += of + step < period ? step : step - period;
+    }
   };
   const RowStats stats = args.stats[i];
   const double log_norm = relative_log_norm(*args.all, stats);
@@ -107,7 +115,8 @@ __global__ void __launch_bounds__(kRowThreads, 1) focus_weights_kernel(const Foc
   // The least of what is not negative has the least bits, those of NaN apart; a group knows the largest.
   using Bits = decltype(magnitude_bits(T()));
   Bits complement = ~magnitude_bits(kLargest<T>);
-  each_other([&](int64_t c) NCMI_INLINED {
+  each_prior([&](int64_t c, double prior) NCMI_INLINED {
+    if (!(prior > 0)) return;
     const T d = divergence(args.class_level[c], values[c]);
     values[c] = d;
     const Bits bits = ~magnitude_bits(d);
@@ -118,21 +127,29 @@ __global__ void __launch_bounds__(kRowThreads, 1) focus_weights_kernel(const Foc
   const double by = args.focus / double(nearest);
   const T by_distance = by < double(kLargest<T>) ? T(by) : kLargest<T>;
   double sums[2] = {};  // of e, and of e (D - min D)
-  each_other([&](int64_t c) NCMI_INLINED {
-    const T farther = values[c] - nearest;
-    const T e = exp_minus(absolute(by_distance * farther));
-    values[c] = e;
-    sums[0] += double(e);
-    sums[1] += double(e) * double(farther);
+  each_prior([&](int64_t c, double prior) NCMI_INLINED {
+    T weight = 0;
+    if (prior > 0) {
+      const T farther = values[c] - nearest;
+      const double e = prior * double(exp_minus(absolute(by_distance * farther)));
+      weight = T(e);
+      sums[0] += e;
+      sums[1] += e * double(farther);
+    }
+    values[c] = weight;
   });
   for (double& sum : sums) sum = warp_sum(sum);
   group.sum_warps(sums);
-  const T inverse = T(1.0 / sums[0]);
-  for (int64_t c = group.thread; c < args.classes; c += group.threads) values[c] = c == y ? T(0) : values[c] * inverse;
+  const bool alone = sums[0] == 0 && sums[1] == 0;  // no other class has a prior; of NaN the second sum is none
+  const double inverse = alone ? 0.0 : 1.0 / sums[0];
+  for (int64_t c = group.thread; c < args.classes; c += group.threads) values[c] = T(double(values[c]) * inverse);
   if (group.first()) {
-    const double mean = double(nearest) + sums[1] / sums[0];
+    const double mean = alone ? 0.0 : double(nearest) + sums[1] * inverse;
+    double own_prior = 0;
+    for (int64_t c = y; c < args.classes; c += period) own_prior += priors[c];
     args.stats[i].all_mean = mean + log_norm;
-    args.separation[i] = mean * (1.0 - 1.0 / args.all->classes);
+    args.stats[i].own_prior = own_prior;
+    args.separation[i] = mean * (1.0 - own_prior);
   }
 }
 
@@ -203,7 +220,7 @@ std::tuple<Tensor, Tensor, Tensor> focus_table(const Tensor& log_activation, con
         centroids_on<T>(log_activation, activation, reference, norms, centroid_to_sample, log_activation);
     Tensor relative = empty(device, {q.classes, q.columns}, kScalarType<T>);
     Tensor distribution = empty(device, {centroid_to_sample ? q.classes : 0, q.columns}, kScalarType<T>);
-    Tensor level = empty(device, {q.classes}, ScalarType::Double);
+    Tensor level = empty(device, {2, q.classes}, ScalarType::Double);
     const FocusTableArgs<T> args{.centroids = q,
                                  .relative = output<T>(relative),
                                  .distribution = output<T>(distribution),
@@ -243,17 +260,19 @@ Tensor focus_rows(const Tensor& input, const Tensor& target, const std::optional
 
 void focus_weights_(const Tensor& product, const Tensor& separation, const Tensor& row_stats, const Tensor& target,
                     const Tensor& norms, const Tensor& class_level, double focus, bool centroid_to_sample,
-                    int64_t ignore_index) {
+                    int64_t ignore_index, int64_t centroids_per_class) {
   STD_TORCH_CHECK(product.dim() == 2, "ncmi_kernels: product must have 2 dimensions");
   const Device device(product);
   const int64_t rows = product.size(0), classes = product.size(1);
+  STD_TORCH_CHECK(classes <= kMostColumns, "ncmi_kernels: more centroids than 2^30");
   with_arithmetic_type(product.scalar_type(), "product", [&]<class T>() {
     const FocusWeightsArgs<T> args{
         .rows = rows,
         .classes = classes,
+        .period = period_of(classes, centroids_per_class),
         .target = targets(target, product, ignore_index),
         .all = reinterpret_cast<const AllStats*>(class_stats_on(norms, classes, product) + classes),
-        .class_level = data_on<double>(class_level, "class_level", {classes}, product),
+        .class_level = data_on<double>(class_level, "class_level", {2, classes}, product),
         .centroid_to_sample = centroid_to_sample,
         .focus = focus,
         .product = const_cast<T*>(data<T>(product, "product", {rows, classes})),

@@ -15,6 +15,7 @@ struct InputGradArgs {
   Centroids<T> centroids;
   const T* reference;        // [M] what all rows are compared with, or [B, M] for each its own
   int64_t reference_stride;  // from row to row: 0, or M
+  const T* row_own;          // [B, M] in the place of log a of the own centroids, or null
   const RowStats* stats;             // [B]
   const Coefficients* coefficients;  // [B]
   Upstream upstream;
@@ -34,6 +35,7 @@ __global__ void __maxnreg__((kRegisters<In, T, kept>)) input_grad_kernel(const I
   Row<In, T, kept> row(args.input, i, args.center, q.columns, group);
   Own<T> of = own_of<centroid_to_sample>(q, y);
   (centroid_to_sample ? of.q_mean : of.reference) = args.reference + i * args.reference_stride;
+  if (args.row_own) of.log = args.row_own + i * q.columns;
   const RowStats stats = args.stats[i];
   const Coefficients coefficients = args.coefficients[i] * upstream_at(args.upstream, i);
   grad_of_row<centroid_to_sample, fast>(row, of, stats, coefficients, args.grad);
@@ -42,8 +44,8 @@ __global__ void __maxnreg__((kRegisters<In, T, kept>)) input_grad_kernel(const I
 template <class T>
 void launch_input_grad(const InputGradArgs<T>& args, Stream stream) {
   const int64_t columns = args.centroids.columns;
-  const bool can_be_wide =
-      aligned(args.centroids) && aligned(args.center) && aligned(args.reference) && aligned(args.grad);
+  const bool can_be_wide = aligned(args.centroids) && aligned(args.center) && aligned(args.reference) &&
+                           aligned(args.row_own) && aligned(args.grad);
   with_row_kernel<T>(args.input, columns, can_be_wide, [&](auto in, auto kept) {
     using In = typename decltype(in)::type;
     constexpr int k = decltype(kept)::value;
@@ -58,7 +60,7 @@ Tensor input_grad(const Tensor& input, const Tensor& target, const std::optional
                   const Tensor& log_activation, const Tensor& activation, const Tensor& reference,
                   const Tensor& norms, const Tensor& row_stats, const Tensor& coefficients,
                   const std::optional<Tensor>& upstream, bool centroid_to_sample, int64_t ignore_index,
-                  const std::optional<Tensor>& row_reference) {
+                  const std::optional<Tensor>& row_reference, const std::optional<Tensor>& row_own) {
   const Device device(input);
   return with_arithmetic_type(log_activation.scalar_type(), "log_activation", [&]<class T>() {
     const Centroids<T> q = centroids_on<T>(log_activation, activation, reference, norms, centroid_to_sample, input);
@@ -76,6 +78,7 @@ Tensor input_grad(const Tensor& input, const Tensor& target, const std::optional
                           .centroids = q,
                           .reference = row_reference ? of_rows : shared_reference,
                           .reference_stride = row_reference ? q.columns : 0,
+                          .row_own = data_on<T>(row_own, "row_own", {rows, q.columns}, input),
                           .stats = stats_on(row_stats, input),
                           .coefficients = coefficients_on(coefficients, input),
                           .upstream = upstream_of(upstream, input),

@@ -17,7 +17,7 @@ struct TermsArgs {
   Features features;
   Centroids<T> centroids;
   RowSums* sums;    // [B]
-  RowStats* stats;  // [B]: scale, inverse_length, kind and shift, and zeros
+  RowStats* stats;  // [B]: scale, inverse_length, kind, shift and own_prior, and zeros
   // For the gradient of sum_i w_i A_i / (G_i + eps) while a row is on chip.
   Weights<T> weights;
   RatioOptions ratio;
@@ -45,8 +45,14 @@ Tensor column_sums(const Device&, Workspace&, const Tensor& input, const Targets
 
 int64_t stats_workspace(int64_t classes, int64_t columns);  // in doubles
 
-// What the operator centroid_stats gives of the logits [C, M], to where it belongs.
+// What the classes count for in the separation: [C], or null where all count alike.
+struct Priors {
+  const double* data;
+  int64_t stride;
+};
+
+// What the operator centroid_stats gives of the logits [C, M], to where it belongs. The priors may lie there already.
 template <class T>
-void write_stats(const Device&, Workspace&, const Matrix& logits, bool softmax, const Centroids<T>& to);
+void write_stats(const Device&, Workspace&, const Matrix& logits, const Priors&, bool softmax, const Centroids<T>& to);
 
 }  // namespace ncmi::cuda

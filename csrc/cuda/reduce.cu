@@ -14,7 +14,7 @@ template <class T, class Loss>
 struct ReduceArgs {
   int64_t rows;
   Targets target;
-  Centroids<T> centroids;  // but for their columns
+  Centroids<T> centroids;  // but for their columns; of given terms only `classes`, centroid_to_sample
   const double* terms;     // [2, B], or null: formed from the sums
   const RowSums* sums;     // [B], or null: terms are given
   RowStats* stats;         // [B], completed where terms are formed
@@ -115,9 +115,8 @@ __global__ void __launch_bounds__(kThreads, 1) reduce_kernel(const ReduceArgs<T,
     if (args.mean) w /= weight_sum;
     if (!args.terms) complete(args.stats[i], t);
     if (args.coefficients)
-      args.coefficients[i] =
-          coefficients_of(args.stats[i], w * r.d_concentration, w * r.d_separation, args.centroids.all().classes,
-                          args.centroids.centroid_to_sample, args.focus);
+      args.coefficients[i] = coefficients_of(args.stats[i], w * r.d_concentration, w * r.d_separation,
+                                             args.centroids.centroid_to_sample, args.focus);
     if (args.row_loss) args.row_loss[i] = Loss(w * r.value);
   }
 }
@@ -170,15 +169,15 @@ void launch_scale(T* grad, int64_t elements, const T* factor, Stream stream) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> reduce(const Tensor& terms, const Tensor& row_stats, const Tensor& target,
-                                                  const Tensor& norms, const std::optional<Tensor>& weight,
+                                                  const std::optional<Tensor>& weight,
                                                   const std::optional<Tensor>& totals, bool centroid_to_sample,
                                                   bool focus, bool batch_ratio, int64_t reduction, double eps,
                                                   double sharpness, int64_t ignore_index) {
   check_reduction(batch_ratio, reduction, sharpness);
   const Device device(row_stats);
-  STD_TORCH_CHECK(row_stats.dim() == 2 && norms.dim() == 2, "ncmi_kernels: rows and norms must have 2 dimensions");
-  const int64_t rows = row_stats.size(0), classes = norms.size(0) - 1;
-  STD_TORCH_CHECK(classes >= 0, "ncmi_kernels: norms must not be empty");
+  STD_TORCH_CHECK(row_stats.dim() == 2, "ncmi_kernels: rows must have 2 dimensions");
+  const int64_t rows = row_stats.size(0);
+  const int64_t classes = weight ? weight->numel() : INT64_MAX;  // that a target may be
   Tensor result = reduction == kNone ? empty(device, {rows}, ScalarType::Double)
                                      : empty(device, {}, ScalarType::Double);
   Tensor coefficients = empty(device, {rows, kCoefficients}, ScalarType::Double);
@@ -190,9 +189,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reduce(const Tensor& terms, const Ten
     launch_reduce<T, double>(
         {.rows = rows,
          .target = targets(target, row_stats, ignore_index),
-         .centroids = {.classes = classes,
-                       .centroid_to_sample = centroid_to_sample,
-                       .of = class_stats_on(norms, classes, row_stats)},
+         .centroids = {.classes = classes, .centroid_to_sample = centroid_to_sample},
          .terms = data_on<double>(terms, "terms", {2, rows}, row_stats),
          .stats = const_cast<RowStats*>(stats_on(row_stats, row_stats)),
          .weights = {.by_class = data_on<T>(weight, "weight", {classes}, row_stats), .total = nullptr},

@@ -41,7 +41,11 @@ __global__ void __maxnreg__((kTermsRegisters<In, T, kept, centroid_to_sample>)) 
   Row<In, T, kept> row(args.input, i, args.center, q.columns, group);
   const Own<T> of = own_of<centroid_to_sample>(q, y);
   const Summed<T> summed = sum_row_stable<centroid_to_sample, fast>(row, of, args.features);
-  RowStats stats{summed.scale, summed.inverse_length, double(summed.kind), double(summed.shift), 0, 0, 0};
+  RowStats stats{.scale = summed.scale,
+                 .inverse_length = summed.inverse_length,
+                 .kind = double(summed.kind),
+                 .shift = double(summed.shift),
+                 .own_prior = q.of[y].prior};
   if (group.first()) {
     args.sums[i] = summed.sums;
     args.stats[i] = stats;
@@ -52,9 +56,8 @@ __global__ void __maxnreg__((kTermsRegisters<In, T, kept, centroid_to_sample>)) 
     double w = weight_of(args.weights, y);
     if (args.weights.total) w /= *args.weights.total;
     complete(stats, terms);
-    const Coefficients coefficients =
-        coefficients_of(stats, product(w, r.d_concentration), product(w, r.d_separation), q.all().classes,
-                        centroid_to_sample, false);
+    const Coefficients coefficients = coefficients_of(stats, product(w, r.d_concentration),
+                                                      product(w, r.d_separation), centroid_to_sample, false);
     if (group.first()) args.coefficients[i] = coefficients;
     grad_of_row<centroid_to_sample, fast>(row, of, stats, coefficients, args.grad);
   }
