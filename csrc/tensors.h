@@ -147,6 +147,13 @@ inline const Coefficients* coefficients_in(const Tensor& t, int64_t rows) {
   return reinterpret_cast<const Coefficients*>(data<double>(t, "coefficients", {rows, kCoefficients}));
 }
 
+// How many classes there are of centroids [R], K to each.
+inline int64_t period_of(int64_t centroids, int64_t centroids_per_class) {
+  STD_TORCH_CHECK(centroids_per_class > 0 && centroids % centroids_per_class == 0,
+                  "ncmi_kernels: centroids_per_class does not divide the number of centroids");
+  return centroids / centroids_per_class;
+}
+
 enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 
 inline void check_reduction(bool batch_ratio, int64_t reduction, double sharpness) {

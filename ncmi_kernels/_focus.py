@@ -1,21 +1,26 @@
-"""The way of a batch with `separation_focus`, whose sum over the classes does not factorise: as :mod:`_plain`.
+"""The way of a batch in which each sample and centroid have a weight, and no sum over the classes factorises.
 
-The divergences of all samples and classes are a product of [B, M] and [M, C], as the logits of a linear head are. A
-row is compared with a mixture of the centroids, weighed by how near they are, in the place of the mean of all of them:
-another product; and so are the sums over the rows that the centroids' gradient takes. None of the three waits for an
-upstream gradient. So a forward pass makes them all, by tiles of rows, of which nothing of size [B, C] is left.
+That is with `separation_focus` or several centroids a class, R = C K in all; otherwise as :mod:`_plain`. The
+divergences of samples and centroids are a product of [B, M] and [M, R], as the logits of a linear head are. A row is
+compared with a mixture of the centroids, weighed by how near they are, in the place of the mean of all of them: another
+product; and so are the sums over the rows that the centroids' gradient takes. None of the three waits for an upstream
+gradient. So a forward pass makes them all, by tiles of rows, of which nothing of size [B, R] is left.
+
+In a table the centroids lie in K sets, each with one of every class. What a sample has with its own class comes of the
+sets one after another, each as of the only centroids there are.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ncmi_kernels import _ops, _plain, reference
+from ncmi_kernels import _ops, _plain, _schema, reference
 from ncmi_kernels._options import Options
 from ncmi_kernels._problem import Problem
-from ncmi_kernels._schema import CLASS_WEIGHTS, SGD
+from ncmi_kernels._schema import OWN_MEAN
 
 
 def tile_rows(classes: int) -> int:
@@ -28,38 +33,67 @@ def tile_rows(classes: int) -> int:
 
 
 class Table(NamedTuple):
-    """:class:`_plain.Table`, and what matrix products take: outputs of the operator focus_table."""
+    """:class:`_schema.Table`, and what matrix products take: outputs of the operator focus_table."""
 
-    log_activation: Tensor  # [C, M]
-    activation: Tensor  # [C, M], or [0, M] for sample_to_centroid
+    log_activation: Tensor  # [R, M]
+    activation: Tensor  # [R, M], or [0, M] for sample_to_centroid
     reference: Tensor  # [2, M]
-    norms: Tensor  # [C + 1, 8] float64
-    relative: Tensor  # [C, M], log q less what the classes share
-    distribution: Tensor  # [C, M] q, or [0, M] for sample_to_centroid
-    class_level: Tensor  # [C] float64
+    norms: Tensor  # [R + 1, 9] float64
+    relative: Tensor  # [R, M], log q less what the classes share
+    distribution: Tensor  # [R, M] q, or [0, M] for sample_to_centroid
+    class_level: Tensor  # [2, R] float64
+
+    def of_set(self, which: slice) -> _schema.Table:
+        """That of a set of centroids, one of each class."""
+        norms = torch.cat([self.norms[:-1][which], self.norms[-1:]])
+        return _schema.Table(self.log_activation[which], self.activation[which], self.reference, norms)
 
 
-def table_of(centroid_logits: Tensor, options: Options, backend: str) -> Table:
-    """The table of centroid logits [C, M], float32 or float64. Not differentiable: the autograd Functions are."""
-    table = _plain.table_of(centroid_logits, options, backend)
+def table_of(centroid_logits: Tensor, options: Options, backend: str, prior: Tensor | None = None) -> Table:
+    """The table of centroid logits [C K, M], float32 or float64. Not differentiable: the autograd Functions are.
+
+    `prior` [C] float64.
+    """
+    own = options.centroids_per_class
+    if own > 1:
+        centroid_logits = _in_sets(centroid_logits, own)
+        prior = None if prior is None else prior.repeat(own) / own
+    table = _plain.table_of(centroid_logits, options, backend, prior)
     return Table(*table, *_ops.operators(backend).focus_table(*table, options.centroid_to_sample))
 
 
-class Rows(NamedTuple):
-    """What the backward passes need to know of a batch; the last three where the forward pass was to make them."""
+def _in_sets(rows: Tensor, own: int) -> Tensor:
+    """Rows [C K, M], those of a class adjacent, as K sets: the first of every class, then the second, ..."""
+    return rows.unflatten(0, (-1, own)).transpose(0, 1).flatten(0, 1)
 
-    stats: Tensor  # [B, 7] float64, those of the operators; all_mean is that to the row's own mixture
+
+def _sets(centroids: int, own: int) -> list[slice]:
+    """The rows of each set, of `centroids` in all."""
+    size = centroids // own
+    return [slice(first, first + size) for first in range(0, centroids, size)]
+
+
+class Rows(NamedTuple):
+    """What the backward passes need to know of a batch; each but the first two where the forward pass was to make it.
+
+    The last two with several centroids a class only.
+    """
+
+    stats: Tensor  # [B, 8] float64, those of the operators; all_mean is that to the row's own mixture
     coefficients: Tensor | None  # [B, 4] float64; None where there are only terms
     mixture: Tensor | None = None  # [B, M] of log q, for centroid_to_sample of q
-    class_weights: Tensor | None = None  # [C, 2] float64 and
-    weighted: Tensor | None = None  # [C, M], as the operator centroid_grad takes them
+    class_weights: Tensor | None = None  # [R, 2] float64 and
+    weighted: Tensor | None = None  # [R, M], as the operator centroid_grad takes them
+    own_mixture: Tensor | None = None  # [B, M] of log a of the centroids of the own class
+    own_weights: Tensor | None = None  # [B, K] float64, theirs in it
 
 
 def forward(input: Tensor, centroid_logits: Tensor, problem: Problem, wanted: tuple[bool, bool]) -> _plain.Found:
     """As :func:`_plain.forward`."""
     options = problem.options
     if problem.table is None:
-        problem = problem._replace(table=table_of(centroid_logits, options, problem.backend))
+        table = table_of(centroid_logits, options, problem.backend, problem.class_prior)
+        problem = problem._replace(table=table)
     products = _Products(input, problem)
     # One upstream gradient is a factor that all rows have in common; several are waited for.
     summed = wanted[1] and options.reduction != "none"
@@ -83,11 +117,22 @@ class _Products:
 
     def __init__(self, input: Tensor, problem: Problem) -> None:
         self.input, self.problem = input, problem
-        target, center, _, options, backend, table, *_ = problem
+        target, _, _, options, backend, table, *_ = problem
         self.operators = _ops.operators(backend)
-        self.values, self.stats = self.operators.terms(
-            input, target, center, *table[:4], *options.features, options.ignore_index
-        )
+        self.own_weights: Tensor | None = None
+        if options.centroids_per_class == 1:
+            self.values, self.stats = self._terms(_schema.Table(*table[:4]))
+        else:
+            self.sets = _sets(len(table.relative), options.centroids_per_class)
+            each = [self._terms(table.of_set(which)) for which in self.sets]
+            divergences = torch.stack([values[0] for values, _ in each], dim=1)
+            own_means = torch.stack([stats[:, OWN_MEAN] for _, stats in each], dim=1)
+            weights = reference.weights_by_nearness(divergences, options.centroid_focus, torch.ones_like(divergences))
+            weights = torch.where((target != options.ignore_index)[:, None], weights, 0)
+            self.values, self.stats = each[0]
+            self.values[0] = (weights * divergences).sum(dim=1)
+            self.stats[:, OWN_MEAN] = (weights * own_means).sum(dim=1)
+            self.own_weights = weights
         self.tiles = [slice(None)]
         if not torch.compiler.is_compiling():  # a loop would be for one size of batch
             count, size = len(input), tile_rows(len(table.relative))
@@ -95,6 +140,13 @@ class _Products:
                 self.tiles = [slice(first, first + size) for first in range(0, count, size)]
         self._reduced: _plain.Reduced | None = None
         self._factors: list[Tensor] = []
+
+    def _terms(self, table: _schema.Table) -> tuple[Tensor, Tensor]:
+        target, center, _, options, *_ = self.problem
+        values, stats = self.operators.terms(
+            self.input, target, center, *table, *options.features, options.ignore_index
+        )
+        return values, stats
 
     @property
     def whole(self) -> bool:
@@ -120,18 +172,30 @@ class _Products:
                 input, to, stats, separation = self.input[tile], target[tile], self.stats[tile], self.values[1, tile]
             x = run.focus_rows(input, to, center, *table[:4], stats, *last)
             weights = x @ classes.T
+            level, focus = table.class_level, options.separation_focus
             run.focus_weights_(
-                weights, separation, stats, to, table.norms, table.class_level, options.separation_focus, *last
+                weights, separation, stats, to, table.norms, level, focus, *last, options.centroids_per_class
             )
             if with_mixture:
                 mixed = self._mixture(weights, None if mixture is None else mixture[tile])
                 mixture = mixed if mixture is None else mixture
             if coefficients_of is not None:
                 if class_weights is None:
-                    class_weights = table.norms.new_zeros((len(classes), CLASS_WEIGHTS))
+                    class_weights = table.norms.new_zeros((len(classes), _schema.CLASS_WEIGHTS))
                 run.focus_sums_(weights, class_weights, stats, coefficients_of(tile), to, *last)
                 weighted = weights.T @ x if weighted is None else weighted.addmm_(weights.T, x)
-        return Rows(self.stats, None, mixture, class_weights, weighted)
+        own_mixture = None
+        if with_mixture and self.own_weights is not None:
+            own_mixture = self._own_mixture(self.own_weights)
+        return Rows(self.stats, None, mixture, class_weights, weighted, own_mixture, self.own_weights)
+
+    def _own_mixture(self, weights: Tensor) -> Tensor:
+        """Of log a of the centroids of the own class, [B, M]: what the operator input_grad takes as row_own."""
+        target, _, _, options, _, table, *_ = self.problem
+        first = target.masked_fill(target == options.ignore_index, 0)  # whose weights are 0
+        index = torch.stack([first + which.start for which in self.sets], dim=1)
+        log_activation = table.log_activation
+        return F.embedding_bag(index, log_activation, per_sample_weights=weights.to(log_activation.dtype), mode="sum")
 
     def _mixture(self, weights: Tensor, out: Tensor | None) -> Tensor:
         """Of the classes by their weights, [rows, M]: what the operator input_grad takes as row_reference."""
@@ -170,7 +234,7 @@ class _Products:
 def input_grad(input: Tensor, problem: Problem, rows: Rows, upstream: Tensor | None) -> Tensor:
     """As :func:`_plain.input_grad`."""
     target, center, _, options, backend, table, *_ = problem
-    last = options.centroid_to_sample, options.ignore_index, rows.mixture
+    last = options.centroid_to_sample, options.ignore_index, rows.mixture, rows.own_mixture
     run = _ops.operators(backend).input_grad
     return run(input, target, center, *table[:4], rows.stats, rows.coefficients, upstream, *last)
 
@@ -190,13 +254,31 @@ def centroid_grad(
         by_row = coefficients
         again = _Products(input, problem).run(False, lambda tile: by_row[tile])
         rows = rows._replace(class_weights=again.class_weights, weighted=again.weighted)
-    last = options.centroid_to_sample, options.ignore_index, None, rows.class_weights, rows.weighted
+    assert rows.class_weights is not None
+    assert rows.weighted is not None
+    own, batch = options.centroids_per_class, (input, target, center)
+    last = options.centroid_to_sample, options.ignore_index, None
     run = _ops.operators(backend).centroid_grad
-    return run(input, target, center, centroid_logits, *table[:4], rows.stats, coefficients, upstream, *last)
+    if own == 1:
+        its_table, of_rows = table[:4], (rows.stats, coefficients, upstream)
+        return run(*batch, centroid_logits, *its_table, *of_rows, *last, rows.class_weights, rows.weighted)
+    assert coefficients is not None
+    assert rows.own_weights is not None
+    grads = []
+    for number, which in enumerate(_sets(len(centroid_logits), own)):
+        of_rows = rows.stats, coefficients * rows.own_weights[:, number, None], upstream
+        sums = rows.class_weights[which], rows.weighted[which]
+        grads.append(run(*batch, centroid_logits[number::own], *table.of_set(which), *of_rows, *last, *sums))
+    return torch.stack(grads, dim=1).flatten(0, 1)
 
 
 def centroid_step_(
-    input: Tensor, centroid_logits: Tensor, problem: Problem, rows: Rows, momentum_buffer: Tensor | None, sgd: SGD
+    input: Tensor,
+    centroid_logits: Tensor,
+    problem: Problem,
+    rows: Rows,
+    momentum_buffer: Tensor | None,
+    sgd: _schema.SGD,
 ) -> Table:
     """As :func:`_plain.centroid_step_`."""
     target, center, _, options, backend, table, *_ = problem

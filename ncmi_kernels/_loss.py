@@ -25,7 +25,7 @@ class _Loss(torch.autograd.Function):
         compiling = torch.compiler.is_compiling()
         wanted = ctx.needs_input_grad
         found = way_of(options, shards).forward(input, centroid_logits, problem, (wanted[0], wanted[1] or with_rows))
-        batch = input, problem.target, problem.weight
+        batch = input, problem.target, problem.weight, problem.class_prior
         save(ctx, found.center, centroid_logits, *batch, found.grad, *found.rows, *found.table)
         ctx.options, ctx.backend, ctx.group, ctx.shards = options, problem.backend, problem.group, shards
         ctx.spent = False  # whether a backward pass has taken over the gradient that the forward pass made
@@ -43,9 +43,9 @@ class _Loss(torch.autograd.Function):
             return None, None, None, None
         options, group, shards = ctx.options, ctx.group, ctx.shards
         way = way_of(options, shards)
-        (center, centroid_logits, input, target, weight, grad, *kept), repeated = saved(ctx)
+        (center, centroid_logits, input, target, weight, prior, grad, *kept), repeated = saved(ctx)
         rows, table = restored(way, kept)
-        problem = Problem(target, center, weight, options, ctx.backend, table, group, None, shards)
+        problem = Problem(target, center, weight, options, ctx.backend, table, group, None, shards, prior)
         wanted = ctx.needs_input_grad
         if group is not None:
             reference.refuse_double_backward()
@@ -90,15 +90,17 @@ def loss(input: Tensor, centroid_logits: Tensor, problem: Problem, *, with_rows:
     Raises:
         RuntimeError: with a group within a transform of torch.func, forward mode or torch.jit.trace.
     """
-    target, center, weight, options, backend, _, group, update, shards = problem
+    target, center, weight, options, backend, _, group, update, shards, prior = problem
     if group is not None and (transforming() or forward_mode() or jit_tracing()):
         raise RuntimeError(
             "process_group: got several processes within a torch.func transform, forward-mode derivatives or "
             "torch.jit.trace, expected None: these do not communicate"
         )
     if backend == "reference":
-        check_range(target, len(centroid_logits), options.ignore_index)
-        value, means = reference.loss_and_means(input, target, centroid_logits, center, weight, options, group=group)
+        check_range(target, len(centroid_logits) // options.centroids_per_class, options.ignore_index)
+        value, means = reference.loss_and_means(
+            input, target, centroid_logits, center, weight, options, prior, group=group
+        )
         return Found(value, means)
     if transforming() or jit_tracing():
         assert update is None
@@ -140,7 +142,8 @@ def centroid_gradient(
     else:
         rows, means = known.rows, known.means
         if problem.table is None:
-            problem = problem._replace(table=way.table_of(centroid_logits, problem.options, problem.backend))
+            table = way.table_of(centroid_logits, problem.options, problem.backend, problem.class_prior)
+            problem = problem._replace(table=table)
     grad = way.centroid_grad(input, centroid_logits, problem, rows, None)
     return grad if group is None or problem.shards is not None else group.all_reduce(grad), means
 

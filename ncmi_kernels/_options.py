@@ -44,19 +44,24 @@ class Options:
     eps: float = 1e-8
     separation_focus: float = 0.0
     sharpness: float = 4.0
+    centroids_per_class: int = 1
+    centroid_focus: float = 4.0
 
     softmax: bool = field(init=False, repr=False)
     centroid_to_sample: bool = field(init=False, repr=False)
     batch_ratio: bool = field(init=False, repr=False)
     scalar_by_sample: bool = field(init=False, repr=False)  # by sample, and one number for the batch
+    every_pair: bool = field(init=False, repr=False)  # whether each sample and centroid have a weight
     features: Features = field(init=False, repr=False)
     loss: LossOptions = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("temperature", "eps", "sharpness"):
             object.__setattr__(self, name, check_positive(name, getattr(self, name)))
+        for name in ("separation_focus", "centroid_focus"):
+            object.__setattr__(self, name, check_positive(name, getattr(self, name), zero=True))
         object.__setattr__(
-            self, "separation_focus", check_positive("separation_focus", self.separation_focus, zero=True)
+            self, "centroids_per_class", check_count("centroids_per_class", self.centroids_per_class, least=1)
         )
         for name, choices in (
             ("activation", ACTIVATIONS),
@@ -88,6 +93,7 @@ class Options:
             ("centroid_to_sample", centroid_to_sample),
             ("batch_ratio", batch_ratio),
             ("scalar_by_sample", not batch_ratio and self.reduction != "none"),
+            ("every_pair", self.separation_focus > 0 or self.centroids_per_class > 1),
             ("features", Features(self.temperature, self.l2_normalize, softmax, centroid_to_sample)),
             (
                 "loss",
@@ -104,6 +110,15 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def check_count(name: str, value: Any, *, least: int) -> int:
+    """`value` as an int; raises TypeError or ValueError unless it is an integer of at least `least`."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, expected an integer >= {least}")
+    if value < least:
+        raise ValueError(f"{name}: got {value!r}, expected an integer >= {least}")
+    return int(value)
 
 
 def check_positive(name: str, value: Any, *, zero: bool = False) -> float:

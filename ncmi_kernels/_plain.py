@@ -14,16 +14,19 @@ from ncmi_kernels._problem import Problem
 from ncmi_kernels._schema import SGD, Table
 
 
-def table_of(centroid_logits: Tensor, options: Options, backend: str) -> Table:
-    """The table of centroid logits [C, M], float32 or float64. Not differentiable: the autograd Functions are."""
+def table_of(centroid_logits: Tensor, options: Options, backend: str, prior: Tensor | None = None) -> Table:
+    """The table of centroid logits [C, M], float32 or float64. Not differentiable: the autograd Functions are.
+
+    `prior` [C] float64, as of the operator centroid_stats.
+    """
     stats = _ops.operators(backend).centroid_stats
-    return Table(*stats(centroid_logits.detach(), options.softmax, options.centroid_to_sample))
+    return Table(*stats(centroid_logits.detach(), options.softmax, options.centroid_to_sample, prior))
 
 
 class Rows(NamedTuple):
     """What the backward passes need to know of a batch; outputs of the operator loss."""
 
-    stats: Tensor  # [B, 7] float64
+    stats: Tensor  # [B, 8] float64
     coefficients: Tensor | None  # [B, 4] float64; None where there are only terms
 
 
@@ -40,7 +43,7 @@ class Found(NamedTuple):
 
 def forward(input: Tensor, centroid_logits: Tensor, problem: Problem, wanted: tuple[bool, bool]) -> Found:
     """The loss, and what its backward passes need. `wanted`: whether gradients of input and centroids are to come."""
-    target, center, weight, options, backend, table, group, update, _ = problem
+    target, center, weight, options, backend, table, group, update, *_ = problem
     # By sample the gradient of a row is known once the row is: made in this pass, it needs no second one. Half
     # precisions wait for the upstream gradient, which may be what keeps them from underflow.
     with_grad = (
@@ -51,7 +54,7 @@ def forward(input: Tensor, centroid_logits: Tensor, problem: Problem, wanted: tu
         and not torch.compiler.is_compiling()
     )
     if table is None:
-        table = table_of(centroid_logits, options, backend)
+        table = table_of(centroid_logits, options, backend, problem.class_prior)
     run = _ops.operators(backend)
     if group is not None:
         terms, stats = run.terms(input, target, center, *table, *options.features, options.ignore_index)
@@ -87,11 +90,11 @@ class Reduced(NamedTuple):
 
 
 def reduce(terms: Tensor, stats: Tensor, problem: Problem) -> Reduced:
-    """The loss of terms [2, B] and statistics [B, 7]; with a group, of the rows of all its processes."""
+    """The loss of terms [2, B] and statistics [B, 8]; with a group, of the rows of all its processes."""
     target, _, weight, options, backend, _, group, *_ = problem
     run = _ops.operators(backend).reduce
     batch = terms, stats, target, weight
-    how = options.centroid_to_sample, options.separation_focus > 0
+    how = options.centroid_to_sample, options.every_pair
     loss, coefficients, means, sums = run(*batch, None, *how, *options.loss)
     if group is not None:
         loss, coefficients, means, _ = run(*batch, group.all_reduce(sums), *how, *options.loss)

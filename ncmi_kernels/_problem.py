@@ -24,6 +24,7 @@ class Problem(NamedTuple):
     group: Group | None = None  # whose batches share the loss
     center_update: CenterUpdate | None = None  # moves `center`, a running one, before it is used
     shards: Any = None  # how the classes are shared out over the group (sharded.Shards); None where all are here
+    class_prior: Tensor | None = None  # [C] float64, of sum 1
 
 
 def problem_of(
@@ -37,11 +38,16 @@ def problem_of(
     table: Any = None,
     group: Group | None = None,
     center_update: CenterUpdate | None = None,
+    class_prior: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Problem]:
-    """Checked arguments as the loss takes them: features [N, M], centroid logits [C, M], and the rest."""
+    """Checked arguments as the loss takes them: features [N, M], centroid logits [C K, M], and the rest."""
     rows, classes = flatten(input, target)
     rows, centroid_logits, center, weight = to_arithmetic_dtype(rows, centroid_logits, center, weight)
-    return rows, centroid_logits, Problem(classes, center, weight, options, backend, table, group, center_update)
+    if class_prior is not None:
+        prior = _as_constant(class_prior, torch.float64)
+        class_prior = prior / prior.sum()  # what rounding has left
+    problem = Problem(classes, center, weight, options, backend, table, group, center_update, None, class_prior)
+    return rows, centroid_logits, problem
 
 
 def flatten(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,14 +87,20 @@ def _as_constant(vector: Tensor, dtype: torch.dtype) -> Tensor:
     return vector
 
 
-def check_parameters(centroid_logits: Tensor, center: Tensor | None, weight: Tensor | None) -> None:
+def check_parameters(
+    centroid_logits: Tensor,
+    center: Tensor | None,
+    weight: Tensor | None,
+    class_prior: Tensor | None,
+    centroids_per_class: int,
+) -> None:
     """Raise the errors that :func:`ncmi_loss` documents for these."""
     check_floating("centroid_logits", centroid_logits)
-    if centroid_logits.dim() != 2 or min(centroid_logits.shape) < 2:
-        raise ValueError(
-            f"centroid_logits: got shape {tuple(centroid_logits.shape)}, expected [C, M] with C >= 2 classes and M >= 2"
-        )
-    classes, columns = centroid_logits.shape
+    shape, own = tuple(centroid_logits.shape), centroids_per_class
+    if len(shape) != 2 or shape[0] < 2 * own or shape[0] % own or shape[1] < 2:
+        rows = "[C, M]" if own == 1 else f"[{own} C, M], centroids_per_class rows for each class,"
+        raise ValueError(f"centroid_logits: got shape {shape}, expected {rows} with C >= 2 classes and M >= 2")
+    classes, columns = shape[0] // own, shape[1]
     if center is not None:
         check_floating("center", center)
         check_vector("center", center, columns, centroid_logits)
@@ -96,6 +108,23 @@ def check_parameters(centroid_logits: Tensor, center: Tensor | None, weight: Ten
         check_floating("weight", weight)
         check_vector("weight", weight, classes, centroid_logits)
         check_constant("weight", weight)
+    if class_prior is not None:
+        check_prior(class_prior, classes, centroid_logits)
+
+
+def check_prior(class_prior: Tensor, classes: int, like: Tensor) -> None:
+    """Raise the errors that :func:`ncmi_loss` documents for this."""
+    check_floating("class_prior", class_prior)
+    check_vector("class_prior", class_prior, classes, like)
+    check_constant("class_prior", class_prior)
+    prior = class_prior.detach()
+    total = prior.sum(dtype=torch.float64)
+    wrong = (prior < 0).any() | ~((total - 1).abs() <= max(1e-4, 4 * torch.finfo(prior.dtype).eps))
+    expected = "expected numbers >= 0 whose sum is 1, such as counts / counts.sum()"
+    if wrong.device.type != "cpu" or not concrete(wrong):
+        torch._assert_async(~wrong, f"class_prior: got a negative number, or another sum; {expected}")
+    elif wrong:
+        raise ValueError(f"class_prior: got a minimum of {prior.min():.4g} and a sum of {total:.6g}, {expected}")
 
 
 def check_vector(name: str, vector: Tensor, size: int, like: Tensor) -> None:

@@ -17,7 +17,7 @@ def way_of(options: Options, shards: Any = None) -> Any:
     """What has `forward`, `input_grad` and `centroid_grad`, and their `Rows` and `Table`, for these options."""
     if shards is not None:
         return shards
-    return _focus if options.separation_focus else _plain
+    return _focus if options.every_pair else _plain
 
 
 class _Terms(torch.autograd.Function):
@@ -25,23 +25,23 @@ class _Terms(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, centroid_logits: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
-        options = problem.options
+        options, prior = problem.options, problem.class_prior
         way = way_of(options)
-        table = way.table_of(centroid_logits, options, problem.backend)
+        table = way.table_of(centroid_logits, options, problem.backend, prior)
         problem = problem._replace(table=table)
         values, rows = way.terms(input, problem, ctx.needs_input_grad[0])
-        save(ctx, problem.center, centroid_logits, input, problem.target, *rows, *table)
+        save(ctx, problem.center, centroid_logits, input, problem.target, prior, *rows, *table)
         ctx.options, ctx.backend = options, problem.backend
         dtype = centroid_logits.dtype
         return values[0].to(dtype, copy=True), values[1].to(dtype, copy=True)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (center, centroid_logits, input, target, *kept), repeated = saved(ctx)
+        (center, centroid_logits, input, target, prior, *kept), repeated = saved(ctx)
         options, backend = ctx.options, ctx.backend
         way = way_of(options)
         rows, table = restored(way, kept)
-        problem = Problem(target, center, None, options, backend, table)
+        problem = Problem(target, center, None, options, backend, table, class_prior=prior)
         wanted = ctx.needs_input_grad[:2]
         if plain_backward(*upstream):
             if repeated:
@@ -52,17 +52,18 @@ class _Terms(torch.autograd.Function):
                 way.centroid_grad(input, centroid_logits, problem, rows, None) if wanted[1] else None,
                 None,
             )
-        if options.separation_focus:
+        if options.every_pair:
             grads = grads_by_autograd(
-                lambda: reference.terms(input, target, centroid_logits, center, options),
+                lambda: reference.terms(input, target, centroid_logits, center, options, prior),
                 (input, centroid_logits),
                 wanted,
                 upstream,
             )
         elif forward_mode() or mapped_backward(*upstream):
-            grads = _pull_by_reference(input, target, centroid_logits, center, options, upstream)
+            grads = _pull_by_reference(input, target, centroid_logits, center, prior, options, upstream)
         else:
-            grads = _TermsGrad.apply(*upstream, input, target, centroid_logits, center, options, backend, wanted)
+            batch = input, target, centroid_logits, center, prior
+            grads = _TermsGrad.apply(*upstream, *batch, options, backend, wanted)
         return *grads, None
 
 
@@ -72,7 +73,7 @@ def coefficients_of(stats: Tensor, upstream: tuple[Tensor, ...], options: Option
     own_mean, all_mean = stats[:, OWN_MEAN], stats[:, ALL_MEAN]
     own_prior = stats[:, OWN_PRIOR]
     other, share = by_separation, by_separation * own_prior
-    if options.separation_focus:
+    if options.every_pair:
         other, share = by_separation * (1 - own_prior), torch.zeros_like(share)
     if options.centroid_to_sample:
         own, constant = by_concentration, by_concentration * own_mean
@@ -123,11 +124,14 @@ def _pull_by_reference(
     target: Tensor,
     centroid_logits: Tensor,
     center: Tensor | None,
+    prior: Tensor | None,
     options: Options,
     upstream: tuple[Tensor, ...],
 ) -> tuple[Tensor, Tensor]:
     """The gradients of input and centroid logits for those of the terms, differentiable and mappable in every way."""
-    pull: Any = torch.func.vjp(lambda z, xi: reference.terms(z, target, xi, center, options), input, centroid_logits)[1]
+    pull: Any = torch.func.vjp(
+        lambda z, xi: reference.terms(z, target, xi, center, options, prior), input, centroid_logits
+    )[1]
     return pull(upstream)
 
 
@@ -136,9 +140,15 @@ class _TransformableTerms(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        input: Tensor, target: Tensor, centroid_logits: Tensor, center: Tensor | None, options: Options, backend: str
+        input: Tensor,
+        target: Tensor,
+        centroid_logits: Tensor,
+        center: Tensor | None,
+        prior: Tensor | None,
+        options: Options,
+        backend: str,
     ) -> tuple[Tensor, Tensor]:
-        table = _plain.table_of(centroid_logits, options, backend)
+        table = _plain.table_of(centroid_logits, options, backend, prior)
         values, _ = _ops.operators(backend).terms(
             input, target, center, *table, *options.features, options.ignore_index
         )
@@ -147,26 +157,26 @@ class _TransformableTerms(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:4])
-        ctx.options, ctx.backend = inputs[4:]
+        ctx.save_for_backward(*inputs[:5])
+        ctx.options, ctx.backend = inputs[5:]
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        input, target, centroid_logits, center = ctx.saved_tensors
+        input, target, centroid_logits, center, prior = ctx.saved_tensors
         wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
         if forward_mode() or mapped_backward(*upstream):
             grad_input, grad_centroids = _pull_by_reference(
-                input, target, centroid_logits, center, ctx.options, upstream
+                input, target, centroid_logits, center, prior, ctx.options, upstream
             )
         else:
             grad_input, grad_centroids = _TermsGrad.apply(
-                *upstream, input, target, centroid_logits, center, ctx.options, ctx.backend, wanted
+                *upstream, input, target, centroid_logits, center, prior, ctx.options, ctx.backend, wanted
             )
-        return grad_input, None, grad_centroids, None, None, None
+        return grad_input, None, grad_centroids, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        one_batch = in_dims[2] is None and in_dims[3] is None
+        one_batch = all(dim is None for dim in in_dims[2:5])
         return _map_slices(_TransformableTerms, info, in_dims, args, 2, one_batch)
 
 
@@ -181,11 +191,13 @@ class _TermsGrad(torch.autograd.Function):
         target: Tensor,
         centroid_logits: Tensor,
         center: Tensor | None,
+        prior: Tensor | None,
         options: Options,
         backend: str,
         wanted: tuple[bool, bool],
     ) -> tuple[Tensor | None, Tensor | None]:
-        problem = Problem(target, center, None, options, backend, _plain.table_of(centroid_logits, options, backend))
+        table = _plain.table_of(centroid_logits, options, backend, prior)
+        problem = Problem(target, center, None, options, backend, table)
         stats = _plain.terms(input, problem)[1].stats
         upstream = upstream_concentration, upstream_separation
         rows = _plain.Rows(stats, coefficients_of(stats, upstream, options))
@@ -196,49 +208,51 @@ class _TermsGrad(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, Tensor | None]) -> None:
-        ctx.save_for_backward(*inputs[:6])
-        ctx.options, ctx.wanted = inputs[6], inputs[8]
+        ctx.save_for_backward(*inputs[:7])
+        ctx.options, ctx.wanted = inputs[7], inputs[9]
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        concentration, separation, input, target, centroid_logits, center = ctx.saved_tensors
+        concentration, separation, input, target, centroid_logits, center, prior = ctx.saved_tensors
 
         def grads(concentration: Tensor, separation: Tensor, input: Tensor, centroid_logits: Tensor) -> Any:
             upstream_of_terms = concentration, separation
-            both = _pull_by_reference(input, target, centroid_logits, center, ctx.options, upstream_of_terms)
+            both = _pull_by_reference(input, target, centroid_logits, center, prior, ctx.options, upstream_of_terms)
             return tuple(grad for grad, is_wanted in zip(both, ctx.wanted, strict=True) if is_wanted)
 
         pull: Any = torch.func.vjp(grads, concentration, separation, input, centroid_logits)[1]
         grad_concentration, grad_separation, grad_input, grad_centroids = pull(
             tuple(grad for grad, is_wanted in zip(upstream, ctx.wanted, strict=True) if is_wanted)
         )
-        return grad_concentration, grad_separation, grad_input, None, grad_centroids, None, None, None, None
+        return grad_concentration, grad_separation, grad_input, None, grad_centroids, None, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        one_batch = in_dims[4] is None and in_dims[5] is None and not args[-1][1]
+        one_batch = all(dim is None for dim in in_dims[4:7]) and not args[-1][1]
         return _map_slices(_TermsGrad, info, in_dims, args, 4, one_batch)
 
 
 def transformable_loss(input: Tensor, centroid_logits: Tensor, problem: Problem, by_reference: bool = False) -> Tensor:
-    """The loss for a transform of torch.func, or to be differentiated more than once; of a focus by the reference."""
+    """The loss for a transform of torch.func, or to be differentiated more than once; with every pair by the reference."""
     target, center, weight, options, backend, *_ = problem
-    if by_reference or forward_mode() or options.separation_focus:
-        return reference.loss(input, target, centroid_logits, center, weight, options)
+    prior = problem.class_prior
+    if by_reference or forward_mode() or options.every_pair:
+        return reference.loss(input, target, centroid_logits, center, weight, options, prior)
     kept = target != options.ignore_index
     classes = target.masked_fill(~kept, 0)
     # An ignored row may hold NaN, which zero times anything would keep.
     input = torch.where(kept[:, None], input, 0)
-    concentration, separation = _TransformableTerms.apply(input, classes, centroid_logits, center, options, backend)
+    batch = input, classes, centroid_logits, center, prior
+    concentration, separation = _TransformableTerms.apply(*batch, options, backend)
     return reference.reduce(*reference.weigh(concentration, separation, kept, classes, weight), options)[0]
 
 
 def terms(input: Tensor, centroid_logits: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
     """Concentration [B] and separation [B] of [B, M] features, of which none is ignored."""
     target, center, _, options, backend, *_ = problem
-    focus = options.separation_focus
-    if backend == "reference" or (focus and (transforming() or jit_tracing())):
-        return reference.terms(input, target, centroid_logits, center, options)
+    prior = problem.class_prior
+    if backend == "reference" or (options.every_pair and (transforming() or jit_tracing())):
+        return reference.terms(input, target, centroid_logits, center, options, prior)
     if transforming():
-        return _TransformableTerms.apply(input, target, centroid_logits, center, options, backend)
+        return _TransformableTerms.apply(input, target, centroid_logits, center, prior, options, backend)
     return apply(_Terms, input, centroid_logits, problem)

@@ -41,6 +41,9 @@ def ncmi_loss(
     eps: float = 1e-8,
     separation_focus: float = 0.0,
     sharpness: float = 4.0,
+    class_prior: Tensor | None = None,
+    centroids_per_class: int = 1,
+    centroid_focus: float = 4.0,
     backend: str | None = None,
 ) -> Tensor:
     r"""Normalized conditional mutual information of a batch, the ratio CMI / Gamma (arXiv 2601.02543).
@@ -65,7 +68,8 @@ def ncmi_loss(
     Args:
         input: features or logits, [B, M], [M] or [B, M, d1, ...]; float32, float64, bfloat16 or float16.
         target: class indices, int64 or uint8, [B], [] or [B, d1, ...], each in [0, C) or `ignore_index`.
-        centroid_logits: [C, M], C >= 2, M >= 2; a floating dtype. Differentiable, as `input` is.
+        centroid_logits: [C, M], C >= 2, M >= 2; a floating dtype. Differentiable, as `input` is. [C K, M] with K
+            `centroids_per_class`, those of a class adjacent.
         center: [M], subtracted from the features; never differentiated.
         temperature: divides the features; > 0.
         l2_normalize: divide each centred feature vector by max(its length, 1e-12) first.
@@ -91,6 +95,20 @@ def ncmi_loss(
             tiles of rows (in torch.compile of the whole batch). Of these products sums are in the type of the
             arithmetic, and the same bits every time are as far as torch.mm gives them.
         sharpness: of the soft margin; > 0.
+        class_prior: [C], how often each class occurs, numbers >= 0 of sum 1, for long-tailed data; None for 1 / C. The
+            other classes then count by it in the separation, the sum over v != y_i of prior_v D_iv. With a focus
+            w_i is proportional to prior_v exp(...), and 1 - prior_{y_i} is in the place of (C - 1) / C. Not
+            differentiable.
+        centroids_per_class: K >= 1. With several, D_iv is that from each of them, and those of a class share its
+            prior. The concentration is
+
+            .. math::
+                A_i = \sum_k w'_{ik} \mathrm{KL}(p_i \| q_k), \qquad
+                w'_i = \text{softmax}_k(-\text{centroid\_focus} \, \mathrm{KL}(p_i \| q_k) / \min_j
+                \mathrm{KL}(p_i \| q_j))
+
+            over those of the own class, where w' is not differentiated. Costs matrix products, as the focus does.
+        centroid_focus: >= 0; the larger, the more a sample belongs to the nearest centroid of its class alone.
         backend: None for the fastest that can run, or one by name: "cpu" (C++), "cuda" (CUDA C++), "triton" or
             "reference" (PyTorch).
 
@@ -123,12 +141,15 @@ def ncmi_loss(
         eps,
         separation_focus,
         sharpness,
+        centroids_per_class,
+        centroid_focus,
     )
     warn_if_degenerate(options)
-    check_parameters(centroid_logits, center, weight)
+    check_parameters(centroid_logits, center, weight, class_prior, options.centroids_per_class)
     check_batch(input, target, centroid_logits)
     resolved = _backends.resolve(backend, input)
-    result = _loss.loss(*problem_of(input, target, centroid_logits, center, weight, options, resolved)).loss
+    problem = problem_of(input, target, centroid_logits, center, weight, options, resolved, class_prior=class_prior)
+    result = _loss.loss(*problem).loss
     return result.reshape(target.shape) if options.reduction == "none" else result
 
 
@@ -143,6 +164,9 @@ def ncmi_terms(
     activation: str = "nsf",
     separation: str = "sample_to_centroid",
     separation_focus: float = 0.0,
+    class_prior: Tensor | None = None,
+    centroids_per_class: int = 1,
+    centroid_focus: float = 4.0,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The two terms of :func:`ncmi_loss` by sample, to be combined otherwise; both are differentiable.
@@ -150,13 +174,16 @@ def ncmi_terms(
     Args:
         input: as in :func:`ncmi_loss`, and so are all others.
         target: every one a class: there is no ignore_index here.
-        centroid_logits: [C, M].
+        centroid_logits: [C, M], or [C K, M].
         center: [M] or None.
         temperature: > 0.
         l2_normalize: divide the centred features by their length.
         activation: "nsf" or "softmax".
         separation: "sample_to_centroid" or "centroid_to_sample".
         separation_focus: >= 0.
+        class_prior: [C] or None.
+        centroids_per_class: K >= 1.
+        centroid_focus: >= 0.
         backend: None, "cpu", "cuda", "triton" or "reference".
 
     Returns:
@@ -179,12 +206,16 @@ def ncmi_terms(
         separation,
         ignore_index=_NOTHING_IGNORED,
         separation_focus=separation_focus,
+        centroids_per_class=centroids_per_class,
+        centroid_focus=centroid_focus,
     )
-    check_parameters(centroid_logits, center, None)
+    check_parameters(centroid_logits, center, None, class_prior, options.centroids_per_class)
     check_batch(input, target, centroid_logits)
     resolved = _backends.resolve(backend, input)
-    rows, logits, problem = problem_of(input, target, centroid_logits, center, None, options, resolved)
-    check_range(problem.target, len(logits), None)
+    rows, logits, problem = problem_of(
+        input, target, centroid_logits, center, None, options, resolved, class_prior=class_prior
+    )
+    check_range(problem.target, len(logits) // options.centroids_per_class, None)
     concentration, separated = _terms.terms(rows, logits, problem)
     return concentration.reshape(target.shape), separated.reshape(target.shape)
 

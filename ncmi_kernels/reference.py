@@ -61,48 +61,78 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def literal_terms(
-    log_p: Tensor, target: Tensor, log_q: Tensor, separation: str, focus: float = 0.0
+    log_p: Tensor, target: Tensor, log_q: Tensor, options: Options, class_prior: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Concentration and separation as they are defined.
 
         A_i = KL(p_i || q_{y_i})
-        G_i = (1 / C) sum over v != y_i of KL(p_i || q_v)    "sample_to_centroid"
-                                        or KL(q_v || p_i)    "centroid_to_sample"
+        G_i = sum over v != y_i of prior_v KL(p_i || q_v)    "sample_to_centroid"
+                                or prior_v KL(q_v || p_i)    "centroid_to_sample"
 
     Args:
         log_p: [B, M] log-probabilities of the samples.
         target: [B] classes, int64.
-        log_q: [C, M] log-probabilities of the centroids.
-        separation: which divergence.
-        focus: above 0 near classes count for more: :func:`mean_of_other_classes`.
+        log_q: [C K, M] log-probabilities of the centroids, those of a class adjacent.
+        options: which divergence, and how several centroids and near classes are weighed: :func:`concentration_of` and
+            :func:`separation_of`.
+        class_prior: [C] of sum 1; None for 1 / C each.
 
     Returns:
         A [B] and G [B].
     """
-    samples = log_p[:, None, :].expand(-1, len(log_q), -1)  # [B, C, M]
+    samples = log_p[:, None, :].expand(-1, len(log_q), -1)  # [B, C K, M]
     centroids = log_q[None, :, :].expand_as(samples)
-    concentration = kl_divergence(log_p, log_q.index_select(0, target))
-    if separation == "sample_to_centroid":
-        divergence = kl_divergence(samples, centroids)  # [B, C]
+    if options.separation == "sample_to_centroid":
+        divergence = kl_divergence(samples, centroids)  # [B, C K]
     else:
         divergence = kl_divergence(centroids, samples)
-    return concentration, mean_of_other_classes(divergence, target, focus)
+    return (
+        concentration_of(log_p, target, log_q, options),
+        separation_of(divergence, target, options, class_prior),
+    )
 
 
-def mean_of_other_classes(divergence: Tensor, target: Tensor, focus: float) -> Tensor:
-    """G [B] from the divergences [B, C]: the sum over the other classes, each 1 / C, or weighed by nearness.
+def concentration_of(log_p: Tensor, target: Tensor, log_q: Tensor, options: Options) -> Tensor:
+    """A [B]: the divergence from the own centroid, or from those of the own class by :func:`weights_by_nearness`."""
+    if options.centroids_per_class == 1:
+        return kl_divergence(log_p, log_q.index_select(0, target))
+    own = log_q.unflatten(0, (-1, options.centroids_per_class)).index_select(0, target)  # [B, K, M]
+    divergence = kl_divergence(log_p[:, None, :], own)
+    weights = weights_by_nearness(divergence, options.centroid_focus, torch.ones_like(divergence))
+    return (weights * divergence).sum(dim=1)
 
-    With focus > 0 the weights are (C - 1) / C softmax_v(-focus D_iv / min_u D_iu) over v, u != y_i: they add up to what
-    equal ones do. They are not differentiated; if they were, a sample could raise G by looking at far classes.
+
+def separation_of(divergence: Tensor, target: Tensor, options: Options, class_prior: Tensor | None = None) -> Tensor:
+    """G [B] from the divergences [B, C K]: the sum over the other classes by their priors, or by nearness as well.
+
+    The centroids of a class share its prior. With a focus they have :func:`weights_by_nearness`, times what the priors
+    of the other classes add up to.
     """
-    classes = divergence.shape[1]
-    own = target[:, None] == torch.arange(classes, device=target.device)  # one_hot would ask for values
-    if focus == 0:
-        return divergence.masked_fill(own, 0).sum(dim=1) / classes
-    distance = divergence.detach().masked_fill(own, torch.inf)
-    nearest = distance.amin(dim=1, keepdim=True).clamp(min=torch.finfo(divergence.dtype).tiny)
-    weight = torch.softmax(-focus * (distance / nearest), dim=1)
-    return (weight * divergence.masked_fill(own, 0)).sum(dim=1) * ((classes - 1) / classes)
+    count, own_count = divergence.shape[1], options.centroids_per_class
+    own = target[:, None] == torch.arange(count, device=target.device) // own_count  # one_hot would ask for values
+    if class_prior is None:
+        prior = divergence.new_full((count,), 1 / count)
+    else:
+        prior = class_prior.to(divergence.dtype).repeat_interleave(own_count) / own_count
+    weights = others = torch.where(own, 0, prior)
+    if options.separation_focus:
+        weights = weights_by_nearness(divergence, options.separation_focus, others) * others.sum(dim=1, keepdim=True)
+    return (weights * divergence.masked_fill(others == 0, 0)).sum(dim=1)
+
+
+def weights_by_nearness(divergence: Tensor, focus: float, prior: Tensor) -> Tensor:
+    """prior exp(-focus D_iv / min_u D_iu) over each row of divergences [B, R], made to sum to 1; both take prior > 0.
+
+    They are not differentiated; if they were, a sample could raise its separation by looking at far classes.
+    """
+    distance = divergence.detach()
+    weights = prior
+    if focus:
+        nearest = distance.masked_fill(prior == 0, torch.inf).amin(dim=1, keepdim=True)
+        nearest = nearest.clamp(min=torch.finfo(divergence.dtype).tiny)
+        weights = prior * torch.exp(-focus * ((distance - nearest).clamp(min=0) / nearest))
+    total = weights.sum(dim=1, keepdim=True)
+    return weights / total.masked_fill(total == 0, 1)  # where no class counts, nor does any weight
 
 
 def divergences(log_p: Tensor, log_q: Tensor, separation: str) -> Tensor:
@@ -122,25 +152,29 @@ def divergences(log_p: Tensor, log_q: Tensor, separation: str) -> Tensor:
 
 
 def collapsed_terms(
-    log_p: Tensor, target: Tensor, log_q: Tensor, separation: str, focus: float = 0.0
+    log_p: Tensor, target: Tensor, log_q: Tensor, options: Options, class_prior: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """:func:`literal_terms` in O((B + C) M): the sums over samples and classes factorise.
 
-    sample_to_centroid: G_i = sum_k p_k (log p_k - mean_c log q_ck) - A_i / C
-    centroid_to_sample: G_i = mean_c sum_k q_ck log q_ck - sum_k mean_c q_ck log p_k - KL(q_{y_i} || p_i) / C
+    With means over the classes by their priors:
 
-    With focus > 0 they do not: O(B C M) operations then, but still no [B, C, M].
+    sample_to_centroid: G_i = sum_k p_k (log p_k - mean_c log q_ck) - prior_{y_i} A_i
+    centroid_to_sample: G_i = mean_c sum_k q_ck log q_ck - sum_k mean_c q_ck log p_k - prior_{y_i} KL(q_{y_i} || p_i)
+
+    With weights for every sample and centroid they do not: O(B C M) operations then, but still no [B, C, M].
     """
-    own_log_q = log_q.index_select(0, target)
-    concentration = kl_divergence(log_p, own_log_q)
-    if focus:
-        return concentration, mean_of_other_classes(divergences(log_p, log_q, separation), target, focus)
-    if separation == "sample_to_centroid":
-        return concentration, kl_divergence(log_p, log_q.mean(dim=0)) - concentration / len(log_q)
-    q = log_q.exp()
-    mean_negative_entropy = (q * log_q).sum() / len(log_q)
-    every_class = mean_negative_entropy - (log_p * q.mean(dim=0)).sum(dim=-1)
-    return concentration, every_class - kl_divergence(own_log_q, log_p) / len(log_q)
+    concentration = concentration_of(log_p, target, log_q, options)
+    if options.every_pair:
+        divergence = divergences(log_p, log_q, options.separation)
+        return concentration, separation_of(divergence, target, options, class_prior)
+    prior = log_q.new_full((len(log_q),), 1 / len(log_q)) if class_prior is None else class_prior.to(log_q.dtype)
+    own_prior = prior.index_select(0, target)
+    if options.separation == "sample_to_centroid":
+        mean_log_q = (prior[:, None] * log_q).sum(dim=0)
+        return concentration, kl_divergence(log_p, mean_log_q) - own_prior * concentration
+    q = prior[:, None] * log_q.exp()
+    every_class = (q * log_q).sum() - (log_p * q.sum(dim=0)).sum(dim=-1)
+    return concentration, every_class - own_prior * kl_divergence(log_q.index_select(0, target), log_p)
 
 
 def terms(
@@ -149,10 +183,11 @@ def terms(
     centroid_logits: Tensor,
     center: Tensor | None,
     options: Options,
+    class_prior: Tensor | None = None,
     *,
     literal: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Concentration A [B] and separation G [B] from features [B, M] and centroid logits [C, M]."""
+    """Concentration A [B] and separation G [B] from features [B, M] and centroid logits [C K, M]."""
     dtype = torch.promote_types(torch.promote_types(input.dtype, centroid_logits.dtype), torch.float32)
     with no_autocast(input.device):
         log_p = log_probabilities(
@@ -164,7 +199,7 @@ def terms(
         )
         log_q = log_probabilities(centroid_logits.to(dtype), None, 1.0, False, options.activation)
         compute = literal_terms if literal else collapsed_terms
-        return compute(log_p, target, log_q, options.separation, options.separation_focus)
+        return compute(log_p, target, log_q, options, class_prior)
 
 
 def weighted_terms(
@@ -174,6 +209,7 @@ def weighted_terms(
     center: Tensor | None,
     weight: Tensor | None,
     options: Options,
+    class_prior: Tensor | None = None,
     *,
     literal: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,7 +217,7 @@ def weighted_terms(
     kept = target != options.ignore_index
     classes = target.masked_fill(~kept, 0)
     input = torch.where(kept[:, None], input, 0)  # an ignored row may hold NaN, which zero times anything would keep
-    concentration, separation = terms(input, classes, centroid_logits, center, options, literal=literal)
+    concentration, separation = terms(input, classes, centroid_logits, center, options, class_prior, literal=literal)
     return weigh(concentration, separation, kept, classes, weight)
 
 
@@ -204,6 +240,7 @@ def loss(
     center: Tensor | None,
     weight: Tensor | None,
     options: Options,
+    class_prior: Tensor | None = None,
     *,
     literal: bool = False,
 ) -> Tensor:
@@ -215,7 +252,7 @@ def loss(
         ratio "soft_margin": l_i = log(1 + (A_i / (G_i + eps))^sharpness) / sharpness, and likewise
         ratio "batch":       (sum_i w_i A_i / W) / (sum_i w_i G_i / W + eps)
     """
-    return loss_and_means(input, target, centroid_logits, center, weight, options, literal=literal)[0]
+    return loss_and_means(input, target, centroid_logits, center, weight, options, class_prior, literal=literal)[0]
 
 
 def loss_and_means(
@@ -225,6 +262,7 @@ def loss_and_means(
     center: Tensor | None,
     weight: Tensor | None,
     options: Options,
+    class_prior: Tensor | None = None,
     *,
     literal: bool = False,
     group: Group | None = None,
@@ -234,7 +272,7 @@ def loss_and_means(
     With a `group`, of the batches of all processes (but the losses of reduction "none"); gradients are multiplied by
     their number, of which the average that DistributedDataParallel takes leaves the sum.
     """
-    weighted = weighted_terms(input, target, centroid_logits, center, weight, options, literal=literal)
+    weighted = weighted_terms(input, target, centroid_logits, center, weight, options, class_prior, literal=literal)
     return reduce(*weighted, options, group)
 
 

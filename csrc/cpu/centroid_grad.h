@@ -215,7 +215,7 @@ void rows_of_classes(const CentroidGradArgs<T>& args, RowsOfClass* result) {
   }
 }
 
-// sample_to_centroid: slope (-own - (1/C) sum_i other_i (p_ik - q_ck)), own = sum over the rows of the class of
+// sample_to_centroid: slope (-own - prior sum_i other_i (p_ik - q_ck)), own = sum over the rows of the class of
 // own_i (p_ik - q_ck).
 enum class Own { kNothing, kExcess, kFinished };
 
@@ -266,14 +266,14 @@ struct GradFromSample {
   }
 };
 
-// centroid_to_sample: slope (-own + (1/C) q (s - sum_k q s)), s_ck = sum over rows of other classes of
+// centroid_to_sample: slope (-own + prior q (s - sum_k q s)), s_ck = sum over rows of other classes of
 // other_i (log q_ck - log p_ik), up to what is constant along the row.
 template <class T>
 struct GradFromCentroid {
   const T* __restrict x;
   int64_t n;
   T shift;
-  double inverse_norm, inverse_classes, other_sum;
+  double inverse_norm, prior, other_sum;
   const double* __restrict totals;
   const T* __restrict weighted;   // in the place of totals, with
   const T* __restrict reference;  // what its logarithms are less, and
@@ -287,7 +287,7 @@ struct GradFromCentroid {
     // Copies, which a loop that writes numbers of their type does not read again.
     const T row_shift = shift;
     const double q_factor = inverse_norm, by_log = other_sum;
-    const T share = T(inverse_classes * inverse_norm);
+    const T share = T(prior * inverse_norm);
     const auto s_at = [&](int64_t k, T log) __attribute__((always_inline)) {
       if constexpr (by_class) return by_log * double(log - reference[k]) - by * double(weighted[k]);
       const double s = by_log * double(log) - totals[k];
@@ -334,16 +334,17 @@ void grad_of_class(const CentroidGradArgs<T>& args, int64_t c, const T* x, T* gr
   const RowsOfClass& of_class = args.rows_of_classes[c];
   const Kind kind = kind_of(q.of[c].kind);
   const T shift = T(q.of[c].shift);
-  const double inverse_norm = exp(-q.of[c].log_norm), inverse_classes = 1.0 / q.all().classes;
+  const double inverse_norm = exp(-q.of[c].log_norm);
   const T* own = of_class.has_rows ? args.own + of_class.slot * n : nullptr;
   const T* weighted = args.class_weights ? args.weighted + c * n : nullptr;
-  const double by = args.weighted_by;
+  // What all rows say of the class is summed for it alone, or for all classes alike.
+  const double by = weighted ? args.weighted_by : q.of[c].prior;
   if (q.centroid_to_sample)
     with_kind<T>(kind, GradFromCentroid<T>{.x = x,
                                            .n = n,
                                            .shift = shift,
                                            .inverse_norm = inverse_norm,
-                                           .inverse_classes = weighted ? 1.0 : inverse_classes,
+                                           .prior = weighted ? 1.0 : by,
                                            .other_sum = weighted ? by * args.class_weights[c].other : args.other_sum,
                                            .totals = args.totals,
                                            .weighted = weighted,
@@ -358,12 +359,12 @@ void grad_of_class(const CentroidGradArgs<T>& args, int64_t c, const T* x, T* gr
                            .n = n,
                            .shift = shift,
                            .inverse_norm = inverse_norm,
-                           .other_mean = weighted ? by * args.class_weights[c].other : inverse_classes * args.other_sum,
+                           .other_mean = by * (weighted ? args.class_weights[c].other : args.other_sum),
                            .of_class = of_class,
                            .own = own,
-                           .level = weighted ? by * args.class_weights[c].base : args.level,
+                           .level = by * (weighted ? args.class_weights[c].base : args.level),
                            .variation = weighted ? weighted : args.variation,
-                           .by = weighted ? T(by) : T(1),
+                           .by = T(by),
                            .grad = grad});
 }
 

@@ -7,9 +7,9 @@
 namespace ncmi::cpu {
 namespace {
 
-// With `sums`, adds log a to them.
+// With `sums`, adds log a times the prior to them.
 template <Kind kind, bool with_value, bool with_sums, class T>
-double activate_row(const T* __restrict x, int64_t n, T shift, T* __restrict value, T* __restrict log,
+double activate_row(const T* __restrict x, int64_t n, T shift, T* __restrict value, T* __restrict log, double prior,
                     double* __restrict sums, const Ahead& ahead) {
   Lanes<double> norm;
   int64_t near_columns = 0;  // whose excess is summed: sigma = (1 + excess) / 2
@@ -29,7 +29,7 @@ double activate_row(const T* __restrict x, int64_t n, T shift, T* __restrict val
           excess.lane[j] += a.excess;
           if constexpr (with_value) value[k + j] = T(0.5) + T(0.5) * a.excess;
           log[k + j] = a.log;
-          if constexpr (with_sums) sums[k + j] += double(a.log);
+          if constexpr (with_sums) sums[k + j] += prior * double(a.log);
         } else {
           const Activation<T> a = activate<as>(x[k + j], s, shift);
           T in_norm = a.value;
@@ -40,7 +40,7 @@ double activate_row(const T* __restrict x, int64_t n, T shift, T* __restrict val
           norm.lane[j] += double(in_norm);
           if constexpr (with_value) value[k + j] = a.value;
           log[k + j] = a.log;
-          if constexpr (with_sums) sums[k + j] += double(a.log);
+          if constexpr (with_sums) sums[k + j] += prior * double(a.log);
         }
       }
     });
@@ -49,16 +49,17 @@ double activate_row(const T* __restrict x, int64_t n, T shift, T* __restrict val
   return norm.total() + 0.5 * (double(near_columns) + excess_sum);
 }
 
-// Adds a class to the sums of its chunk, while its row is in cache: for centroid_to_sample q, q log a and q log_norm.
+// Adds a class to the sums of its chunk, while its row is in cache: for centroid_to_sample q, q log a and q log_norm,
+// times the prior.
 template <class T>
-void add_class(const T* __restrict log, const T* __restrict value, int64_t n, double log_norm,
+void add_class(const T* __restrict log, const T* __restrict value, int64_t n, double log_norm, double prior,
                double* __restrict sums) {
   double* __restrict log_sums = sums + n;
   double* __restrict norm_sums = sums + 2 * n;
-  const double inverse_norm = exp(-log_norm);
+  const double by = prior * exp(-log_norm);
   NCMI_SIMD()
   for (int64_t k = 0; k < n; ++k) {
-    const double q = double(value[k]) * inverse_norm;
+    const double q = double(value[k]) * by;
     sums[k] += q;
     log_sums[k] += q * double(log[k]);
     norm_sums[k] += q * log_norm;
@@ -97,17 +98,18 @@ template <bool centroid_to_sample, class T>
 void stats_of_class(const CentroidStatsArgs<T>& args, int64_t c, const T* x, const Size<T>& size, const Ahead& ahead,
                     double* sums) {
   const int64_t n = args.columns;
+  const double prior = args.of[c].prior;
   T* value = centroid_to_sample ? args.activation + c * n : nullptr;
   T* log = args.log_activation + c * n;
   Kind kind = first_kind<T>(args.softmax, double(size.largest));
   if (kind == Kind::kNsf && is_shifted(x, n)) kind = Kind::kNsfShifted;
   const T shift = kind == Kind::kSoftmax || kind == Kind::kNsfShifted ? largest_of(x, n) : T(0);
   const double norm = with_kind<T>(kind, [&]<Kind as>() {
-    return activate_row<as, centroid_to_sample, !centroid_to_sample>(x, n, shift, value, log, sums, ahead);
+    return activate_row<as, centroid_to_sample, !centroid_to_sample>(x, n, shift, value, log, prior, sums, ahead);
   });
   const double log_norm = ::log(norm + double(poison(x, n, size.squares)));
   const int64_t lone = find_lone(x, n), other = lone == 0 ? 1 : 0;
-  args.of[c] = {log_norm, double(shift), double(kind), double(lone), 0, 0, 0, 0};
+  args.of[c] = {log_norm, double(shift), double(kind), double(lone), 0, 0, 0, 0, prior};
   if (lone >= 0) {
     args.of[c].lone_log = log[lone];
     args.of[c].other_log = log[other];
@@ -116,7 +118,7 @@ void stats_of_class(const CentroidStatsArgs<T>& args, int64_t c, const T* x, con
       args.of[c].other_activation = value[other];
     }
   }
-  if constexpr (centroid_to_sample) add_class<T>(log, value, n, log_norm, sums);
+  if constexpr (centroid_to_sample) add_class<T>(log, value, n, log_norm, prior, sums);
 }
 
 // Calls f<centroid_to_sample>(c, sums) for the classes of some chunks, with the sums of their chunk.
@@ -145,13 +147,12 @@ void centroid_rows(const CentroidStatsArgs<T>& args, int64_t chunk_begin, int64_
 }
 
 // reference [2, M]: row 0 what log a is compared with, row 1 the mean q over classes (centroid_to_sample).
-//   sample_to_centroid: the mean over classes of log a(xi);
-//   centroid_to_sample: its mean weighted with q.
+//   sample_to_centroid: the mean over classes of log a(xi), by their priors;
+//   centroid_to_sample: its mean weighted with q as well.
 // What rounding `reference` to T loses goes, weighted, to `residual` [M], for the caller to add to a constant.
 template <class T>
 void centroid_columns(const CentroidStatsArgs<T>& args, int64_t column_begin, int64_t column_end) {
   double log_mean[kColumnBlock], q_mean[kColumnBlock], norm_mean[kColumnBlock];
-  const double inverse_classes = 1.0 / double(args.classes);
   for (int64_t begin = column_begin; begin < column_end; begin += kColumnBlock) {
     const int64_t n = min(kColumnBlock, column_end - begin);
     for (int64_t k = 0; k < n; ++k) log_mean[k] = q_mean[k] = norm_mean[k] = 0;
@@ -173,8 +174,8 @@ void centroid_columns(const CentroidStatsArgs<T>& args, int64_t column_begin, in
     }
     for (int64_t k = 0; k < n; ++k) {
       const double reference =
-          args.centroid_to_sample ? (q_mean[k] > 0 ? log_mean[k] / q_mean[k] : 0) : log_mean[k] * inverse_classes;
-      const T rounded = T(reference), weight = T(q_mean[k] * inverse_classes);
+          args.centroid_to_sample ? (q_mean[k] > 0 ? log_mean[k] / q_mean[k] : 0) : log_mean[k];
+      const T rounded = T(reference), weight = T(q_mean[k]);
       args.reference[begin + k] = rounded;
       args.reference[args.columns + begin + k] = weight;
       args.residual[begin + k] = reference - double(rounded);

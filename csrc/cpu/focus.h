@@ -50,6 +50,7 @@ void focus_table(const FocusTableArgs<T>& args, int64_t class_begin, int64_t cla
       });
     }
     args.level[c] = sum.total();
+    args.level[q.classes + c] = q.of[c].prior;
   }
 }
 
@@ -97,36 +98,45 @@ void focus_rows(const FocusRowsArgs<T>& args, int64_t row_begin, int64_t row_end
 }
 
 // Of the products of a row with the classes: its divergences D from the other ones, and in their place the weights
-// softmax(-focus D / min D). Returns the mean of D under them; NaN where there is one.
+// prior exp(-focus D / min D), made to sum to 1. Returns the mean of D under them; NaN where there is one, 0 where no
+// other class counts.
 template <class T>
-double weigh_row(const double* __restrict class_level, int64_t classes, int64_t y, Divergence divergence, double focus,
-                 T* __restrict values) {
+double weigh_row(const FocusWeightsArgs<T>& args, int64_t y, Divergence divergence, T* __restrict values) {
+  const int64_t classes = args.classes, period = args.period;
+  const double* __restrict level = args.class_level;
+  const double* __restrict prior = args.class_level + classes;
   T nearest = kLargest<T>;
-  NCMI_SIMD(reduction(min : nearest))
-  for (int64_t c = 0; c < classes; ++c) {
-    values[c] = divergence(class_level[c], values[c]);
-    const T other = c == y ? kLargest<T> : values[c];
-    nearest = other < nearest ? other : nearest;
+  for (int64_t first = 0; first < classes; first += period) {
+    NCMI_SIMD(reduction(min : nearest))
+    for (int64_t j = 0; j < period; ++j) {
+      const int64_t c = first + j;
+      values[c] = divergence(level[c], values[c]);
+      const T other = j == y || prior[c] == 0 ? kLargest<T> : values[c];
+      nearest = other < nearest ? other : nearest;
+    }
   }
-  values[y] = nearest;  // whose weight, then 1, is taken out again
-  const double by = focus / double(nearest);
+  const double by = args.focus / double(nearest);
   const T by_distance = by < double(kLargest<T>) ? T(by) : kLargest<T>;
   Lanes<double> sum, weighted;
-  for_wide(classes, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
-    NCMI_SIMD()
-    for (int64_t j = 0; j < n; ++j) {
-      const T farther = values[k + j] - nearest;
-      const T e = exp_minus(absolute(by_distance * farther));
-      values[k + j] = e;
-      sum.lane[j] += double(e);
-      weighted.lane[j] += double(e) * double(farther);
-    }
-  });
-  const double total = sum.total() - 1;
+  for (int64_t first = 0; first < classes; first += period) {
+    for_wide(period, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+      NCMI_SIMD()
+      for (int64_t j = 0; j < n; ++j) {
+        const int64_t c = first + k + j;
+        const bool counts = k + j != y && prior[c] != 0;
+        const T farther = counts ? values[c] - nearest : T(0);
+        const T e = exp_minus(absolute(by_distance * farther)) * T(counts ? prior[c] : 0.0);
+        values[c] = e;
+        sum.lane[j] += double(e);
+        weighted.lane[j] += double(e) * double(farther);
+      }
+    });
+  }
+  const double total = sum.total();
+  if (total == 0) return 0;  // and so are all weights
   const T inverse = T(1.0 / total);
   NCMI_SIMD()
   for (int64_t c = 0; c < classes; ++c) values[c] *= inverse;
-  values[y] = 0;
   return double(nearest) + weighted.total() / total;
 }
 
@@ -142,10 +152,11 @@ void focus_weights(const FocusWeightsArgs<T>& args, int64_t row_begin, int64_t r
     }
     RowStats& row = args.stats[i];
     const double log_norm = relative_log_norm(*args.all, row);
-    const double mean = weigh_row(args.class_level, args.classes, y,
-                                  divergence_of(row, log_norm, args.centroid_to_sample), args.focus, values);
+    const double mean = weigh_row(args, y, divergence_of(row, log_norm, args.centroid_to_sample), values);
     row.all_mean = mean + log_norm;
-    args.separation[i] = mean * (1.0 - 1.0 / args.all->classes);
+    row.own_prior = 0;
+    for (int64_t c = y; c < args.classes; c += args.period) row.own_prior += args.class_level[args.classes + c];
+    args.separation[i] = mean * (1.0 - row.own_prior);
   }
 }
 

@@ -98,6 +98,7 @@ void input_grad_range(const InputGradArgs<T>& args, int64_t row_begin, int64_t r
     if (i + 1 < row_end) fetch_row(args.input, args.target, i + 1, q, ahead);
     Row<T> row = own_rows.with(x, y);
     if (args.row_reference) (centroid_to_sample ? row.q_mean : row.reference) = args.row_reference + i * n;
+    if (args.row_own) row.own_log = args.row_own + i * n;
     grad_of_row<centroid_to_sample>(q, row, stats, args.coefficients[i], y, ahead, grad, out);
   }
 }

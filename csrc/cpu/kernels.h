@@ -40,6 +40,7 @@ struct InputGradArgs {
   const RowStats* rows;              // [B]
   const Coefficients* coefficients;  // [B]
   const T* row_reference;            // [B, M], in the place of the centroids' reference or mean; or null
+  const T* row_own;                  // [B, M], in the place of log a of a row's centroid; or null
   void* grad;                        // [B, M] contiguous
   Dtype grad_dtype;
 };
@@ -56,7 +57,7 @@ struct CentroidStatsArgs {
   bool centroid_to_sample;
   T* log_activation;      // [C, M]
   T* activation;          // [C, M] or null
-  ClassStats* of;         // [C]
+  ClassStats* of;         // [C], whose prior is there before
   T* reference;           // [2, M]
   int64_t classes_per_chunk;  // of the sums over classes: a function of C alone, so that their order is one too
   double* chunk_sums;         // [chunks, chunk_sums(), M] workspace
@@ -89,11 +90,11 @@ struct CentroidGradArgs {
   bool own_is_grad;                  // S = C: a row for every class, that of the gradient itself
   double* totals;                    // [M] workspace
   double other_sum;                  // sum_i other_i
-  // totals / C of sample_to_centroid, as level + variation: sum_i other_i p_ik hardly depends on k, nor does what it is
+  // totals of sample_to_centroid, as level + variation: sum_i other_i p_ik hardly depends on k, nor does what it is
   // compared with, so that in T their difference would be mostly rounding.
   double level;
   const T* variation;                // [M]
-  // With a weight for every row and class, in the place of other_sum / C, level and variation or totals:
+  // With a weight for every row and class, in the place of prior times other_sum, level and variation or totals:
   const ClassWeights* class_weights;  // [C], or null
   const T* weighted;                  // [C, M] sums of x of InProduct, or of log p less what the classes share
   double weighted_by;                 // what both are multiplied by

@@ -73,11 +73,10 @@ class StatsOf {
       weight_sum = 1;
       lost /= total;
       constant = std::accumulate(args_.of, args_.of + args_.classes, 0.0,
-                                 [](double sum, const ClassStats& c) { return sum + c.log_norm; }) /
-                 double(args_.classes);
+                                 [](double sum, const ClassStats& c) { return sum + c.prior * c.log_norm; });
     }
     *reinterpret_cast<AllStats*>(args_.of + args_.classes) = {
-        .weight_sum = weight_sum, .weighted_log_norm = constant - lost, .classes = double(args_.classes), .unused = {}};
+        .weight_sum = weight_sum, .weighted_log_norm = constant - lost, .unused = {}};
   }
 
   Vector<double> workspace_;
@@ -88,7 +87,8 @@ class StatsOf {
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_stats(const Tensor& logits, bool softmax,
-                                                          bool centroid_to_sample) {
+                                                          bool centroid_to_sample,
+                                                          const std::optional<Tensor>& prior) {
   const Matrix xi = matrix(logits, "centroid_logits");
   const int64_t classes = logits.size(0), columns = logits.size(1);
   STD_TORCH_CHECK(classes > 0 && columns > 0, "ncmi_kernels: centroid_logits must not be empty");
@@ -97,8 +97,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_stats(const Tensor& logits, 
     Tensor activation = empty({centroid_to_sample ? classes : 0, columns}, kScalarType<T>);
     Tensor reference = empty({2, columns}, kScalarType<T>);
     Tensor norms = empty({classes + 1, kClassStats}, ScalarType::Double);
+    ClassStats* of = output<ClassStats>(norms);
+    const double* given = data<double>(prior, "prior", {classes});
+    for (int64_t c = 0; c < classes; ++c) of[c].prior = given ? given[c] : 1.0 / double(classes);
     StatsOf<T> stats(xi, classes, columns, softmax, centroid_to_sample, output<T>(log_activation),
-                     output<T>(activation), output<T>(reference), output<ClassStats>(norms));
+                     output<T>(activation), output<T>(reference), of);
     stats.compute([](const CentroidStatsArgs<T>& args, int64_t begin, int64_t end, T* scratch) {
       kernels_for<T>().centroid_rows(args, begin, end, scratch);
     });
@@ -168,10 +171,9 @@ class BatchSums {
                             [&](int64_t begin, int64_t end) { kernels_for<T>().centroid_sums(args_, begin, end); });
     if (given) std::copy(given, given + q.columns, totals_.begin());
     if (q.centroid_to_sample) return;
-    const double inverse_classes = 1.0 / q.all().classes;
-    args_.level = args_.other_sum / double(q.columns) * inverse_classes;
+    args_.level = args_.other_sum / double(q.columns);
     variation_.resize(q.columns);
-    for (int64_t k = 0; k < q.columns; ++k) variation_[k] = T(totals_[k] * inverse_classes - args_.level);
+    for (int64_t k = 0; k < q.columns; ++k) variation_[k] = T(totals_[k] - args_.level);
     args_.variation = variation_.data();
   }
   BatchSums(const BatchSums&) = delete;  // args_ points into it
@@ -230,7 +232,7 @@ void centroid_step_(const Tensor& input, const Tensor& target, const std::option
     // centre; nor does one without rows, whose loss is 0 / 0.
     if (!sums.has_rows() || !std::isfinite(sums.args().other_sum)) return;
     // In place: what a class's gradient needs of its own statistics is read before they are overwritten, and it needs
-    // none of other classes; what it needs of all of them, their number, does not change.
+    // none of other classes; the priors do not change.
     StatsOf<T> stats(matrix(centroid_logits, "centroid_logits"), q.classes, columns, softmax, centroid_to_sample,
                      const_cast<T*>(q.log_activation), const_cast<T*>(q.activation), const_cast<T*>(q.reference),
                      const_cast<ClassStats*>(q.of));

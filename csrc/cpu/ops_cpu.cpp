@@ -9,6 +9,7 @@
 
 #include <cmath>
 #include <cstdlib>
+#include <limits>
 
 #include "host.h"
 
@@ -99,7 +100,6 @@ struct Reducing {
   bool batch_ratio;
   int64_t reduction;
   RatioOptions ratio;
-  double classes;
   bool centroid_to_sample, focus;
 };
 
@@ -154,7 +154,7 @@ Reduced reduce_rows(const double* concentration, const double* separation, const
       const double w = weights.of[i] / total;
       value = w * r.value;
       if (coefficients)
-        coefficients[i] = coefficients_of(stats[i], w * r.d_concentration, w * r.d_separation, by.classes,
+        coefficients[i] = coefficients_of(stats[i], w * r.d_concentration, w * r.d_separation,
                                           by.centroid_to_sample, by.focus);
     }
     if (by.reduction == kNone) row_loss[i] = Loss(value);
@@ -163,16 +163,15 @@ Reduced reduce_rows(const double* concentration, const double* separation, const
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> reduce(const Tensor& terms, const Tensor& row_stats, const Tensor& target,
-                                                  const Tensor& norms, const std::optional<Tensor>& weight,
+                                                  const std::optional<Tensor>& weight,
                                                   const std::optional<Tensor>& totals, bool centroid_to_sample,
                                                   bool focus, bool batch_ratio, int64_t reduction, double eps,
                                                   double sharpness, int64_t ignore_index) {
   check_reduction(batch_ratio, reduction, sharpness);
-  STD_TORCH_CHECK(norms.dim() == 2 && norms.size(0) > 0, "ncmi_kernels: norms must have 2 dimensions");
   STD_TORCH_CHECK(terms.dim() == 2, "ncmi_kernels: terms must have 2 dimensions");
-  const int64_t rows = terms.size(1), classes = norms.size(0) - 1;
+  STD_TORCH_CHECK(!weight || weight->dim() == 1, "ncmi_kernels: weight must have 1 dimension");
+  const int64_t rows = terms.size(1), classes = weight ? weight->size(0) : std::numeric_limits<int64_t>::max();
   const double* values = data<double>(terms, "terms", {2, rows});
-  const ClassStats* of = reinterpret_cast<const ClassStats*>(data<double>(norms, "norms", {classes + 1, kClassStats}));
   const Targets y = targets(target, rows, ignore_index, classes);
   const auto weights = weight && weight->scalar_type() == ScalarType::Double
                            ? RowWeights(y, rows, data<double>(weight, "weight", {classes}))
@@ -186,7 +185,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reduce(const Tensor& terms, const Ten
                   {.batch_ratio = batch_ratio,
                    .reduction = reduction,
                    .ratio = {.eps = eps, .sharpness = sharpness},
-                   .classes = reinterpret_cast<const AllStats*>(of + classes)->classes,
                    .centroid_to_sample = centroid_to_sample,
                    .focus = focus},
                   output<Coefficients>(coefficients), output<double>(loss));
@@ -290,7 +288,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss(
                                         {.batch_ratio = batch_ratio,
                                          .reduction = reduction,
                                          .ratio = {.eps = eps, .sharpness = sharpness},
-                                         .classes = q.all().classes,
                                          .centroid_to_sample = centroid_to_sample,
                                          .focus = false},
                                         with_grad ? nullptr : output<Coefficients>(coefficients), output<T>(result));
@@ -322,7 +319,7 @@ Tensor input_grad(const Tensor& input, const Tensor& target, const std::optional
                   const Tensor& log_activation, const Tensor& activation, const Tensor& reference,
                   const Tensor& norms, const Tensor& row_stats, const Tensor& coefficients,
                   const std::optional<Tensor>& upstream, bool centroid_to_sample, int64_t ignore_index,
-                  const std::optional<Tensor>& row_reference) {
+                  const std::optional<Tensor>& row_reference, const std::optional<Tensor>& row_own) {
   const Matrix z = matrix(input, "input");
   const int64_t rows = input.size(0), columns = input.size(1);
   Tensor grad = empty({rows, columns}, input.scalar_type());
@@ -339,6 +336,7 @@ Tensor input_grad(const Tensor& input, const Tensor& target, const std::optional
                                 .rows = row_stats_of(row_stats, rows),
                                 .coefficients = scaled.data(),
                                 .row_reference = data<T>(row_reference, "row_reference", {rows, columns}),
+                                .row_own = data<T>(row_own, "row_own", {rows, columns}),
                                 .grad = grad.data_ptr(),
                                 .grad_dtype = z.dtype};
     parallel_rows(rows, columns, [&](int64_t begin, int64_t end) {

@@ -11,7 +11,7 @@ std::tuple<Tensor, Tensor, Tensor> focus_table(const Tensor& log_activation, con
     const Centroids<T> q = centroids<T>(log_activation, activation, reference, norms, centroid_to_sample);
     Tensor relative = empty({q.classes, q.columns}, kScalarType<T>);
     Tensor distribution = empty({centroid_to_sample ? q.classes : 0, q.columns}, kScalarType<T>);
-    Tensor level = empty({q.classes}, ScalarType::Double);
+    Tensor level = empty({2, q.classes}, ScalarType::Double);
     const FocusTableArgs<T> args{.centroids = q,
                                  .relative = output<T>(relative),
                                  .distribution = output<T>(distribution),
@@ -48,17 +48,19 @@ Tensor focus_rows(const Tensor& input, const Tensor& target, const std::optional
 
 void focus_weights_(const Tensor& product, const Tensor& separation, const Tensor& row_stats, const Tensor& target,
                     const Tensor& norms, const Tensor& class_level, double focus, bool centroid_to_sample,
-                    int64_t ignore_index) {
+                    int64_t ignore_index, int64_t centroids_per_class) {
   STD_TORCH_CHECK(product.dim() == 2, "ncmi_kernels: product must have 2 dimensions");
   const int64_t rows = product.size(0), classes = product.size(1);
+  const int64_t period = period_of(classes, centroids_per_class);
   with_arithmetic_type(product.scalar_type(), "product", [&]<class T>() {
     const auto* of = reinterpret_cast<const ClassStats*>(data<double>(norms, "norms", {classes + 1, kClassStats}));
     const FocusWeightsArgs<T> args{
         .rows = rows,
         .classes = classes,
-        .target = targets(target, rows, ignore_index, classes),
+        .period = period,
+        .target = targets(target, rows, ignore_index, period),
         .all = reinterpret_cast<const AllStats*>(of + classes),
-        .class_level = data<double>(class_level, "class_level", {classes}),
+        .class_level = data<double>(class_level, "class_level", {2, classes}),
         .centroid_to_sample = centroid_to_sample,
         .focus = focus,
         .product = const_cast<T*>(data<T>(product, "product", {rows, classes})),

@@ -52,12 +52,13 @@ void terms_range(const TermsArgs<T>& args, int64_t row_begin, int64_t row_end, T
                     .shift = double(shift),
                     .inverse_norm = of_row.inverse_norm,
                     .own_mean = of_row.own_mean,
-                    .all_mean = of_row.all_mean};
+                    .all_mean = of_row.all_mean,
+                    .own_prior = q.of[y].prior};
     if (out) {
       const Ratio r = ratio(of_row.concentration, of_row.separation, args.ratio);
       const double w = args.row_weight[i] / args.weight_sum;
       // Kept: formed elsewhere they may be rounded otherwise, and a second backward pass has the bits of the first.
-      args.coefficients[i] = coefficients_of(args.rows[i], w * r.d_concentration, w * r.d_separation, q.all().classes,
+      args.coefficients[i] = coefficients_of(args.rows[i], w * r.d_concentration, w * r.d_separation,
                                              centroid_to_sample, false);
       grad_of_row<centroid_to_sample>(q, row, args.rows[i], args.coefficients[i], y, Ahead(), x + n, out);
     }
