@@ -355,7 +355,7 @@ def focus_weights_(
     check("norms", norms, product, DOUBLE, (classes + 1, _schema.CLASS_STATS))
     check("class_level", class_level, product, DOUBLE, (2, classes))
     whole = centroids_per_class > 0 and classes % centroids_per_class == 0
-    require(whole, "centroids_per_class must be a divisor of the number of centroids")
+    require(whole, "centroids_per_class does not divide the number of centroids")
     period = classes // centroids_per_class
     check_target(target, product, count, period, ignore_index)
     tile = _tile(classes, 2048, 512)
