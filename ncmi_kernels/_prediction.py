@@ -23,12 +23,14 @@ class Predictor(nn.Module):
     class_means: Tensor | None
 
     def centroids(self) -> Tensor:
-        """The centroids [C, M] as distributions: each row sums to one. Differentiable."""
+        """The centroids [C K, M] as distributions: each row sums to one. Differentiable."""
         return reference.log_activation(self.centroid_logits, self.options.activation).exp()
 
     @torch.no_grad()
     def scores(self, features: Tensor, *, class_means: bool = False) -> Tensor:
         """Scores of the classes, sum_k p_k log q_ck: the higher the nearer (argmin_c KL(p || q_c)).
+
+        Of several centroids a class has, the nearest counts.
 
         Args:
             features: [B, M], [M] or [B, M, d1, ...].
@@ -64,8 +66,11 @@ class Predictor(nn.Module):
         p = log_p.to(log_q.dtype).exp()
         shared = log_q.sum(dim=0) / (~missing).sum().clamp(min=1)
         with reference.no_autocast(features.device):
-            relative = p @ (log_q - shared).T
-            return relative.masked_fill(missing, -torch.inf), p @ shared
+            relative, common = p @ (log_q - shared).T, p @ shared
+        relative = relative.masked_fill(missing, -torch.inf)
+        if len(log_q) > self.num_classes:
+            relative = relative.unflatten(1, (self.num_classes, -1)).amax(dim=2)
+        return relative, common
 
     @torch.no_grad()
     def fit_class_means(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
@@ -83,8 +88,9 @@ class Predictor(nn.Module):
             TypeError, ValueError, IndexError, RuntimeError: as :func:`ncmi_loss`.
         """
         with torch.inference_mode(False):  # a buffer made in it could not be changed in place outside
-            total = torch.zeros_like(self.centroid_logits, dtype=torch.float64)
-            count = torch.zeros(self.num_classes, device=total.device, dtype=torch.float64)
+            logits = self.centroid_logits
+            total = logits.new_zeros(self.num_classes, self.feature_dim, dtype=torch.float64)
+            count = total.new_zeros(self.num_classes)
             for features, target in batches:
                 p, classes, kept = self._counted_probabilities(features, target)
                 total.index_add_(0, classes, p)
@@ -141,10 +147,9 @@ class Predictor(nn.Module):
             return reference.log_activation(self._own(self.centroid_logits).to(dtype), self.options.activation)
         if self.class_means is None:
             raise RuntimeError("class_means: not fitted yet, expected a call of fit_class_means first")
-        if self.class_means.shape != self.centroid_logits.shape:
-            raise ValueError(
-                f"class_means: got shape {tuple(self.class_means.shape)}, expected {tuple(self.centroid_logits.shape)}"
-            )
+        expected = (self.num_classes, self.feature_dim)
+        if self.class_means.shape != expected:
+            raise ValueError(f"class_means: got shape {tuple(self.class_means.shape)}, expected {expected}")
         _problem.check_device("class_means", self.class_means, self.centroid_logits)
         means = self._own(self.class_means).to(dtype)
         missing = means.sum(dim=1, keepdim=True) == 0
@@ -166,7 +171,10 @@ class Predictor(nn.Module):
 
     def _unfitted(self) -> Tensor:
         """What stands for class means that are not fitted in a state_dict: those of no samples."""
-        return torch.zeros_like(self.centroid_logits, requires_grad=False)
+        logits: Tensor = self.centroid_logits
+        if self.options.centroids_per_class > 1:
+            logits = logits[: self.num_classes]
+        return torch.zeros_like(logits, requires_grad=False)
 
     def _is_fitted(self, class_means: Tensor) -> bool:
         if class_means.is_meta or not concrete(class_means):

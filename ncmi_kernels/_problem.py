@@ -44,8 +44,7 @@ def problem_of(
     rows, classes = flatten(input, target)
     rows, centroid_logits, center, weight = to_arithmetic_dtype(rows, centroid_logits, center, weight)
     if class_prior is not None:
-        prior = _as_constant(class_prior, torch.float64)
-        class_prior = prior / prior.sum()  # what rounding has left
+        class_prior = normalized(class_prior)
     problem = Problem(classes, center, weight, options, backend, table, group, center_update, None, class_prior)
     return rows, centroid_logits, problem
 
@@ -76,6 +75,12 @@ def to_arithmetic_dtype(
         centroid_logits = centroid_logits.to(dtype)
     center = None if center is None else _as_constant(center, dtype)
     return input, centroid_logits, center, None if weight is None else _as_constant(weight, dtype)
+
+
+def normalized(class_prior: Tensor) -> Tensor:
+    """Class priors as the kernels take them: float64, and of sum 1 after whatever rounding."""
+    prior = _as_constant(class_prior, torch.float64)
+    return prior / prior.sum()
 
 
 def _as_constant(vector: Tensor, dtype: torch.dtype) -> Tensor:

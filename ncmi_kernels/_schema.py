@@ -48,7 +48,9 @@ SCHEMAS = {
     # norms [C + 1, 9] float64. `prior` [C] float64 is what a class counts for in the separation, 1 together (None: all
     # alike). The operators below also take a table (log_activation, activation, norms) of only some of the classes, of
     # which the targets are then row numbers: reference and the last record of norms speak for all C.
-    "centroid_stats": f"(Tensor centroid_logits, bool softmax, bool centroid_to_sample, Tensor? prior=None) -> ({_TABLE})",
+    "centroid_stats": (
+        f"(Tensor centroid_logits, bool softmax, bool centroid_to_sample, Tensor? prior=None) -> ({_TABLE})"
+    ),
     #
     # By row, float64: terms [2, B] = (concentration, separation); rows [B, 8], what the operators below need to form p
     # again, and means under p that the coefficients are made of.

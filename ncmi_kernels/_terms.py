@@ -233,7 +233,10 @@ class _TermsGrad(torch.autograd.Function):
 
 
 def transformable_loss(input: Tensor, centroid_logits: Tensor, problem: Problem, by_reference: bool = False) -> Tensor:
-    """The loss for a transform of torch.func, or to be differentiated more than once; with every pair by the reference."""
+    """The loss for a transform of torch.func, or to be differentiated more than once.
+
+    Where every pair has a weight, it is the reference's.
+    """
     target, center, weight, options, backend, *_ = problem
     prior = problem.class_prior
     if by_reference or forward_mode() or options.every_pair:

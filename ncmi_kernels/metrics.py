@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ncmi_kernels import _problem, reference
-from ncmi_kernels._options import Options
-from ncmi_kernels.modules import _check_count
+from ncmi_kernels._options import Options, check_count
 
 try:
     from torchmetrics import Metric
@@ -39,16 +38,18 @@ class NCMIMetric(Metric):
 
     .. math::
         \mathrm{CMI} = \frac{1}{N} \sum_i \mathrm{KL}(p_i \| s_{y_i}), \qquad
-        \Gamma = \frac{1}{N} \sum_i \frac{1}{C} \sum_{v \ne y_i} \mathrm{KL}(p_i \| s_v)
+        \Gamma = \frac{1}{N} \sum_i \sum_{v \ne y_i} \pi_v \mathrm{KL}(p_i \| s_v)
 
-    in nats, or KL(s_v || p_i) in Gamma. Computed in float64 from features of any floating dtype, within 1e-10 of the
-    exact values where these are above 1e-6 nats. The state, [C, M + 2] numbers (and [C, M] more for
-    "centroid_to_sample"), stays float64 whatever `.to`, `.half` or `set_dtype` ask for, and adds up over processes. No
-    two metrics share it in the compute groups of a `torchmetrics.MetricCollection`.
+    in nats, or KL(s_v || p_i) in Gamma; the prior of a class pi_v is 1 / C or as given. Computed in float64 from
+    features of any floating dtype, within 1e-10 of the exact values where these are above 1e-6 nats. The state,
+    [C, M + 2] numbers (and [C, M] more for "centroid_to_sample"), stays float64 whatever `.to`, `.half` or `set_dtype`
+    ask for, and adds up over processes. No two metrics share it in the compute groups of a
+    `torchmetrics.MetricCollection`.
 
     A class without samples has no centroid and counts for nothing: the sum over v is over the classes that have
-    samples, and C is their number, as if there were no others. With one such class Gamma is 0 and NCMI infinite. With
-    no sample at all, everything is NaN. A centroid's probability below 2e-308 counts as that in its logarithm.
+    samples, and so are C and the sum of the priors, as if there were no others. With one such class Gamma is 0 and NCMI
+    infinite. With no sample at all, everything is NaN. A centroid's probability below 2e-308 counts as that in its
+    logarithm.
 
     Args:
         num_classes: C >= 2.
@@ -59,6 +60,8 @@ class NCMIMetric(Metric):
         l2_normalize: divide the centred features by their length.
         center: [M], subtracted from the features, or None. It is copied to the device of the metric, and never part of
             its state_dict; `metric.center.copy_(criterion.center)` follows one that moves.
+        class_prior: [C], how often each class occurs, numbers >= 0 of sum 1; None for 1 / C. It is copied to the device
+            of the metric, and never part of its state_dict.
         ignore_index: samples with this target count for nothing.
         **kwargs: those of every `torchmetrics.Metric`, such as `process_group` and `sync_on_compute`.
 
@@ -92,6 +95,7 @@ class NCMIMetric(Metric):
     moments: Tensor
     log_p: Tensor
     center: Tensor | None
+    class_prior: Tensor | None
 
     def __init__(
         self,
@@ -103,13 +107,14 @@ class NCMIMetric(Metric):
         temperature: float = 1.0,
         l2_normalize: bool = False,
         center: Tensor | None = None,
+        class_prior: Tensor | None = None,
         ignore_index: int = -100,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.options = Options(temperature, l2_normalize, activation, separation, ignore_index=ignore_index)
-        self.num_classes = _check_count("num_classes", num_classes)
-        self.feature_dim = num_classes if feature_dim is None else _check_count("feature_dim", feature_dim)
+        self.num_classes = check_count("num_classes", num_classes, least=2)
+        self.feature_dim = num_classes if feature_dim is None else check_count("feature_dim", feature_dim, least=2)
         # A MetricCollection makes one, for good, of metrics whose states are close after the first update (torchmetrics
         # 1.4: the first of their states), where settings or centres may part them later. NaN is close to nothing.
         self.add_state("ungrouped", torch.tensor(math.nan, dtype=torch.float64), dist_reduce_fx="max")
@@ -124,6 +129,10 @@ class NCMIMetric(Metric):
                 raise ValueError(f"center: got shape {tuple(center.shape)}, expected ({self.feature_dim},)")
             center = center.detach().to(moments.device, torch.float64, copy=True)
         self.register_buffer("center", center, persistent=False)
+        if class_prior is not None:
+            _problem.check_prior(class_prior, self.num_classes, class_prior)
+            class_prior = _problem.normalized(class_prior).to(moments.device, copy=True)
+        self.register_buffer("class_prior", class_prior, persistent=False)
 
     def update(self, features: Tensor, target: Tensor) -> None:
         """Add samples.
@@ -160,21 +169,23 @@ class NCMIMetric(Metric):
         """{"cmi", "gamma", "ncmi"} of the samples so far, of all processes: float64 scalars."""
         count, spread, total_p = self.moments[:, 0], self.moments[:, 1], self.moments[:, 2:]
         present = count > 0
-        samples, classes = count.sum(), present.sum()
+        prior = present.double() if self.class_prior is None else self.class_prior * present
+        prior = prior / prior.sum()
         s = total_p / count.clamp(min=1)[:, None]
         # Logarithms relative to the mean centroid, which is the same for all and drops out: the smaller they are, the
         # less the differences between classes lose.
-        mean_s = s.sum(dim=0) / classes
+        mean_s = (prior[:, None] * s).sum(dim=0)
         log_s = (s / mean_s.clamp(min=_TINY)).clamp(min=_TINY).log().masked_fill(~present[:, None], 0)
         if self.options.centroid_to_sample:
             log_p = self.log_p / count.clamp(min=1)[:, None]
             log_p = log_p - (self.feature_dim * mean_s.clamp(min=_TINY)).log()
-            every = (s * log_s).sum() / classes - (mean_s * log_p).sum(dim=1)
+            every = (prior[:, None] * s * log_s).sum() - (mean_s * log_p).sum(dim=1)
             own = (s * (log_s - log_p)).sum(dim=1)
-            separation = count * (every - own / classes)
+            separation = count * (every - prior * own)
         else:
-            between = (s * (log_s - log_s.sum(dim=0) / classes)).sum(dim=1)  # sum_v KL(s_c || s_v) / C
-            separation = spread * (classes - 1) / classes + count * between
+            between = (s * (log_s - (prior[:, None] * log_s).sum(dim=0))).sum(dim=1)  # sum_v prior_v KL(s_c || s_v)
+            separation = (1 - prior) * spread + count * between
+        samples = count.sum()
         cmi, gamma = spread.sum() / samples, separation.sum() / samples
         return {"cmi": cmi, "gamma": gamma, "ncmi": cmi / gamma}
 

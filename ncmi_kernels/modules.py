@@ -1,6 +1,5 @@
 """The criterion: centroids, the running centre, prediction."""
 
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from ncmi_kernels import _backends, _loss, _ops, _problem, _terms, functional
 from ncmi_kernels._group import Group
 from ncmi_kernels._memo import Memo, memory_of, state_of
 from ncmi_kernels._modes import concrete, forward_mode, jit_tracing, transforming
-from ncmi_kernels._options import OPTION_NAMES, Options, check_choice, check_fraction
+from ncmi_kernels._options import OPTION_NAMES, Options, check_choice, check_count, check_fraction
 from ncmi_kernels._plain import Found
 from ncmi_kernels._prediction import Predictor
 from ncmi_kernels._problem import CenterUpdate, problem_of
@@ -49,8 +48,9 @@ class _Moved(NamedTuple):
 class NCMILoss(Predictor):
     """NCMI as a criterion (arXiv 2601.02543): what `nn.CrossEntropyLoss` is to cross_entropy.
 
-    Holds one centroid per class and a running centre of the features. The loss is :func:`ncmi_loss`; here are
-    the state and the prediction. `feature_dim=None` is the drop-in case: the features are the C logits.
+    Holds the centroids, one for each class or several, and a running centre of the features. The loss is
+    :func:`ncmi_loss`; here are the state and the prediction. `feature_dim=None` is the drop-in case: the features are
+    the C logits.
 
     Args:
         num_classes: C >= 2.
@@ -70,6 +70,9 @@ class NCMILoss(Predictor):
         separation_focus: >= 0; above 0 near classes count for more in the separation (:func:`ncmi_loss`). 10 trains
             better where there are many classes, with `learn_centroids`.
         sharpness: of ratio "soft_margin"; > 0.
+        class_prior: [C], how often each class occurs, numbers >= 0 of sum 1, for long-tailed data; None for 1 / C.
+        centroids_per_class: K >= 1 (:func:`ncmi_loss`). A sample is predicted as the class of its nearest centroid.
+        centroid_focus: >= 0; of several centroids, how much a sample belongs to the nearest one of its class.
         backend: None, "cpu", "cuda", "triton" or "reference".
         process_group: a `torch.distributed.ProcessGroup` whose processes share the loss in training mode, each with a
             batch of its own; None for this process alone. See below.
@@ -77,8 +80,8 @@ class NCMILoss(Predictor):
         dtype: of the parameters and buffers; a floating dtype.
 
     Attributes:
-        centroid_logits: Parameter [C, M]; the centroids are its NSF. Initially 10 times one-hot rows, or for
-            M < C random directions of length 10 (from torch's global generator).
+        centroid_logits: Parameter [C K, M], those of a class adjacent; the centroids are its NSF. Initially 10 times
+            one-hot rows, or for M < C K random directions of length 10 (from torch's global generator).
         center: buffer [M]. In training mode each forward moves it before it is used: the first batch sets it to
             its mean, later ones to `center_momentum * center + (1 - center_momentum) * mean`. A batch whose mean
             is not finite leaves it alone, and so does a forward pass that torch.utils.checkpoint repeats.
@@ -130,6 +133,7 @@ class NCMILoss(Predictor):
 
     num_batches_tracked: Tensor
     weight: Tensor | None
+    class_prior: Tensor | None
 
     def __init__(
         self,
@@ -149,6 +153,9 @@ class NCMILoss(Predictor):
         eps: float = 1e-8,
         separation_focus: float = 0.0,
         sharpness: float = 4.0,
+        class_prior: Tensor | None = None,
+        centroids_per_class: int = 1,
+        centroid_focus: float = 4.0,
         backend: str | None = None,
         process_group: Any = None,
         device: torch.device | str | int | None = None,
@@ -166,10 +173,12 @@ class NCMILoss(Predictor):
             eps,
             separation_focus,
             sharpness,
+            centroids_per_class,
+            centroid_focus,
         )
         functional.warn_if_degenerate(self.options)
-        self.num_classes = _check_count("num_classes", num_classes)
-        self.feature_dim = num_classes if feature_dim is None else _check_count("feature_dim", feature_dim)
+        self.num_classes = check_count("num_classes", num_classes, least=2)
+        self.feature_dim = num_classes if feature_dim is None else check_count("feature_dim", feature_dim, least=2)
         self.center_momentum = center_momentum
         if not isinstance(learn_centroids, bool):
             raise TypeError(f"learn_centroids: got {learn_centroids!r}, expected True or False")
@@ -186,13 +195,16 @@ class NCMILoss(Predictor):
         self.centroid_logits = nn.Parameter(self._new_centroids(device, dtype), requires_grad=learn_centroids)
         self.register_buffer("center", torch.zeros(self.feature_dim, device=device, dtype=dtype))
         self.register_buffer("num_batches_tracked", torch.zeros((), device=device, dtype=torch.int64))
-        if weight is not None:
-            _problem.check_floating("weight", weight)
-            device_of = self.center if weight.is_meta else weight  # of a meta tensor there is nothing to copy
-            _problem.check_vector("weight", weight, self.num_classes, device_of)
-            _problem.check_constant("weight", weight)
-            weight = weight.detach().to(device=self.center.device, dtype=dtype, copy=True)
-        self.register_buffer("weight", weight)
+        for name, vector in (("weight", weight), ("class_prior", class_prior)):
+            if vector is not None:
+                _problem.check_floating(name, vector)
+                device_of = self.center if vector.is_meta else vector  # of a meta tensor there is nothing to copy
+                _problem.check_vector(name, vector, self.num_classes, device_of)
+                _problem.check_constant(name, vector)
+                if name == "class_prior" and not vector.is_meta:
+                    _problem.check_prior(vector, self.num_classes, vector)
+                vector = vector.detach().to(device=self.center.device, dtype=dtype, copy=True)
+            self.register_buffer(name, vector)
         self.register_buffer("class_means", None)
         self._table = Memo()  # of fixed centroids
         self._last_terms: Tensor | None = None
@@ -213,7 +225,7 @@ class NCMILoss(Predictor):
         """The loss of features [B, M] (or [M], [B, M, d1, ...]) for targets [B] (or [], [B, d1, ...])."""
         logits = self._whole_centroids()
         _problem.check_batch(input, target, logits)
-        center, weight = self._buffers_for(logits)
+        center, weight, prior = self._buffers_for(logits)
         backend = _backends.resolve(self.backend, input)
         center, update, moved = self._center_for(center, input, target, logits, backend)
         if logits.requires_grad:
@@ -222,7 +234,7 @@ class NCMILoss(Predictor):
         else:
             table = self._fixed_table(input, logits, backend)
         group = self._group if self.training and self.options.reduction != "none" else None
-        problem = problem_of(input, target, logits, center, weight, self.options, backend, table, group, update)
+        problem = problem_of(input, target, logits, center, weight, self.options, backend, table, group, update, prior)
         found = _loss.loss(*problem, with_rows=self._keeps_rows)
         if moved is not None:
             self._commit_center(moved)
@@ -263,8 +275,8 @@ class NCMILoss(Predictor):
             self._watch.look(means, self.options, target)
 
     def _tensors_of_rows(self, input: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-        tensors = (input, target, self._tensor("centroid_logits"), self._tensor("center"), self._tensor("weight"))
-        return tuple(t for t in tensors if t is not None)
+        own = (self._tensor(name) for name in ("centroid_logits", "center", "weight", "class_prior"))
+        return tuple(t for t in (input, target, *own) if t is not None)
 
     def _key_of_rows(self, tensors: tuple[Tensor, ...], backend: str, group: Group | None) -> tuple[Any, ...] | None:
         if any(t.is_inference() or not concrete(t) for t in tensors):
@@ -316,7 +328,7 @@ class NCMILoss(Predictor):
             target: as in `forward`.
 
         Returns:
-            [C, M], in the dtype of `centroid_logits`.
+            [C K, M], in the dtype of `centroid_logits`.
 
         Raises:
             ValueError: `reduction` is "none", which gives more than one loss.
@@ -329,12 +341,14 @@ class NCMILoss(Predictor):
         """:meth:`centroid_gradient`, and the means of the terms [2]: NaN where no row counts."""
         logits = self._whole_centroids()
         _problem.check_batch(features, target, logits)
-        center, weight = self._buffers_for(logits)
+        center, weight, prior = self._buffers_for(logits)
         backend = _backends.resolve(self.backend, features)
         table = None if logits.requires_grad else self._fixed_table(features, logits, backend)
         known = self._known(features, target, backend)
         self._forget()  # what comes now is a step, perhaps of a fused optimiser, which moves no version counter
-        problem = problem_of(features, target, logits, center, weight, self.options, backend, table, self._group)
+        problem = problem_of(
+            features, target, logits, center, weight, self.options, backend, table, self._group, None, prior
+        )
         grad, means = _loss.centroid_gradient(*problem, known)
         return grad.to(logits.dtype), means
 
@@ -372,25 +386,28 @@ class NCMILoss(Predictor):
         return logits
 
     def _new_centroids(self, device: Any, dtype: torch.dtype) -> Tensor:
-        return torch.empty(self.num_classes, self.feature_dim, device=device, dtype=dtype)
+        rows = self.num_classes * self.options.centroids_per_class
+        return torch.empty(rows, self.feature_dim, device=device, dtype=dtype)
 
     def _reset_centroids(self) -> None:
-        if self.feature_dim >= self.num_classes:
+        if self.feature_dim >= len(self.centroid_logits):
             self.centroid_logits.zero_().fill_diagonal_(INITIAL_LOGIT)
         else:
-            # Fewer dimensions than classes: random directions are nearly orthogonal in many of them.
+            # Fewer dimensions than centroids: random directions are nearly orthogonal in many of them.
             self.centroid_logits.copy_(INITIAL_LOGIT * F.normalize(self.centroid_logits.normal_(), dim=1))
 
-    def _buffers_for(self, logits: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The running centre, None without centring, and the class weights; raises for what was assigned amiss."""
+    def _buffers_for(self, logits: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The running centre, None without centring, class weights and priors; raises for what was assigned amiss."""
         center = None if self._center_momentum is None else self._tensor("center")
-        weight = self._tensor("weight")
+        weight, prior = self._tensor("weight"), self._tensor("class_prior")
         if center is not None:
             _problem.check_vector("center", center, self.feature_dim, logits)
         if weight is not None:
             _problem.check_vector("weight", weight, self.num_classes, logits)
             _problem.check_constant("weight", weight)
-        return center, weight
+        if prior is not None:
+            _problem.check_prior(prior, self.num_classes, logits)
+        return center, weight, prior
 
     def _center_for(
         self, center: Tensor | None, input: Tensor, target: Tensor, logits: Tensor, backend: str
@@ -423,7 +440,7 @@ class NCMILoss(Predictor):
             and (dtype is torch.float64 or (dtype is torch.float32 and input.dtype is not torch.float64))
             and center.is_contiguous()
         ):
-            if not (self.options.separation_focus or compiling or jit_tracing()):
+            if not (self.options.every_pair or compiling or jit_tracing()):
                 return center, (batches, momentum), None
             moved = _Moved(center.clone(), batches.clone())
             rows, classes = _problem.flatten(input.detach(), target)
@@ -498,12 +515,17 @@ class NCMILoss(Predictor):
         ):
             return None
         with torch.inference_mode(False):  # a graph could not save what was made in it
-            table = _terms.way_of(options).table_of(logits, options, backend)
+            prior = self._tensor("class_prior")
+            if prior is not None:
+                prior = _problem.normalized(prior)
+            table = _terms.way_of(options).table_of(logits, options, backend, prior)
         self._keep_table(table, backend)
         return table
 
     def _key_of_table(self, logits: Tensor, backend: str) -> tuple[Any, ...]:
-        return logits._version, logits.data_ptr(), logits.stride(), logits.dtype, self.options, backend
+        prior = self._tensor("class_prior")
+        of_prior = None if prior is None else state_of(prior)
+        return logits._version, logits.data_ptr(), logits.stride(), logits.dtype, of_prior, self.options, backend
 
     def _keep_table(self, table: Any, backend: str) -> None:
         """Keep the table of the centroids as they are now."""
@@ -538,13 +560,15 @@ class NCMILoss(Predictor):
         for written in (logits, momentum_buffer):
             if written is not None and not written.is_contiguous():
                 return False
-        if self._group is not None:
+        if self._group is not None or self.options.centroids_per_class > 1:
             return False
         table = self._fixed_table(features, logits, backend)
         if table is None:
             return False
-        center, weight = self._buffers_for(logits)
-        rows, _, problem = problem_of(features, target, logits, center, weight, self.options, backend, table)
+        center, weight, prior = self._buffers_for(logits)
+        rows, _, problem = problem_of(
+            features, target, logits, center, weight, self.options, backend, table, class_prior=prior
+        )
         known = self._known(features, target, backend)
         self._keep_table(_loss.centroid_step_(rows, logits, problem, known, momentum_buffer, sgd), backend)
         return True
@@ -557,9 +581,19 @@ class NCMILoss(Predictor):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last_terms": None, "_watch": Watch()}
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self._forget()
-        super()._load_from_state_dict(*args)
+        saved = state_dict.get(prefix + "centroid_logits")
+        expected = self.options.centroids_per_class
+        if saved is not None and saved.dim() == 2 and len(saved) != self.num_classes * expected:
+            own, rest = divmod(len(saved), self.num_classes)
+            if own and not rest:
+                errors: list[str] = args[-1]
+                errors.append(
+                    f"centroids_per_class: got {own} in the state_dict, {tuple(saved.shape)} centroid_logits for "
+                    f"{self.num_classes} classes, expected {expected}"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _option_property(name: str) -> property:
@@ -567,6 +601,8 @@ def _option_property(name: str) -> property:
         return getattr(self.options, name)
 
     def set_(self: NCMILoss, value: Any) -> None:
+        if name == "centroids_per_class":
+            raise AttributeError(f"{name}: got an assignment, expected none: the centroids were made for it")
         self.options = Options(**{field: getattr(self.options, field) for field in OPTION_NAMES} | {name: value})
         functional.warn_if_degenerate(self.options)
 
@@ -577,11 +613,3 @@ for _name in OPTION_NAMES:
     setattr(NCMILoss, _name, _option_property(_name))
 
 _MODULE_DEFAULTS = Options(l2_normalize=True)
-
-
-def _check_count(name: str, value: int) -> int:
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"{name}: got {value!r}, expected an integer >= 2")
-    if value < 2:
-        raise ValueError(f"{name}: got {value!r}, expected an integer >= 2")
-    return int(value)

@@ -34,7 +34,7 @@ class ShardedNCMILoss(NCMILoss):
         device_mesh: a `torch.distributed.device_mesh.DeviceMesh` of one dimension. Its group is the `process_group`,
             its devices those of the parameters and buffers.
         options: as of :class:`NCMILoss`, but for `process_group` and `device`. `backend` cannot be "reference", and
-            `separation_focus` is 0.
+            `separation_focus` is 0, `centroids_per_class` 1.
 
     Attributes:
         centroid_logits: Parameter, a DTensor [C, M] with placement Shard(0), for torch.optim, `clip_grad_norm_` and
@@ -155,9 +155,9 @@ class ShardedNCMILoss(NCMILoss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of all processes' features [B, M] (or [M], [B, M, d1, ...]); targets [B] (or [], [B, d1, ...])."""
         backend = self._backend_for(input, target)
-        center, weight = self._buffers_for(self.centroid_logits)
+        center, weight, prior = self._buffers_for(self.centroid_logits)
         center, _, moved = self._center_for(center, input, target, self.centroid_logits, backend)
-        found = _loss.loss(*self._problem(input, target, center, weight, backend))
+        found = _loss.loss(*self._problem(input, target, center, weight, prior, backend))
         if moved is not None:
             self._commit_center(moved)
         self._keep(found._replace(rows=None), input, target, backend, self._processes)  # no step takes them again
@@ -170,8 +170,8 @@ class ShardedNCMILoss(NCMILoss):
     def _step_gradient(self, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         backend = self._backend_for(features, target)
         self._forget()
-        center, weight = self._buffers_for(self.centroid_logits)
-        grad, means = _loss.centroid_gradient(*self._problem(features, target, center, weight, backend))
+        center, weight, prior = self._buffers_for(self.centroid_logits)
+        grad, means = _loss.centroid_gradient(*self._problem(features, target, center, weight, prior, backend))
         return self._as_dtensor(grad.to(self.centroid_logits.dtype)), means
 
     def centroids(self) -> Tensor:
@@ -251,11 +251,13 @@ class ShardedNCMILoss(NCMILoss):
         """The backend that runs; raises unless these arguments and settings can be computed."""
         _problem.check_batch(input, target, self.centroid_logits)
         _problem.check_range(target, self.num_classes, self.options.ignore_index)
-        if self.options.separation_focus:
-            raise ValueError(
-                f"separation_focus: got {self.options.separation_focus}, expected 0: with centroids on several "
-                "processes all classes count alike"
-            )
+        for name, expected in (("separation_focus", 0), ("centroids_per_class", 1)):
+            value = getattr(self.options, name)
+            if value != expected:
+                raise ValueError(
+                    f"{name}: got {value}, expected {expected}: centroids on several processes have no weight "
+                    "for each sample"
+                )
         backend = _backends.resolve(self.backend, input)
         if backend == "reference":
             raise RuntimeError(
@@ -265,26 +267,37 @@ class ShardedNCMILoss(NCMILoss):
         return backend
 
     def _problem(
-        self, input: Tensor, target: Tensor, center: Tensor | None, weight: Tensor | None, backend: str
+        self,
+        input: Tensor,
+        target: Tensor,
+        center: Tensor | None,
+        weight: Tensor | None,
+        prior: Tensor | None,
+        backend: str,
     ) -> tuple[Tensor, Tensor, Problem]:
         logits = _to_local(self.centroid_logits)
-        shard = None if logits.requires_grad else self._fixed_shard(input, backend)
         rows, logits, problem = problem_of(
-            input, target, logits, center, weight, self.options, backend, shard, self._processes
+            input, target, logits, center, weight, self.options, backend, group=self._processes, class_prior=prior
         )
-        return rows, logits, problem._replace(shards=Shards(self.num_classes, self._rows_per_process))
+        prior = problem.class_prior
+        if prior is None:
+            prior = logits.new_full((1,), 1 / self.num_classes, dtype=torch.float64).expand(self.num_classes)
+        shards = Shards(self._rows_per_process, self._first_class)
+        shard = None if logits.requires_grad else self._fixed_shard(input, shards.prior_here(prior, logits), backend)
+        return rows, logits, problem._replace(table=shard, shards=shards, class_prior=prior)
 
-    def _fixed_shard(self, input: Tensor, backend: str) -> "Shard":
+    def _fixed_shard(self, input: Tensor, prior: Tensor, backend: str) -> "Shard":
         """What is known of fixed centroids, kept as in `NCMILoss._fixed_table`."""
         logits = self.centroid_logits
         # Operations on the DTensor move its counter, those on what its to_local() gives that of the rows. The rows of a
         # detached DTensor count for themselves: writing through them cannot be seen, as through `.data`.
         local = _to_local(logits)
-        key = state_of(local), self.options, backend, logits._version, input.dtype
+        of_prior = None if self.class_prior is None else state_of(self.class_prior)
+        key = state_of(local), of_prior, self.options, backend, logits._version, input.dtype
         shard: Shard | None = self._table.find(key)
         if shard is None:
             wide = _problem.to_arithmetic_dtype(input, local, None, None)[1]
-            shard = shard_of(wide, self.options, backend)
+            shard = shard_of(wide, self.options, backend, prior)
             self._table.keep(key, shard, local)
         return shard
 
@@ -337,32 +350,30 @@ class Shard(NamedTuple):
     sums: Tensor  # float64, [M + 1] or [3 M + 1]
 
 
-def shard_of(logits: Tensor, options: Options, backend: str) -> Shard:
-    """Sums over the classes in float64, as the operator centroid_stats forms them.
+def shard_of(logits: Tensor, options: Options, backend: str, prior: Tensor) -> Shard:
+    """Sums over the classes in float64, by their priors [classes], as the operator centroid_stats forms them.
 
     sample_to_centroid: of log a [M] and log_norm; centroid_to_sample: of q, q log a and q log_norm [M each], log_norm.
     """
     sums = logits.new_zeros(3 if options.centroid_to_sample else 1, logits.shape[1], dtype=torch.float64)
     if not len(logits):
         return Shard(None, torch.cat([sums.flatten(), sums.new_zeros(1)]))
-    table = _plain.table_of(logits, options, backend)
-    log_norms = table.norms[:-1, :1]
+    table = _plain.table_of(logits, options, backend, prior)
+    log_norms, share = table.norms[:-1, :1], prior[:, None]
     for begin in range(0, len(logits), BLOCK):
-        log_a = table.log_activation[begin : begin + BLOCK].double()
+        block = slice(begin, begin + BLOCK)
+        log_a = table.log_activation[block].double()
         if options.centroid_to_sample:
-            log_norm = log_norms[begin : begin + BLOCK]
-            q = table.activation[begin : begin + BLOCK].double() * (-log_norm).exp()
+            log_norm = log_norms[block]
+            q = share[block] * table.activation[block].double() * (-log_norm).exp()
             sums += torch.stack([q.sum(dim=0), (q * log_a).sum(dim=0), (q * log_norm).sum(dim=0)])
         else:
-            sums += log_a.sum(dim=0)
-    return Shard(table, torch.cat([sums.flatten(), log_norms.sum(dim=0)]))
+            sums += (share[block] * log_a).sum(dim=0)
+    return Shard(table, torch.cat([sums.flatten(), (share * log_norms).sum(dim=0)]))
 
 
-def _of_all(
-    sums: Tensor, num_classes: int, columns: int, dtype: torch.dtype, options: Options
-) -> tuple[Tensor, Tensor]:
-    """`reference` [2, M] and the record of all classes [8], from the sums over all: as the operator centroid_stats."""
-    means = sums / num_classes
+def _of_all(means: Tensor, columns: int, dtype: torch.dtype, options: Options) -> tuple[Tensor, Tensor]:
+    """`reference` [2, M] and the record of all classes [9], from the sums over all: as the operator centroid_stats."""
     if options.centroid_to_sample:
         q, q_log, q_norm = means[:-1].view(3, columns)
         exact = torch.where(q > 0, q_log / q, 0)
@@ -376,8 +387,8 @@ def _of_all(
         weight, weight_sum = torch.zeros_like(by), torch.ones_like(constant)
     # What rounding loses enters the mean under p; under the mean centroid instead it goes into the constant.
     lost = (by * (exact - exact.to(dtype).double())).sum()
-    record = torch.zeros(_schema.CLASS_STATS, dtype=torch.float64, device=sums.device)
-    record[0], record[1], record[2] = weight_sum, constant - lost, num_classes
+    record = torch.zeros(_schema.CLASS_STATS, dtype=torch.float64, device=means.device)
+    record[0], record[1] = weight_sum, constant - lost
     return torch.stack([exact, weight]).to(dtype), record
 
 
@@ -389,8 +400,12 @@ class Shards:
     classes comes of sums over all processes.
     """
 
-    num_classes: int
     rows_per_process: int
+    first: int  # of the classes here
+
+    def prior_here(self, prior: Tensor, logits: Tensor) -> Tensor:
+        """Of priors [C] those of this process's classes, which have these logits."""
+        return prior[self.first : self.first + len(logits)].contiguous()
 
     class Rows(NamedTuple):
         """As :class:`_plain.Rows`, and the classes that occur."""
@@ -420,18 +435,20 @@ class Shards:
     def forward(self, input: Tensor, logits: Tensor, problem: Problem, wanted: tuple[bool, bool]) -> _plain.Found:
         """As :func:`_plain.forward`, from this process's logits."""
         target, _, weight, options, backend, shard, group, *_ = problem
+        prior = problem.class_prior
         assert group is not None
+        assert prior is not None
         if not isinstance(shard, Shard):
-            shard = shard_of(logits, options, backend)
+            shard = shard_of(logits, options, backend, self.prior_here(prior, logits))
         sums = group.all_reduce(shard.sums.clone())
-        reference, record = _of_all(sums, self.num_classes, logits.shape[1], logits.dtype, options)
+        reference, record = _of_all(sums, logits.shape[1], logits.dtype, options)
         lookup, present = Lookup.of(target, options.ignore_index, self.rows_per_process, group)
         own_logits = lookup.fetch(logits, group)
 
         def of_all(table: _schema.Table) -> _schema.Table:
             return table._replace(reference=reference, norms=torch.cat([table.norms[:-1], record[None]]))
 
-        own = of_all(_plain.table_of(own_logits, options, backend))
+        own = of_all(_plain.table_of(own_logits, options, backend, prior.index_select(0, present)))
         here = own if shard.table is None else of_all(shard.table)
         count = len(logits)
         table = self.Table(*own, here.log_activation[:count], here.activation[:count], here.norms)

@@ -384,7 +384,7 @@ def test_the_loss_is_the_terms_reduced(emulated, runs, launches, separation, row
         for several in (rows > 8192, False):
             before = launches()
             loss, coefficients, means, totals = emulated.reduce(
-                terms, stats, target, table[3], weight, totals, c2s, False, *settings
+                terms, stats, target, weight, totals, c2s, False, *settings
             )
             assert launches() - before == 1 + several
             actual = loss.float(), stats, coefficients, *expected[3:5], means
@@ -515,7 +515,7 @@ def test_same_outputs_as_the_cpu_operators(emulated, runs):
                 for batch, reduction, with_grad in ((True, 1, False), (False, 1, True), (False, 0, False))
             ]  # fmt: skip
             reduced = [
-                ops.reduce(*terms, target, s[3], None, None, separation, False, batch, reduction, 1e-8, 0.0, -100)
+                ops.reduce(*terms, target, None, None, separation, False, batch, reduction, 1e-8, 0.0, -100)
                 for batch, reduction in ((True, 1), (False, 0))
             ]
             rest, rows, upstream = (z, target, None), loss[0][1:3], torch.tensor(2.0)

@@ -9,10 +9,10 @@ import math
 import pytest
 import torch
 from conftest import relative
-from problems import ACTIVATIONS, LEFT, every_backend, every_separation, make
+from problems import ACTIVATIONS, HALF, LEFT, every_backend, every_separation, make
 
 from ncmi_kernels import _ops, reference
-from ncmi_kernels._schema import ALL_MEAN, INVERSE_NORM, MEAN_LOG_NORM
+from ncmi_kernels._schema import ALL_MEAN, INVERSE_NORM, MEAN_LOG_NORM, OWN_PRIOR, PRIOR
 
 FOCUS = 5.0
 
@@ -20,31 +20,35 @@ FOCUS = 5.0
 class Operands:
     """A batch on its way through the operators, and the same by definition in float64."""
 
-    def __init__(self, run, problem, separation, activation="nsf", l2=False, ignore_index=-100):
+    def __init__(self, run, problem, separation, activation="nsf", l2=False, ignore_index=-100, own=1, prior=None):
         z, target, xi, center, _ = problem
         c2s, softmax = separation == "centroid_to_sample", activation == "softmax"
         self.run, self.problem, self.last = run, problem, (c2s, ignore_index)
         self.batch = z, target, center
-        self.table = run.centroid_stats(xi, softmax, c2s)
+        self.prior = prior
+        self.table = run.centroid_stats(xi, softmax, c2s, prior)
         terms, self.stats = run.terms(*self.batch, *self.table, 0.7, l2, softmax, *self.last)
         self.relative, self.distribution, self.level = run.focus_table(*self.table, c2s)
         self.x = run.focus_rows(*self.batch, *self.table, self.stats, *self.last)
         self.weights = self.x @ (self.distribution if c2s else self.relative).T
         self.separation = terms[1].clone()
         norms = self.table[3]
-        run.focus_weights_(self.weights, self.separation, self.stats, target, norms, self.level, FOCUS, *self.last)
+        of_rows = self.separation, self.stats, target
+        run.focus_weights_(self.weights, *of_rows, norms, self.level, FOCUS, *self.last, own)
 
         self.kept = target != ignore_index
         wide = None if center is None else center.double()
         y = target[self.kept]
         log_q = reference.log_activation(xi.double(), activation)
         log_p = reference.log_probabilities(z[self.kept].double(), wide, 0.7, l2, activation)
-        others = torch.ones(len(log_p), len(xi), dtype=torch.bool)
-        others[torch.arange(len(y)), y] = False
+        prior = torch.full((len(xi),), 1 / len(xi), dtype=torch.float64) if prior is None else prior
+        self.others = y[:, None] != torch.arange(len(xi)) % (len(xi) // own)
+        self.own_prior = 1 - (self.others * prior).sum(dim=1)
+        counting = self.others & (prior > 0)
         d = reference.divergences(log_p, log_q, separation)
-        nearest = torch.where(others, d, torch.inf).amin(dim=1, keepdim=True)
-        self.exact_weights = torch.where(others, -FOCUS * d / nearest, -torch.inf).softmax(dim=1)
-        self.exact_separation = (self.exact_weights * d).sum(dim=1) * (1 - 1 / len(xi))
+        nearest = torch.where(counting, d, torch.inf).amin(dim=1, keepdim=True)
+        self.exact_weights = torch.where(counting, prior.log() - FOCUS * d / nearest, -torch.inf).softmax(dim=1)
+        self.mean = (self.exact_weights * d).sum(dim=1)
         self.log_q, self.log_p, self.y = log_q, log_p, y
 
     def sums(self, coefficients):
@@ -74,18 +78,19 @@ def check_operators(run, problem, separation, bound, **options):
         level = level * its.distribution.double()
     else:
         assert its.distribution.shape == (0, problem[0].shape[1])
-    assert (its.level - level.sum(dim=1)).abs().max() < 1e-13 * level.abs().sum(dim=1).max()
+    assert (its.level[0] - level.sum(dim=1)).abs().max() < 1e-13 * level.abs().sum(dim=1).max()
+    assert torch.equal(its.level[1], its.table[3][:-1, PRIOR])
     assert its.x[~its.kept].eq(0).all()
 
-    assert relative(its.separation[its.kept], its.exact_separation) < bound
+    assert relative(its.separation[its.kept], its.mean * (1 - its.own_prior)) < bound
+    assert relative(its.stats[its.kept, OWN_PRIOR], its.own_prior) < 1e-12
     assert relative(its.weights[its.kept], its.exact_weights) < bound
     assert its.weights[~its.kept].eq(0).all()
     assert its.separation[~its.kept].eq(0).all()
-    assert its.weights[its.kept, its.y].eq(0).all()
+    assert its.weights[its.kept][~its.others].eq(0).all()
     # all_mean is D of the mixture and a number of the row, which all_mean is more than D of the mean centroid by too.
-    mixture = its.exact_separation / (1 - 1 / len(its.log_q))
     log_norm = -its.stats[its.kept, INVERSE_NORM].log() - its.table[3][-1, MEAN_LOG_NORM]
-    assert (its.stats[its.kept, ALL_MEAN] - log_norm - mixture).norm() < bound * mixture.norm()
+    assert (its.stats[its.kept, ALL_MEAN] - log_norm - its.mean).norm() < bound * its.mean.norm()
 
     coefficients = of_rows(its)
     other = coefficients[its.kept, 1]
@@ -155,23 +160,38 @@ def check_step(run, its, coefficients, sums, activation):
         if finite:
             assert relative(average, 0.9 * momentum + grad) < rounding
             assert relative(moved - xi, -rate * (0.9 * momentum + grad)) < rounding
-            before = [moved, average, *run.centroid_stats(moved, softmax, c2s)]
+            before = [moved, average, *run.centroid_stats(moved, softmax, c2s, its.prior)]
         for t, expected in zip(after, before, strict=True):
             assert torch.equal(t, expected)
 
 
+ARITHMETIC = dict.fromkeys((*HALF, torch.float32), torch.float32) | {torch.float64: torch.float64}
 BOUNDS = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 3e-6, torch.float16: 3e-6}
 
 
 def check_every_kind(run, dtype, separation, activation, shapes=((13, 7, 36), (13, 7, 37), (1, 2, 5))):
     """In 16 bytes, one by one, strided; features large and small."""
-    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
     for shape, l2 in itertools.product(shapes, (False, True)):
-        z, *rest = make(*shape, center=True, ignore=shape[0] > 1, dtype=arithmetic)
+        z, *rest = make(*shape, center=True, ignore=shape[0] > 1, dtype=ARITHMETIC[dtype])
         z = z.to(dtype)
         for input in (z, torch.stack((z, z), dim=-1)[..., 0]):
             for check in (check_operators, check_gradient):
                 check(run, (input, *rest), separation, BOUNDS[dtype], activation=activation, l2=l2)
+    check_several_centroids(run, dtype, separation, activation, shapes[-2:])
+
+
+def check_several_centroids(run, dtype, separation, activation, shapes):
+    """Three of each class, and classes that do not count alike: the first not at all."""
+    for rows, classes, columns in shapes:
+        problem = make(rows, classes, columns, ignore=rows > 1, dtype=ARITHMETIC[dtype])
+        z, target, _, *rest = problem
+        xi = make(rows, 3 * classes, columns, dtype=ARITHMETIC[dtype])[2]
+        prior = torch.rand(classes, dtype=torch.float64)
+        prior[0] = 0 if classes > 2 else 0.1
+        prior = (prior / prior.sum()).repeat(3) / 3
+        options = {"activation": activation, "own": 3, "prior": prior}
+        for check in (check_operators, check_gradient):
+            check(run, (z.to(dtype), target, xi, *rest), separation, BOUNDS[dtype], **options)
 
 
 @every_backend
@@ -193,7 +213,7 @@ def check_divergences(run, separation):
     product = torch.zeros(6, 5) if separation == "centroid_to_sample" else torch.full((6, 5), 1e3)
     product[torch.arange(6), target] = math.nan  # that of the own class is not looked at
     product[1, (target[1] + 1) % 5] = math.nan
-    level = -torch.ones_like(level)
+    level = torch.stack((-torch.ones_like(level[0]), level[1]))
     separated = torch.empty(6, dtype=torch.float64)
     run.focus_weights_(product, separated, its.stats.clone(), target, its.table[3], level, FOCUS, *its.last)
     assert separated[1].isnan()
@@ -202,6 +222,26 @@ def check_divergences(run, separation):
     expected = torch.full((6, 5), 0.25)
     expected[torch.arange(6), target] = 0
     assert relative(product[others], expected[others]) < 1e-6
+
+
+def check_priors_of_none(run, separation):
+    """Where all of the prior is the own class's, no other has a weight, and there is no separation."""
+    for own in (1, 2):
+        z, _, _, *rest = make(4, 3, 9, dtype=torch.float32)
+        xi = make(4, 3 * own, 9, dtype=torch.float32)[2]
+        prior = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64).repeat(own) / own
+        problem = z, torch.tensor([1, 0, 1, 2]), xi, *rest
+        its = Operands(run, problem, separation, own=own, prior=prior)
+        assert its.weights[::2].eq(0).all()
+        assert its.separation[::2].eq(0).all()
+        assert its.stats[:, OWN_PRIOR].tolist() == [1, 0, 1, 0]
+        assert relative(its.weights[1::2], its.exact_weights[1::2]) < 1e-5
+
+
+@every_backend
+@every_separation
+def test_priors_of_none(separation, backend):
+    check_priors_of_none(_ops.operators(backend), separation)
 
 
 @every_backend

@@ -36,13 +36,12 @@ def check_reduce(run, separation, focus, ratio, reduction):
     options = Options(separation=separation, ratio=ratio, reduction=reduction, separation_focus=focus, eps=1e-3)
     for rows, classes, weighted, shared in ((9, 4, True, False), (9, 4, False, True), (2100, 3, True, True)):
         values = torch.rand(2, rows, dtype=torch.float64) + 0.1
-        stats = torch.randn(rows, 7, dtype=torch.float64)
+        stats = torch.randn(rows, 8, dtype=torch.float64)
+        stats[:, 7] = torch.rand(rows)
         target = torch.randint(classes, (rows,))
         target[::3] = -100
         kept = target != -100
         values[:, ~kept] = 0
-        norms = torch.full((classes + 1, 8), torch.nan, dtype=torch.float64)
-        norms[-1, 2] = 5  # classes there are, of which the table has some
         weight = torch.rand(classes) + 0.5 if weighted else None
         w = torch.ones(rows).double() if weight is None else weight.double()[target.clamp(min=0)]
         w = torch.where(kept, w, 0)
@@ -61,14 +60,14 @@ def check_reduce(run, separation, focus, ratio, reduction):
         else:
             expected = total[3] / total[0] if reduction == "mean" else total[3]
         alpha, beta = torch.autograd.grad(expected.sum(), leaf)
-        by_all, by_own = (0.8, 0.0) if focus else (1.0, 0.2)
-        own_mean, all_mean = stats[:, 5], stats[:, 6]
+        own_mean, all_mean, own_prior = stats[:, 5:].T
+        by_all, by_own = (1 - own_prior, 0 * own_prior) if focus else (1 + 0 * own_prior, own_prior)
         if separation == "centroid_to_sample":
             coefficients = [alpha, by_all * beta, by_own * beta, alpha * own_mean]
         else:
             own = alpha - by_own * beta
             coefficients = [own, by_all * beta, 0 * beta, own * own_mean + by_all * beta * all_mean]
-        arguments = values, stats, target, norms, weight, given, options.centroid_to_sample, focus > 0, *options.loss
+        arguments = values, stats, target, weight, given, options.centroid_to_sample, focus > 0, *options.loss
         loss, actual, means, own_sums = run.reduce(*arguments)
         assert relative(loss, expected) < 1e-12
         assert relative(actual, torch.stack(coefficients, dim=1)) < 1e-12

@@ -16,7 +16,7 @@ BY_ROW_OF_FOCUS = ("focus_rows", "focus_weights_", "focus_sums_")
 
 # Tables and what is written in place: contiguous only.
 CONTIGUOUS = {"center", "running_center", "log_activation", "activation", "reference", "norms", "weight", "rows"}
-CONTIGUOUS |= {"totals", "grad", "momentum_buffer", "terms", "coefficients", "row_reference"}
+CONTIGUOUS |= {"totals", "grad", "momentum_buffer", "terms", "coefficients", "row_reference", "row_own", "prior"}
 CONTIGUOUS |= {"class_weights", "weighted", "class_level", "product", "separation", "weights"}
 
 
@@ -43,7 +43,10 @@ def arguments(run: _schema.Operators, name: str, centroid_to_sample: bool) -> di
         "upstream": torch.rand(()) if name == "centroid_grad" else torch.rand(ROWS),
         "class_weights": torch.rand(CLASSES, _schema.CLASS_WEIGHTS, dtype=torch.float64),
         "weighted": torch.rand(CLASSES, COLUMNS),
-        "class_level": torch.rand(CLASSES, dtype=torch.float64),
+        "class_level": torch.rand(2, CLASSES, dtype=torch.float64),
+        "prior": torch.full((CLASSES,), 1 / CLASSES, dtype=torch.float64),
+        "row_own": torch.rand(ROWS, COLUMNS),
+        "centroids_per_class": 1,
         "product": torch.rand(ROWS, CLASSES),
         "separation": torch.rand(ROWS, dtype=torch.float64),
         "weights": torch.rand(ROWS, CLASSES),
@@ -87,6 +90,8 @@ def spoilt(name: str, argument: str, good: Tensor) -> list[Tensor]:
         if name in ("scale_", "centroid_stats"):
             continue  # of any size
         sizes = {0, size - 1, size + 1} - {-1, size}
+        if (name, argument) == ("reduce", "weight"):
+            sizes.discard(size + 1)  # of as many classes
         bad += [zeros((*good.shape[:d], other, *good.shape[d + 1 :])) for other in sorted(sizes)]
     if name == "centroid_stats":
         bad += [zeros((0, COLUMNS)), zeros((CLASSES, 0))]
@@ -176,6 +181,7 @@ def check_empty_batches(run: _schema.Operators) -> None:
             "rows",
             "coefficients",
             "row_reference",
+            "row_own",
             "grad",
             "product",
             "separation",

@@ -36,7 +36,7 @@ void run(int64_t rows, int64_t classes, int64_t columns, bool softmax, bool cent
   Tensor y = empty({rows}, ScalarType::Long), batches = empty({}, ScalarType::Long);
   for (int64_t i = 0; i < rows; ++i) output<int64_t>(y)[i] = i % 5 == 3 ? -100 : i * i % classes;
   *output<int64_t>(batches) = 1;
-  const auto [log_a, a, reference, norms] = centroid_stats(xi, softmax, centroid_to_sample);
+  const auto [log_a, a, reference, norms] = centroid_stats(xi, softmax, centroid_to_sample, std::nullopt);
   terms(z, y, center, log_a, a, reference, norms, 1, false, softmax, centroid_to_sample, -100);
   const auto [value, stats, coefficients, moved, grad, means] =
       loss(z, y, std::nullopt, center, batches, 0.9, log_a, a, reference, norms, std::nullopt, 1, true, softmax,
@@ -44,14 +44,14 @@ void run(int64_t rows, int64_t classes, int64_t columns, bool softmax, bool cent
   scale_(grad, upstream);
   const auto none = std::nullopt;
   const bool c2s = centroid_to_sample;
-  input_grad(z, y, moved, log_a, a, reference, norms, stats, coefficients, none, c2s, -100, z);
+  input_grad(z, y, moved, log_a, a, reference, norms, stats, coefficients, none, c2s, -100, z, z);
   const Tensor totals = class_totals(z, y, moved, stats, coefficients, none, c2s, -100);
   centroid_grad(z, y, moved, xi, log_a, a, reference, norms, stats, coefficients, none, c2s, -100, totals, none, none);
 
   const auto [relative, distribution, level] = focus_table(log_a, a, reference, norms, c2s);
   focus_rows(z, y, moved, log_a, a, reference, norms, stats, c2s, -100);
   const Tensor weights = numbers<T>({rows, classes}), separation = numbers<double>({rows});
-  focus_weights_(weights, separation, stats, y, norms, level, 5.0, c2s, -100);
+  focus_weights_(weights, separation, stats, y, norms, level, 5.0, c2s, -100, 1);
   const Tensor class_weights = numbers<double>({classes, kClassWeights}), weighted = numbers<T>({classes, columns});
   focus_sums_(weights, class_weights, stats, coefficients, y, c2s, -100);
   centroid_grad(z, y, moved, xi, log_a, a, reference, norms, stats, coefficients, none, c2s, -100, none, class_weights,
