@@ -19,6 +19,8 @@ COLUMNS = (512, 1000, 4096, 16384, LOOPING)
 BITS = {"bf16": 16, "fp32": 32}
 C2S = {"centroid_to_sample": True}
 BY_CLASS = {"class_weights": True}
+BY_ROW = {"row_reference": True}, {"row_reference": True, "row_own": True}
+SEVERAL = {"classes": 100, "centroids_per_class": 2}
 
 CASES = [
     *itertools.product(("loss", "input_grad", "centroid_grad"), ("bf16", "fp32"), COLUMNS, ({},)),
@@ -29,7 +31,7 @@ CASES = [
     ),
     *itertools.product(("centroid_step_",), ("fp32",), (100, 4096, LOOPING), ({},)),
     ("input_grad", "fp32", 16384, C2S),
-    *itertools.product(("input_grad",), ("fp32",), (4096,), ({"row_reference": True}, {"row_reference": True, **C2S})),
+    *itertools.product(("input_grad",), ("fp32",), (4096,), [{**of, **way} for of in BY_ROW for way in ({}, C2S)]),
     ("reduce", "fp32", 4096, {}),
     *itertools.product(("loss",), ("fp32",), (1000, 16384), ({"ratio": "sample"},)),
     *itertools.product(("loss",), ("bf16", "fp32"), (4096,), ({"activation": "softmax"}, {"temperature": 0.2})),
@@ -39,6 +41,7 @@ CASES = [
     *itertools.product(("focus_table", "focus_rows"), ("fp32",), (100, 4096), ({}, C2S)),
     *itertools.product(("focus_rows",), ("bf16",), (1000,), ({}, C2S)),
     *itertools.product(("focus_weights_", "focus_sums_"), ("fp32",), (512,), [{"classes": n} for n in (10, 100, 1000)]),
+    *itertools.product(("focus_weights_",), ("fp32", "fp64"), (512,), (SEVERAL, {**SEVERAL, **C2S})),
     *itertools.product(("focus_weights_", "focus_sums_"), ("fp32",), (512,), ({"classes": 65536, "rows": 64}, C2S)),
     *itertools.product(("focus_weights_", "focus_sums_"), ("fp64",), (512,), ({"classes": 100}, C2S)),
     *itertools.product(("centroid_grad", "centroid_step_"), ("fp32",), (100, 4096), (BY_CLASS, {**BY_CLASS, **C2S})),
@@ -150,6 +153,14 @@ def test_traffic_of_the_others(compiled, target):
         assert backward["loads"]["row_reference"] == 3 * 32 * backward["elements"]  # in a branch for each kind
         assert backward["widest"]["row_reference"] == 128
         assert "reference" not in backward["loads"]
+    for case in (
+        "input_grad-fp32-4096-row_reference=True-row_own=True",
+        "input_grad-fp32-4096-row_reference=True-row_own=True-centroid_to_sample=True",
+    ):
+        (backward,) = compiled[case, target]
+        assert backward["loads"]["row_own"] == backward["loads"]["row_reference"] == 3 * 32 * backward["elements"]
+        assert backward["widest"]["row_own"] == 128
+        assert "log_activation" not in backward["loads"]
     kernels = {k["kernel"]: k for k in compiled["centroid_stats-fp32-4096", target]}
     rows = kernels["centroid_rows_kernel"]
     assert rows["stores"]["log_activation"] == 32 * rows["elements"]

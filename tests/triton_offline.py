@@ -76,8 +76,11 @@ def launches_of(operator: str, dtype: str, columns: int, options: dict[str, Any]
         batches, upstream = torch.empty((), dtype=torch.int64), torch.empty((), dtype=wide)
         saved, coefficients = (torch.empty(rows, n, dtype=torch.float64) for n in (ROW_STATS, COEFFICIENTS))
         terms = torch.empty(2, rows, dtype=torch.float64)
-        row_reference = torch.empty(rows, columns, dtype=wide) if options.get("row_reference") else None
-        level, sums = (torch.empty(classes, *n, dtype=torch.float64) for n in ((), (CLASS_WEIGHTS,)))
+        row_reference, row_own = (
+            torch.empty(rows, columns, dtype=wide) if options.get(name) else None
+            for name in ("row_reference", "row_own")
+        )
+        level, sums = (torch.empty(shape, dtype=torch.float64) for shape in ((2, classes), (classes, CLASS_WEIGHTS)))
         product, weighted = torch.empty(rows, classes, dtype=wide), torch.empty(classes, columns, dtype=wide)
         of_class = (sums, weighted) if options.get("class_weights") else ()
     found: list[Any] = []
@@ -88,7 +91,7 @@ def launches_of(operator: str, dtype: str, columns: int, options: dict[str, Any]
         if operator == "terms":
             ops.terms(z, y, center, *stats, temperature, l2, softmax, c2s, -100)
         elif operator == "reduce":
-            ops.reduce(terms, saved, y, stats[3], None, None, c2s, False, True, 1, 1e-8, 0.0, -100)
+            ops.reduce(terms, saved, y, None, None, c2s, False, True, 1, 1e-8, 0.0, -100)
         elif operator == "loss":
             sample = options.get("ratio", "batch") == "sample"
             ops.loss(
@@ -96,7 +99,7 @@ def launches_of(operator: str, dtype: str, columns: int, options: dict[str, Any]
                 *(0.0, -100, sample and dtype not in ("bf16", "fp16")),
             )
         elif operator == "input_grad":
-            ops.input_grad(z, y, center, *stats, saved, coefficients, upstream, c2s, -100, row_reference)
+            ops.input_grad(z, y, center, *stats, saved, coefficients, upstream, c2s, -100, row_reference, row_own)
         elif operator == "centroid_grad":
             ops.centroid_grad(z, y, center, xi, *stats, saved, coefficients, upstream, c2s, -100, None, *of_class)
         elif operator == "centroid_step_":
@@ -112,7 +115,8 @@ def launches_of(operator: str, dtype: str, columns: int, options: dict[str, Any]
         elif operator == "focus_rows":
             ops.focus_rows(z, y, center, *stats, saved, c2s, -100)
         elif operator == "focus_weights_":
-            ops.focus_weights_(product, terms[1], saved, y, stats[3], level, 10.0, c2s, -100)
+            several = options.get("centroids_per_class", 1)
+            ops.focus_weights_(product, terms[1], saved, y, stats[3], level, 10.0, c2s, -100, several)
         elif operator == "focus_sums_":
             ops.focus_sums_(product, sums, saved, coefficients, y, c2s, -100)
     return found

@@ -32,7 +32,7 @@ class Reducing(NamedTuple):
 class RowTerms(NamedTuple):
     """What the forward pass has of the rows."""
 
-    stats: Tensor  # [B, 7]
+    stats: Tensor  # [B, 8]
     sums: Tensor  # [4, B] that the terms are made of
     given: bool  # they are the terms themselves, A and G in the first two rows
 
@@ -58,7 +58,7 @@ class Moving(NamedTuple):
 class Rows(NamedTuple):
     """What a backward pass has of the rows."""
 
-    stats: Tensor  # [B, 7]
+    stats: Tensor  # [B, 8]
     coefficients: Tensor  # [B, 4]
     upstream: Tensor | None  # [] or [B], which multiplies the coefficients
 

@@ -17,6 +17,7 @@ from ncmi_kernels._triton.elements import (
     CLASS_WEIGHTS,
     INVERSE_NORM,
     LOG_NORM,
+    PRIOR,
     RECORD,
     ROW_KIND,
     SCALE,
@@ -24,7 +25,6 @@ from ncmi_kernels._triton.elements import (
     SOFTMAX,
     STATS,
     activate_as,
-    class_count,
     double,
     least_kind,
     load_coefficients,
@@ -215,7 +215,7 @@ def centroid_grad_kernel(
     inverse_norm = share_of(tl.exp(-tl.load(norms + c * RECORD + LOG_NORM)), shift, kind)
     own_sum = tl.load(factor_sums + c)
     other_sum = tl.load(factor_sums + classes + c)
-    inverse_classes = 1.0 / class_count(norms, classes)
+    prior = tl.load(norms + c * RECORD + PRIOR)[:, None]
     if GIVEN:
         other_total = tl.load(totals + M)
     else:
@@ -226,14 +226,14 @@ def centroid_grad_kernel(
         other_total = tl.sum(parts, axis=0)
     other_of_all = other_total
     if class_weights is not None:
-        inverse_classes = 1.0
+        prior = tl.full([1, 1], 1.0, tl.float64)
         by = tl.load(upstream).to(tl.float64) if upstream is not None else 1.0
         other_of_all = by * tl.load(class_weights + c * CLASS_WEIGHTS)
         base = by * tl.load(class_weights + c * CLASS_WEIGHTS + 1)
     mean = tl.full([1], 0.0, tl.float64)
-    # sample_to_centroid: slope (q (own_sum + other_total / C) - own - totals / C). centroid_to_sample:
-    # slope ((1 / C) q (s - sum_k q s) - own + own_sum q), s = sum over the rows of other classes of
-    # other_i (log q_c - log p_i), up to what is constant along the row. With class_weights 1 is in the place of 1 / C,
+    # sample_to_centroid: slope (q (own_sum + prior other_total) - own - prior totals). centroid_to_sample:
+    # slope (prior q (s - sum_k q s) - own + own_sum q), s = sum over the rows of other classes of
+    # other_i (log q_c - log p_i), up to what is constant along the row. With class_weights 1 is in the place of prior,
     # and s is over all rows.
     PASSES: tl.constexpr = 2 if CENTROID_TO_SAMPLE else 1
     for step in tl.static_range(PASSES):
@@ -262,9 +262,9 @@ def centroid_grad_kernel(
                     s -= total - load_rows(all_sums, c * M, k, inside, False)
                 if step == 0:
                     mean += tl.sum(tl.where(inside[None, :], q * s, 0.0), axis=1)
-                by_log = inverse_classes * q * (s - mean[:, None]) - (own - own_sum[:, None] * q)
+                by_log = prior * q * (s - mean[:, None]) - (own - own_sum[:, None] * q)
             else:
-                by_log = (own_sum + inverse_classes * other_of_all)[:, None] * q - (own + inverse_classes * total)
+                by_log = (own_sum[:, None] + prior * other_of_all) * q - (own + prior * total)
             if step == PASSES - 1:
                 g = (slope.to(tl.float64) * by_log).to(dtype)
                 at = (c * M)[:, None] + k[None, :]
@@ -432,4 +432,4 @@ def centroid_step_(
     with launches.on(input):
         step = Step(momentum_buffer, SGD(lr, momentum, weight_decay, nesterov))
         _by_class(batch, centroid_logits, table, of_rows, centroid_to_sample, of_all, step)
-        write_stats(centroid_logits, softmax, centroid_to_sample, table)
+        write_stats(centroid_logits, norms.select(1, _schema.PRIOR), softmax, centroid_to_sample, table)

@@ -8,14 +8,15 @@ from torch import Tensor
 from ncmi_kernels import _schema
 from ncmi_kernels._schema import Table
 from ncmi_kernels._triton import launches
-from ncmi_kernels._triton.checks import ARITHMETIC, check_matrix, require
+from ncmi_kernels._triton.checks import ARITHMETIC, DOUBLE, check, check_matrix, require
 from ncmi_kernels._triton.elements import (
-    ALL_CLASSES,
     CLASS_KIND,
     CLASS_SHIFT,
     LOG_NORM,
     LONE,
+    PRIOR,
     RECORD,
+    RECORD_BLOCK,
     SHIFTED,
     SHIFTED_FROM,
     SOFTMAX,
@@ -30,13 +31,16 @@ from ncmi_kernels._triton.ops import operator
 from ncmi_kernels._triton.tiles import row_tile, strides_of
 
 
-@triton.jit(do_not_specialize=["unit_stride", "column_stride", "classes"])
+@triton.jit(do_not_specialize=["unit_stride", "column_stride", "prior_stride", "classes"])
 def centroid_rows_kernel(
-    logits, log_activation, activation, norms, unit_stride, column_stride, classes, M: tl.constexpr,
-    ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr, KIND: tl.constexpr, WITH_ACTIVATION: tl.constexpr,
+    logits, prior, log_activation, activation, norms, unit_stride, column_stride, prior_stride, classes,
+    M: tl.constexpr, ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr, KIND: tl.constexpr, WITH_ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """log a(xi) and a(xi) [C, M], and of `norms` [C + 1, 8] the records of the classes."""
+    """log a(xi) and a(xi) [C, M], and of `norms` [C + 1, 9] the records of the classes.
+
+    Their `prior` [C] may be where it is written.
+    """
     dtype: tl.constexpr = log_activation.dtype.element_ty
     EVEN: tl.constexpr = M % COLUMNS == 0
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -89,13 +93,19 @@ def centroid_rows_kernel(
         if WITH_ACTIVATION:
             tl.store((activation + at)[:, None] + k[None, :], value, mask=mask)
     of_class = norms + row * RECORD
-    column = tl.arange(0, RECORD)
+    column = tl.arange(0, RECORD_BLOCK)
     unset = tl.where(column == LONE, -1.0, 0.0).to(tl.float64)
-    unset = tl.broadcast_to(unset[None, :], [ROWS, RECORD])
-    tl.store(of_class[:, None] + column[None, :], unset, mask=live[:, None] & (column >= LONE)[None, :])
+    unset = tl.broadcast_to(unset[None, :], [ROWS, RECORD_BLOCK])
+    of_lone = (column >= LONE) & (column < PRIOR)
+    tl.store(of_class[:, None] + column[None, :], unset, mask=live[:, None] & of_lone[None, :])
     tl.store(of_class + LOG_NORM, tl.log(tl.sum(norm, axis=1)), mask=live)
     tl.store(of_class + CLASS_SHIFT, shift.to(tl.float64), mask=live)
     tl.store(of_class + CLASS_KIND, tl.full([ROWS], KIND, tl.float64), mask=live)
+    if prior is not None:
+        known = tl.load(prior + row * prior_stride, mask=live, other=0.0)
+    else:
+        known = tl.full([ROWS], 1.0, tl.float64) / classes.to(tl.float64)
+    tl.store(of_class + PRIOR, known, mask=live)
 
 
 @triton.jit(do_not_specialize=["classes"])
@@ -105,7 +115,8 @@ def centroid_columns_kernel(
 ):  # fmt: skip
     """`reference` [2, M]: the mean over classes of log a(xi), for centroid_to_sample weighted with q, and the mean q.
 
-    What rounding it lost goes to `residual` [M], the mean q times the mean log_norm under it to `weighted` [M].
+    Means are by the priors. What rounding `reference` lost goes to `residual` [M], the mean q times the mean log_norm
+    under it to `weighted` [M].
     """
     dtype: tl.constexpr = reference.dtype.element_ty
     k = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -117,26 +128,25 @@ def centroid_columns_kernel(
         mask = (row < classes)[:, None] & (k < M)[None, :]
         at = (row.to(tl.int64) * M)[:, None] + k[None, :]
         log = tl.load(log_activation + at, mask=mask, other=0.0).to(tl.float64)
+        prior = tl.load(norms + row * RECORD + PRIOR, mask=row < classes, other=0.0)[:, None]
         if CENTROID_TO_SAMPLE:
             log_norm = tl.load(norms + row * RECORD + LOG_NORM, mask=row < classes, other=0.0)[:, None]
-            q = tl.load(activation + at, mask=mask, other=0.0).to(tl.float64) * tl.exp(-log_norm)
+            q = tl.load(activation + at, mask=mask, other=0.0).to(tl.float64) * (prior * tl.exp(-log_norm))
             q_sum += q
             log_sum += q * log
             norm_sum += q * log_norm
         else:
-            log_sum += log
+            log_sum += prior * log
     log_mean = tl.sum(log_sum, axis=0)
-    inverse_classes = 1.0 / classes.to(tl.float64)
     q_mean = tl.sum(q_sum, axis=0)
     if CENTROID_TO_SAMPLE:
         some = q_mean > 0
         exact = tl.where(some, log_mean / tl.where(some, q_mean, 1.0), 0.0)
-        weight = (q_mean * inverse_classes).to(dtype)
         norm_mean = tl.where(some, tl.sum(norm_sum, axis=0) / tl.where(some, q_mean, 1.0), 0.0)
-        tl.store(weighted + k, weight.to(tl.float64) * norm_mean, mask=k < M)
+        tl.store(weighted + k, q_mean.to(dtype).to(tl.float64) * norm_mean, mask=k < M)
     else:
-        exact = log_mean * inverse_classes
-        weight = q_mean.to(dtype)
+        exact = log_mean
+    weight = q_mean.to(dtype)
     rounded = exact.to(dtype)
     tl.store(reference + k, rounded, mask=k < M)
     tl.store(reference + M + k, weight, mask=k < M)
@@ -147,7 +157,7 @@ def centroid_columns_kernel(
 def centroid_constants_kernel(
     reference, residual, weighted, norms, classes, M, CENTROID_TO_SAMPLE: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """The last record of `norms`: weight_sum, weighted_log_norm less what rounding `reference` lost, C; one program.
+    """The last record of `norms`: weight_sum, weighted_log_norm less what rounding `reference` lost; one program.
 
     The loss of rounding enters the mean under p; taken under the mean centroid instead it goes into a constant. The two
     differ where p is far from the centroids, and there the terms are large.
@@ -164,7 +174,8 @@ def centroid_constants_kernel(
         top = tl.max(largest, axis=0)
         for start in range(0, classes, COLUMNS):
             row = start + tl.arange(0, COLUMNS)
-            constant += tl.load(norms + row * RECORD + LOG_NORM, mask=row < classes, other=0.0)
+            prior = tl.load(norms + row * RECORD + PRIOR, mask=row < classes, other=0.0)
+            constant += prior * tl.load(norms + row * RECORD + LOG_NORM, mask=row < classes, other=0.0)
     for start in range(0, M, COLUMNS):
         k = start + tl.arange(0, COLUMNS)
         left = tl.load(residual + k, mask=k < M, other=0.0)
@@ -180,16 +191,17 @@ def centroid_constants_kernel(
     constant_sum = tl.sum(constant, axis=0)
     if not CENTROID_TO_SAMPLE:
         lost_sum = lost_sum / weight_sum
-        constant_sum = constant_sum / classes.to(tl.float64)
         weight_sum = weight_sum * 0.0 + 1.0
-    column = tl.arange(0, RECORD)
+    column = tl.arange(0, RECORD_BLOCK)
     record = tl.where(column == WEIGHTED_LOG_NORM, constant_sum - lost_sum, 0.0)
-    record = tl.where(column == ALL_CLASSES, classes.to(tl.float64), record)
-    tl.store(norms + classes * RECORD + column, tl.where(column == WEIGHT_SUM, weight_sum, record))
+    record = tl.where(column == WEIGHT_SUM, weight_sum, record)
+    tl.store(norms + classes * RECORD + column, record, mask=column < RECORD)
 
 
-def write_stats(centroid_logits: Tensor, softmax: bool, centroid_to_sample: bool, table: Table) -> None:
-    """What the operator gives of the logits [C, M], into this table."""
+def write_stats(
+    centroid_logits: Tensor, prior: Tensor | None, softmax: bool, centroid_to_sample: bool, table: Table
+) -> None:
+    """What the operator gives of the logits [C, M], into this table; `prior` may be that of the table."""
     log_activation, activation, reference, norms = table
     classes, columns = centroid_logits.shape
     workspace = norms.new_empty((2, columns))
@@ -199,10 +211,12 @@ def write_stats(centroid_logits: Tensor, softmax: bool, centroid_to_sample: bool
         centroid_rows_kernel,
         (-(-classes // tile.rows),),
         logits=centroid_logits,
+        prior=prior,
         log_activation=log_activation,
         activation=activation,
         norms=norms,
         **strides_of(centroid_logits),
+        prior_stride=0 if prior is None else prior.stride(0),
         classes=classes,
         M=columns,
         KIND=SOFTMAX if softmax else SHIFTED,
@@ -242,15 +256,21 @@ def write_stats(centroid_logits: Tensor, softmax: bool, centroid_to_sample: bool
 
 
 @operator
-def centroid_stats(centroid_logits: Tensor, softmax: bool, centroid_to_sample: bool) -> Table:
-    """Logits [C, M] to log_activation [C, M], activation [C or 0, M], reference [2, M], norms [C + 1, 8] float64."""
+def centroid_stats(
+    centroid_logits: Tensor, softmax: bool, centroid_to_sample: bool, prior: Tensor | None = None
+) -> Table:
+    """Logits [C, M] to log_activation [C, M], activation [C or 0, M], reference [2, M], norms [C + 1, 9] float64.
+
+    `prior` [C] float64: what a class counts for in the separation; None: 1 / C each.
+    """
     classes, columns = check_matrix("centroid_logits", centroid_logits, ARITHMETIC)
     require(classes > 0, "centroid_logits must not be empty")
+    check("prior", prior, centroid_logits, DOUBLE, (classes,))
     log_activation = centroid_logits.new_empty((classes, columns))
     activation = centroid_logits.new_empty((classes if centroid_to_sample else 0, columns))
     reference = centroid_logits.new_empty((2, columns))
     norms = centroid_logits.new_empty((classes + 1, _schema.CLASS_STATS), dtype=torch.float64)
     table = Table(log_activation, activation, reference, norms)
     with launches.on(centroid_logits):
-        write_stats(centroid_logits, softmax, centroid_to_sample, table)
+        write_stats(centroid_logits, prior, softmax, centroid_to_sample, table)
     return table

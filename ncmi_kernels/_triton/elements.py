@@ -32,7 +32,7 @@ LARGEST_64 = tl.constexpr(1.7976931348623157e308)
 SHIFTED_FROM = tl.constexpr(-2.0)
 
 # Columns of `rows`, csrc/layout.h RowStats.
-STATS = tl.constexpr(7)
+STATS = tl.constexpr(8)
 SCALE = tl.constexpr(0)
 INVERSE_LENGTH = tl.constexpr(1)
 ROW_KIND = tl.constexpr(2)
@@ -40,6 +40,7 @@ SHIFT = tl.constexpr(3)  # the largest z - c, where log a is relative to that; e
 INVERSE_NORM = tl.constexpr(4)
 OWN_MEAN = tl.constexpr(5)
 ALL_MEAN = tl.constexpr(6)
+OWN_PRIOR = tl.constexpr(7)
 
 # Columns of `coefficients`, csrc/layout.h Coefficients.
 COEFFICIENTS = tl.constexpr(4)
@@ -48,15 +49,16 @@ OTHER = tl.constexpr(1)
 SHARE = tl.constexpr(2)
 CONSTANT = tl.constexpr(3)
 
-# Columns of `norms`, csrc/layout.h ClassStats: a record a class, then one of all with the last three of these.
-RECORD = tl.constexpr(8)
+# Columns of `norms`, csrc/layout.h ClassStats: a record a class, then one of all with the last two of these.
+RECORD = tl.constexpr(9)
+RECORD_BLOCK = tl.constexpr(16)  # the power of two that holds one
 LOG_NORM = tl.constexpr(0)
 CLASS_SHIFT = tl.constexpr(1)
 CLASS_KIND = tl.constexpr(2)
 LONE = tl.constexpr(3)  # for the CPU; the rows that it tells are read here like others
+PRIOR = tl.constexpr(8)
 WEIGHT_SUM = tl.constexpr(0)
 WEIGHTED_LOG_NORM = tl.constexpr(1)
-ALL_CLASSES = tl.constexpr(2)
 
 CLASS_WEIGHTS = tl.constexpr(2)  # columns of `class_weights`, csrc/layout.h ClassWeights: other, base
 
@@ -69,12 +71,6 @@ LAST = tl.constexpr(2)  # each adds up what PARTIAL wrote
 # ----------------------------------------------------------------------------------------------------------------------
 # Numbers
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def class_count(norms, classes):
-    """C, where the table has records of `classes` of the C classes."""
-    return tl.load(norms + classes * RECORD + ALL_CLASSES)
 
 
 @triton.jit
@@ -405,9 +401,8 @@ def neighbours(value, VEC: tl.constexpr):
 
 
 @triton.jit
-def terms_of(norm, own, total, own_cross, own_log_norm, norms, classes, CENTROID_TO_SAMPLE: tl.constexpr):
+def terms_of(norm, own, total, own_cross, own_log_norm, own_prior, norms, classes, CENTROID_TO_SAMPLE: tl.constexpr):
     """A, G, 1 / S and the means under p: KL divergences as differences of logarithms, then of log-normalisers."""
-    inverse_classes = 1.0 / class_count(norms, classes)
     log_norm = tl.log(norm)
     inverse_norm = 1.0 / norm
     own_mean = own * inverse_norm
@@ -418,9 +413,9 @@ def terms_of(norm, own, total, own_cross, own_log_norm, norms, classes, CENTROID
     if CENTROID_TO_SAMPLE:
         weight_sum = tl.load(norms + classes * RECORD + WEIGHT_SUM)
         separation = (weight_sum * log_norm - weighted_log_norm) - total
-        separation += (own_cross * tl.exp(-own_log_norm) - own_gap) * inverse_classes
+        separation += (own_cross * tl.exp(-own_log_norm) - own_gap) * own_prior
     else:
-        separation = all_mean - (log_norm - weighted_log_norm) - concentration * inverse_classes
+        separation = all_mean - (log_norm - weighted_log_norm) - concentration * own_prior
     # Divergences are not negative; their rounding may be. NaN stays.
     concentration = tl.where(concentration < 0.0, 0.0, concentration)
     separation = tl.where(separation < 0.0, 0.0, separation)
@@ -449,14 +444,13 @@ def ratio_of(concentration, separation, eps, sharpness, SOFT: tl.constexpr):
 
 @triton.jit
 def coefficients_of(
-    own_mean, all_mean, by_concentration, by_separation, all_classes, CENTROID_TO_SAMPLE: tl.constexpr,
+    own_mean, all_mean, own_prior, by_concentration, by_separation, CENTROID_TO_SAMPLE: tl.constexpr,
     FOCUS: tl.constexpr,
 ):  # fmt: skip
     """Own, other, share and constant of rows, from the derivatives of the loss by their terms, as in csrc/rows.h."""
-    inverse_classes = 1.0 / all_classes
     zero = tl.full(own_mean.shape, 0.0, tl.float64)
-    share = zero if FOCUS else by_separation * inverse_classes
-    other = by_separation * (1.0 - inverse_classes) if FOCUS else by_separation
+    share = zero if FOCUS else by_separation * own_prior
+    other = by_separation * (1.0 - own_prior) if FOCUS else by_separation
     if CENTROID_TO_SAMPLE:
         return by_concentration, other, share, by_concentration * own_mean
     else:

@@ -19,6 +19,7 @@ from ncmi_kernels._triton.checks import (
     check_matrix,
     check_table,
     check_target,
+    require,
 )
 from ncmi_kernels._triton.elements import (
     ALL_MEAN,
@@ -30,6 +31,8 @@ from ncmi_kernels._triton.elements import (
     LOG_NORM,
     NEAR,
     OTHER,
+    OWN_PRIOR,
+    PRIOR,
     RECORD,
     ROW_KIND,
     SCALE,
@@ -40,7 +43,6 @@ from ncmi_kernels._triton.elements import (
     WEIGHTED_LOG_NORM,
     activate,
     checked,
-    class_count,
     double,
     exp_minus,
     least_kind,
@@ -71,7 +73,7 @@ def focus_table_kernel(
     log_activation, activation, reference, norms, relative, distribution, class_level, classes, M,
     CENTROID_TO_SAMPLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """`relative` and `distribution` [C, M], and `class_level` [C], the sums over the columns."""
+    """`relative` and `distribution` [C, M], and `class_level` [2, C], the sums over the columns and the priors."""
     dtype: tl.constexpr = relative.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < classes
@@ -93,17 +95,19 @@ def focus_table_kernel(
             summand *= q.to(tl.float64)
         level += tl.sum(tl.where(mask, summand, 0.0), axis=1)
     tl.store(class_level + row, level, mask=live)
+    prior = tl.load(norms + row * RECORD + PRIOR, mask=live, other=0.0)
+    tl.store(class_level + classes + row, prior, mask=live)
 
 
 @operator
 def focus_table(
     log_activation: Tensor, activation: Tensor, reference: Tensor, norms: Tensor, centroid_to_sample: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The centroids in products: relative [C, M], distribution [C or 0, M], class_level [C] float64."""
+    """The centroids in products: relative [C, M], distribution [C or 0, M], class_level [2, C] float64."""
     check_table(log_activation, Table(log_activation, activation, reference, norms), centroid_to_sample)
     classes, columns = log_activation.shape
     relative, distribution = torch.empty_like(log_activation), torch.empty_like(activation)
-    class_level = norms.new_empty((classes,))
+    class_level = norms.new_empty((2, classes))
     tile = _tile(columns, 1024, 1024)
     if classes:
         with launches.on(log_activation):
@@ -242,8 +246,11 @@ def focus_rows(
 
 
 @triton.jit
-def _divergences(product, class_level, at, v, y, classes, level, base, share, CENTROID_TO_SAMPLE: tl.constexpr):
-    """Of rows from classes v [ROWS, N], and which of these are other ones; NaN stays."""
+def _divergences(
+    product, class_level, at, v, y, classes, period, level, base, share, CENTROID_TO_SAMPLE: tl.constexpr,
+    SEVERAL: tl.constexpr,
+):  # fmt: skip
+    """Of rows from centroids v [ROWS, N]; these' priors, and which count: of other classes, with a prior. NaN stays."""
     values = load_rows(product, at, v, v < classes, False)
     levels = load_vector(class_level, v, v < classes, at.shape[0], False)
     if CENTROID_TO_SAMPLE:
@@ -252,21 +259,25 @@ def _divergences(product, class_level, at, v, y, classes, level, base, share, CE
         d = level[:, None] - (base[:, None] * levels + share[:, None] * values.to(tl.float64))
         d = d.to(values.dtype)
     # Rounding may leave less than zero.
-    return tl.where(d < SMALLEST_DIVERGENCE, SMALLEST_DIVERGENCE, d), (v < classes)[None, :] & (
-        v[None, :] != y[:, None]
-    )
+    d = tl.where(d < SMALLEST_DIVERGENCE, SMALLEST_DIVERGENCE, d)
+    prior = load_vector(class_level + classes, v, v < classes, at.shape[0], False)
+    of_class = v % period if SEVERAL else v
+    return d, prior, (prior > 0.0) & (of_class[None, :] != y[:, None])
 
 
-@triton.jit(do_not_specialize=["focus", "target_stride", "ignore_index", "B"])
+@triton.jit(do_not_specialize=["focus", "target_stride", "ignore_index", "period", "B"])
 def focus_weights_kernel(
-    product, separation, rows, target, norms, class_level, focus, target_stride, ignore_index, classes, B,
-    CENTROID_TO_SAMPLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    product, separation, rows, target, norms, class_level, focus, target_stride, ignore_index, classes, period, B,
+    CENTROID_TO_SAMPLE: tl.constexpr, SEVERAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Rows of `product` [B, C] to weights in place, their `separation` [B], and all_mean of `rows`."""
+    """Rows of `product` [B, C] to weights in place, their `separation` [B], and all_mean and own_prior of `rows`.
+
+    `classes` are centroids; with SEVERAL a class has those whose number is that of the class modulo `period`.
+    """
     dtype: tl.constexpr = product.dtype.element_ty
     infinity: tl.constexpr = float("inf")
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    y, live, _ = checked(target, row, target_stride, ignore_index, classes, B)
+    y, live, _ = checked(target, row, target_stride, ignore_index, period, B)
     of_row = rows + row * STATS
     level = tl.full([ROWS], 0.0, tl.float64)
     share = level
@@ -281,7 +292,9 @@ def focus_weights_kernel(
     nearest = tl.full([ROWS], infinity, dtype)
     for start in range(0, classes, COLUMNS):
         v = start + tl.arange(0, COLUMNS)
-        d, other = _divergences(product, class_level, at, v, y, classes, level, base, share, CENTROID_TO_SAMPLE)
+        d, prior, other = _divergences(
+            product, class_level, at, v, y, classes, period, level, base, share, CENTROID_TO_SAMPLE, SEVERAL
+        )
         nearest = tl.minimum(nearest, tl.min(tl.where(other, d, infinity), axis=1))
     by = double(focus) / nearest.to(tl.float64)
     largest: tl.constexpr = LARGEST_64 if dtype == tl.float64 else LARGEST_32
@@ -290,23 +303,34 @@ def focus_weights_kernel(
     weighted = tl.full([ROWS], 0.0, tl.float64)
     for start in range(0, classes, COLUMNS):
         v = start + tl.arange(0, COLUMNS)
-        d, other = _divergences(product, class_level, at, v, y, classes, level, base, share, CENTROID_TO_SAMPLE)
+        d, prior, other = _divergences(
+            product, class_level, at, v, y, classes, period, level, base, share, CENTROID_TO_SAMPLE, SEVERAL
+        )
         farther = d - nearest[:, None]
-        e = tl.where(other, exp_minus(by_distance[:, None] * farther), 0.0).to(tl.float64)
+        e = tl.where(other, prior * exp_minus(by_distance[:, None] * farther).to(tl.float64), 0.0)
         total += tl.sum(e, axis=1)
         weighted += tl.sum(tl.where(other, e * farther.to(tl.float64), 0.0), axis=1)
-    inverse = (1.0 / total).to(dtype)
-    mean = nearest.to(tl.float64) + weighted / total
+    inverse = 1.0 / total
+    mean = nearest.to(tl.float64) + weighted * inverse
+    # No other class has a prior; with NaN in the place of D `weighted` is NaN.
+    mean = tl.where((total == 0.0) & (weighted == 0.0), 0.0, mean)
+    own_prior = tl.full([ROWS], 0.0, tl.float64)
+    for first in range(0, classes, period):
+        own_prior += tl.load(class_level + classes + first + y)
     # Everything has been read that is now overwritten.
     tl.debug_barrier()
     for start in range(0, classes, COLUMNS):
         v = start + tl.arange(0, COLUMNS)
-        d, other = _divergences(product, class_level, at, v, y, classes, level, base, share, CENTROID_TO_SAMPLE)
-        e = exp_minus(by_distance[:, None] * (d - nearest[:, None])) * inverse[:, None]
+        d, prior, other = _divergences(
+            product, class_level, at, v, y, classes, period, level, base, share, CENTROID_TO_SAMPLE, SEVERAL
+        )
+        e = exp_minus(by_distance[:, None] * (d - nearest[:, None])).to(tl.float64)
+        weight = (e * (prior * inverse[:, None])).to(dtype)
         mask = (row < B)[:, None] & (v < classes)[None, :]
-        tl.store(product + at[:, None] + v[None, :], tl.where(other & live[:, None], e, 0.0), mask=mask)
+        tl.store(product + at[:, None] + v[None, :], tl.where(other & live[:, None], weight, 0.0), mask=mask)
     tl.store(of_row + ALL_MEAN, mean + _relative_log_norm(rows, row, live, norms, classes), mask=live)
-    mean *= 1.0 - 1.0 / class_count(norms, classes)
+    tl.store(of_row + OWN_PRIOR, own_prior, mask=live)
+    mean *= 1.0 - own_prior
     tl.store(separation + row, tl.where(live, mean, 0.0), mask=row < B)
 
 
@@ -321,15 +345,19 @@ def focus_weights_(
     focus: float,
     centroid_to_sample: bool,
     ignore_index: int,
+    centroids_per_class: int = 1,
 ) -> None:
-    """`product` [B, C] to weights, in place; the `separation` [B] by them, and all_mean of `rows` [B, 7]."""
+    """`product` [B, C] to weights, in place; the `separation` [B] by them, all_mean and own_prior of `rows` [B, 8]."""
     count, classes = check_matrix("product", product, ARITHMETIC)
     check("product", product, product, ARITHMETIC, (count, classes))
     check("separation", separation, product, DOUBLE, (count,))
     check("rows", rows, product, DOUBLE, (count, _schema.ROW_STATS))
     check("norms", norms, product, DOUBLE, (classes + 1, _schema.CLASS_STATS))
-    check("class_level", class_level, product, DOUBLE, (classes,))
-    check_target(target, product, count, classes, ignore_index)
+    check("class_level", class_level, product, DOUBLE, (2, classes))
+    whole = centroids_per_class > 0 and classes % centroids_per_class == 0
+    require(whole, "centroids_per_class does not divide the number of centroids")
+    period = classes // centroids_per_class
+    check_target(target, product, count, period, ignore_index)
     tile = _tile(classes, 2048, 512)
     if count:
         with launches.on(product):
@@ -346,8 +374,10 @@ def focus_weights_(
                 target_stride=target.stride(0),
                 ignore_index=ignore_index,
                 classes=classes,
+                period=period,
                 B=count,
                 CENTROID_TO_SAMPLE=centroid_to_sample,
+                SEVERAL=centroids_per_class > 1,
                 **tile,
                 warps=max(4, tile["COLUMNS"] // 128),
             )

@@ -67,13 +67,16 @@ def _grad_factors(
 
 @triton.jit
 def _grad_stretch(
-    x, scale, shift, factors, log_activation, activation, reference, row_reference, row, y, at, k, M: tl.constexpr,
-    KIND: tl.constexpr, FAST: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr, EVEN: tl.constexpr,
+    x, scale, shift, factors, log_activation, activation, reference, row_reference, row_own, row, y, at, k,
+    M: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """d loss / d z of columns at + k, but for what the chain rule of the length takes away; 0 past the last column."""
     # Added to pointers `at` is part of the instruction; added to k it would take a register.
     inside = k < M - at
-    own_log = load_rows(log_activation + at, y * M, k, inside, EVEN)
+    if row_own is not None:
+        own_log = load_rows(row_own + at, row * M, k, inside, EVEN)
+    else:
+        own_log = load_rows(log_activation + at, y * M, k, inside, EVEN)
     if row_reference is not None:
         compared = load_rows(row_reference + at, row * M, k, inside, EVEN)
     else:
@@ -102,10 +105,11 @@ def _grad_stretch(
 
 @triton.jit
 def grad_rows(
-    xs, input, center, log_activation, activation, reference, row_reference, grad, row, live, y, B, own_log_norm, scale,
-    inverse_length, shift, inverse_norm, coefficients, unit_stride, column_stride, M: tl.constexpr, ALIGN: tl.constexpr,
-    CONTIGUOUS: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRETCHES: tl.constexpr, KEEP: tl.constexpr,
+    xs, input, center, log_activation, activation, reference, row_reference, row_own, grad, row, live, y, B,
+    own_log_norm, scale, inverse_length, shift, inverse_norm, coefficients, unit_stride, column_stride, M: tl.constexpr,
+    ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr,
+    CENTROID_TO_SAMPLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRETCHES: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
     """Write d loss / d z of whole rows, from `xs` where they are held on chip; 0 for rows that do not count.
 
@@ -128,8 +132,8 @@ def grad_rows(
     for j in tl.static_range(STRETCHES):
         inside = k < M - j * COLUMNS
         g = _grad_stretch(
-            xs[j], scale, shift, factors, log_activation, activation, reference, row_reference, of_row, y, j * COLUMNS,
-            k, M, KIND, FAST, CENTROID_TO_SAMPLE, (j + 1) * COLUMNS <= M,
+            xs[j], scale, shift, factors, log_activation, activation, reference, row_reference, row_own, of_row, y,
+            j * COLUMNS, k, M, KIND, FAST, CENTROID_TO_SAMPLE, (j + 1) * COLUMNS <= M,
         )  # fmt: skip
         dot += xs[j] * g
         if KEEP:
@@ -141,8 +145,8 @@ def grad_rows(
                 input, center, row, live, start, k, inside, unit_stride, column_stride, dtype, ALIGN, CONTIGUOUS, EVEN
             )
             g = _grad_stretch(
-                x, scale, shift, factors, log_activation, activation, reference, row_reference, of_row, y, start,
-                k, M, KIND, FAST, CENTROID_TO_SAMPLE, EVEN,
+                x, scale, shift, factors, log_activation, activation, reference, row_reference, row_own, of_row, y,
+                start, k, M, KIND, FAST, CENTROID_TO_SAMPLE, EVEN,
             )  # fmt: skip
             dot += x * g
     # x . g may be infinite where no length counts, and the square of a length's inverse may underflow.
@@ -158,7 +162,7 @@ def grad_rows(
             g = gs[j]
         else:
             g = _grad_stretch(
-                xs[j], scale, shift, factors, log_activation, activation, reference, row_reference, of_row, y,
+                xs[j], scale, shift, factors, log_activation, activation, reference, row_reference, row_own, of_row, y,
                 j * COLUMNS, k, M, KIND, FAST, CENTROID_TO_SAMPLE, (j + 1) * COLUMNS <= M,
             )  # fmt: skip
         g = tl.where(live[:, None], g, 0.0) - (xs[j] * inverse_length) * share
@@ -171,8 +175,8 @@ def grad_rows(
                 input, center, row, live, start, k, inside, unit_stride, column_stride, dtype, ALIGN, CONTIGUOUS, EVEN
             )
             g = _grad_stretch(
-                x, scale, shift, factors, log_activation, activation, reference, row_reference, of_row, y, start,
-                k, M, KIND, FAST, CENTROID_TO_SAMPLE, EVEN,
+                x, scale, shift, factors, log_activation, activation, reference, row_reference, row_own, of_row, y,
+                start, k, M, KIND, FAST, CENTROID_TO_SAMPLE, EVEN,
             )  # fmt: skip
             g = tl.where(live[:, None], g, 0.0) - (x * inverse_length) * share
             mask = written[:, None] if EVEN else written[:, None] & inside[None, :]
@@ -191,10 +195,11 @@ def grad_rows(
     ]
 )
 def input_grad_kernel(
-    input, target, center, log_activation, activation, reference, row_reference, norms, rows, coefficients, upstream,
-    grad, unit_stride, column_stride, target_stride, upstream_stride, ignore_index, classes, B, M: tl.constexpr,
-    ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr, FAST: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRETCHES: tl.constexpr, KEEP: tl.constexpr,
+    input, target, center, log_activation, activation, reference, row_reference, row_own, norms, rows, coefficients,
+    upstream, grad, unit_stride, column_stride, target_stride, upstream_stride, ignore_index, classes, B,
+    M: tl.constexpr, ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr, FAST: tl.constexpr,
+    CENTROID_TO_SAMPLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRETCHES: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
     """d loss / d input, `grad` [B, M] in the dtype of input: rows read once, written once."""
     dtype: tl.constexpr = log_activation.dtype.element_ty
@@ -220,19 +225,19 @@ def input_grad_kernel(
     # All of a row in one branch: a branch for each stretch would pass what it made through registers that spill.
     if kind == NEAR:
         grad_rows(
-            xs, input, center, log_activation, activation, reference, row_reference, grad, row, live, y, B,
+            xs, input, center, log_activation, activation, reference, row_reference, row_own, grad, row, live, y, B,
             own_log_norm, scale, inverse_length, shift, inverse_norm, of_gradient, unit_stride, column_stride, M, ALIGN,
             CONTIGUOUS, NEAR, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
         )  # fmt: skip
     elif kind == SOFTMAX:
         grad_rows(
-            xs, input, center, log_activation, activation, reference, row_reference, grad, row, live, y, B,
+            xs, input, center, log_activation, activation, reference, row_reference, row_own, grad, row, live, y, B,
             own_log_norm, scale, inverse_length, shift, inverse_norm, of_gradient, unit_stride, column_stride, M, ALIGN,
             CONTIGUOUS, SOFTMAX, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
         )  # fmt: skip
     else:
         grad_rows(
-            xs, input, center, log_activation, activation, reference, row_reference, grad, row, live, y, B,
+            xs, input, center, log_activation, activation, reference, row_reference, row_own, grad, row, live, y, B,
             own_log_norm, scale, inverse_length, shift, inverse_norm, of_gradient, unit_stride, column_stride, M, ALIGN,
             CONTIGUOUS, SHIFTED, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, KEEP,
         )  # fmt: skip
@@ -253,6 +258,7 @@ def input_grad(
     centroid_to_sample: bool,
     ignore_index: int,
     row_reference: Tensor | None = None,
+    row_own: Tensor | None = None,
 ) -> Tensor:
     """d loss / d input [B, M], in the dtype of `input`; `upstream` is None, a scalar or [B]."""
     batch = Batch(input, target, center, ignore_index)
@@ -261,7 +267,8 @@ def input_grad(
     check_table(input, table, centroid_to_sample)
     count, columns = check_batch(batch, log_activation.dtype, log_activation.shape[0])
     check_rows(input, of_rows)
-    check("row_reference", row_reference, input, (log_activation.dtype,), (count, columns))
+    for name, tensor in (("row_reference", row_reference), ("row_own", row_own)):
+        check(name, tensor, input, (log_activation.dtype,), (count, columns))
     require(
         (input.dtype is torch.float64) == (log_activation.dtype is torch.float64),
         "float64 input and float64 centroid_logits go together",
@@ -280,6 +287,7 @@ def input_grad(
                 activation=activation,
                 reference=reference,
                 row_reference=row_reference,
+                row_own=row_own,
                 norms=norms,
                 rows=rows,
                 coefficients=coefficients,

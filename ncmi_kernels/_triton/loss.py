@@ -38,7 +38,7 @@ def loss(
     ignore_index: int,
     with_grad: bool,
 ) -> tuple[Tensor, ...]:
-    """The loss [] or [B], the rows' statistics [B, 7] and coefficients [B, 4], the moved centre [M] or [0],
+    """The loss [] or [B], the rows' statistics [B, 8] and coefficients [B, 4], the moved centre [M] or [0],
     d loss / d input or [0], means [2].
     """  # noqa: D205
     batch = Batch(input, target, center if running_center is None else running_center, ignore_index)

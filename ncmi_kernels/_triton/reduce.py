@@ -8,19 +8,20 @@ from ncmi_kernels import _schema
 from ncmi_kernels._options import REDUCTIONS
 from ncmi_kernels._triton import launches
 from ncmi_kernels._triton.arguments import Moving, Reduced, Reducing, RowTerms
-from ncmi_kernels._triton.checks import ARITHMETIC, DOUBLE, check, check_matrix, check_reducing, check_target, require
+from ncmi_kernels._triton.checks import ARITHMETIC, DOUBLE, check, check_matrix, check_reducing, check_target
 from ncmi_kernels._triton.elements import (
     ALL_MEAN,
     INVERSE_NORM,
     LAST,
     LOG_NORM,
     OWN_MEAN,
+    OWN_PRIOR,
     PARTIAL,
+    PRIOR,
     RECORD,
     STATS,
     WHOLE,
     checked,
-    class_count,
     coefficients_of,
     double,
     ratio_of,
@@ -44,7 +45,7 @@ def _terms_tile(
     row, target, norms, weight, terms, rows, target_stride, ignore_index, classes, B, CENTROID_TO_SAMPLE: tl.constexpr,
     GIVEN: tl.constexpr,
 ):  # fmt: skip
-    """Of BLOCK rows: A and G (0 where a row does not count), 1 / S, the means under p, the class weight or 0."""
+    """Of BLOCK rows: A and G (0 where a row does not count), 1 / S, the means under p, the class's prior and weight."""
     y, live, wrong = checked(target, row, target_stride, ignore_index, classes, B)
     tl.device_assert(wrong == 0, "target: out of range, expected a class in [0, C) or ignore_index")
     first = tl.load(terms + row, mask=live, other=1.0)
@@ -55,11 +56,14 @@ def _terms_tile(
         inverse_norm = tl.load(rows + row * STATS + INVERSE_NORM, mask=live, other=0.0)
         own_mean = tl.load(rows + row * STATS + OWN_MEAN, mask=live, other=0.0)
         all_mean = tl.load(rows + row * STATS + ALL_MEAN, mask=live, other=0.0)
+        own_prior = tl.load(rows + row * STATS + OWN_PRIOR, mask=live, other=0.0)
     else:
         total = tl.load(terms + 2 * B.to(tl.int64) + row, mask=live, other=0.0)
         own_cross = tl.load(terms + 3 * B.to(tl.int64) + row, mask=live, other=0.0) if CENTROID_TO_SAMPLE else second
+        own_log_norm = tl.load(norms + y * RECORD + LOG_NORM)
+        own_prior = tl.load(norms + y * RECORD + PRIOR, mask=live, other=0.0)
         concentration, separation, inverse_norm, own_mean, all_mean = terms_of(
-            first, second, total, own_cross, tl.load(norms + y * RECORD + LOG_NORM), norms, classes, CENTROID_TO_SAMPLE
+            first, second, total, own_cross, own_log_norm, own_prior, norms, classes, CENTROID_TO_SAMPLE
         )
         inverse_norm = tl.where(live, inverse_norm, 0.0)
         own_mean = tl.where(live, own_mean, 0.0)
@@ -69,7 +73,8 @@ def _terms_tile(
     factor = tl.where(live, 1.0, concentration * 0.0)
     if weight is not None:
         factor = tl.load(weight + y, mask=live, other=0.0).to(tl.float64)
-    return concentration, separation, inverse_norm, own_mean, all_mean, tl.where(live, factor, 0.0), live
+    factor = tl.where(live, factor, 0.0)
+    return concentration, separation, inverse_norm, own_mean, all_mean, own_prior, factor, live
 
 
 @triton.jit
@@ -98,7 +103,7 @@ def finish_kernel(
 ):  # fmt: skip
     """From the sums of the rows to what REDUCTION asks for: the loss [] or [B], or for TERMS A and G [2, B].
 
-    `terms` are the rows' sums [4, B], and the columns of `rows` [B, 7] that terms_kernel left out are written; or with
+    `terms` are the rows' sums [4, B], and the columns of `rows` [B, 8] that terms_kernel left out are written; or with
     GIVEN they are A and G [2, B]. But for TERMS also `means` [2] of A and G, and where there are pointers for them
     `coefficients` [B, 4] and the `sums` [4] over the rows. Those are formed in stages: PARTIAL writes its own to
     `partials` [4, tiles], LAST reads them; WHOLE does without. Or they are not formed, and are those in `totals` [4].
@@ -108,7 +113,7 @@ def finish_kernel(
     eps = double(eps)
     sharpness = double(sharpness)
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    concentration, separation, inverse_norm, own_mean, all_mean, factor, live = _terms_tile(
+    concentration, separation, inverse_norm, own_mean, all_mean, own_prior, factor, live = _terms_tile(
         row, target, norms, weight, terms, rows, target_stride, ignore_index, classes, B, CENTROID_TO_SAMPLE, GIVEN
     )
     if STAGE == PARTIAL:
@@ -126,6 +131,7 @@ def finish_kernel(
             tl.store(of_row + INVERSE_NORM, inverse_norm, mask=row < B)
             tl.store(of_row + OWN_MEAN, own_mean, mask=row < B)
             tl.store(of_row + ALL_MEAN, all_mean, mask=row < B)
+            tl.store(of_row + OWN_PRIOR, own_prior, mask=row < B)
         if REDUCTION == TERMS:
             tl.store(loss + row, concentration, mask=row < B)
             tl.store(loss + B + row, separation, mask=row < B)
@@ -144,7 +150,7 @@ def finish_kernel(
                 for tile in range(0, tiles if STAGE == WHOLE else tl.cdiv(tiles, BLOCK)):
                     i = tile * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
                     if STAGE == WHOLE:
-                        a, g, _, _, _, w, counts = _terms_tile(
+                        a, g, _, _, _, _, w, counts = _terms_tile(
                             i, target, norms, weight, terms, rows, target_stride, ignore_index, classes, B,
                             CENTROID_TO_SAMPLE, GIVEN,
                         )  # fmt: skip
@@ -171,8 +177,8 @@ def finish_kernel(
             )  # fmt: skip
             if coefficients is not None:
                 made = coefficients_of(
-                    own_mean, all_mean, factor * by_concentration, factor * by_separation,
-                    class_count(norms, classes), CENTROID_TO_SAMPLE, FOCUS,
+                    own_mean, all_mean, own_prior, factor * by_concentration, factor * by_separation,
+                    CENTROID_TO_SAMPLE, FOCUS,
                 )  # fmt: skip
                 store_coefficients(coefficients, row, B, live, made)
             if REDUCTION == NONE:
@@ -202,16 +208,21 @@ def finish_kernel(
                 tl.store(batches, tl.load(moved_batches))
 
 
+def _classes_of(weight: Tensor | None) -> int:
+    """How many the weights tell of; without them a target may be any."""
+    return 2**63 - 1 if weight is None else weight.numel()
+
+
 def finish(
     target: Tensor,
     ignore_index: int,
-    norms: Tensor,
+    norms: Tensor | None,
     of_rows: RowTerms,
     by: Reducing,
     to: Reduced,
     moving: Moving | None = None,
 ) -> None:
-    """The last launch of a call: `moving` is done here."""
+    """The last launch of a call: `moving` is done here. Terms that are given need no `norms`."""
     stats, terms, given = of_rows
     weight, batch_ratio, reduction, eps, sharpness, centroid_to_sample, focus, totals = by
     loss, coefficients, means, sums = to
@@ -219,7 +230,7 @@ def finish(
     rows = target.shape[0]
     tiles = max(1, -(-rows // FINISH_BLOCK))
     whole = rows <= LARGEST_WHOLE or means is None or totals is not None
-    partials = None if whole else norms.new_empty((4, tiles))
+    partials = None if whole else terms.new_empty((4, tiles))
     for stage in (WHOLE,) if whole else (PARTIAL, LAST):
         launches.launch(
             finish_kernel,
@@ -243,7 +254,7 @@ def finish(
             eps=bits(eps),
             sharpness=bits(sharpness),
             ignore_index=ignore_index,
-            classes=norms.shape[0] - 1,
+            classes=_classes_of(weight) if norms is None else norms.shape[0] - 1,
             B=rows,
             tiles=tiles,
             columns=0 if center is None else center.shape[0],
@@ -264,7 +275,6 @@ def reduce(
     terms: Tensor,
     rows: Tensor,
     target: Tensor,
-    norms: Tensor,
     weight: Tensor | None,
     totals: Tensor | None,
     centroid_to_sample: bool,
@@ -276,22 +286,20 @@ def reduce(
     ignore_index: int,
 ) -> Reduced:
     """The loss [] or [B] of terms [2, B], the rows' coefficients [B, 4], means [2] and sums [4], float64."""
-    (count, _), (records, _) = check_matrix("rows", rows, DOUBLE), check_matrix("norms", norms, DOUBLE)
-    classes = records - 1
+    count, _ = check_matrix("rows", rows, DOUBLE)
+    classes = _classes_of(weight)
     check("rows", rows, terms, DOUBLE, (count, _schema.ROW_STATS))
     check("terms", terms, terms, DOUBLE, (2, count))
-    check("norms", norms, terms, DOUBLE, (records, _schema.CLASS_STATS))
-    require(records > (count > 0), "norms must not be empty")
     check_target(target, terms, count, classes, ignore_index)
     check("weight", weight, terms, ARITHMETIC, (classes,))
     check("totals", totals, terms, DOUBLE, (4,))
     by = Reducing(weight, batch_ratio, reduction, eps, sharpness, centroid_to_sample, focus, totals)
     check_reducing(by)
     with launches.on(terms):
-        loss = norms.new_empty((count,) if REDUCTIONS[reduction] == "none" else ())
-        coefficients = norms.new_empty((count, _schema.COEFFICIENTS))
-        reduced = Reduced(loss, coefficients, norms.new_empty((2,)), norms.new_empty((4,)))
-        finish(target, ignore_index, norms, RowTerms(rows, terms, True), by, reduced)
+        loss = terms.new_empty((count,) if REDUCTIONS[reduction] == "none" else ())
+        coefficients = terms.new_empty((count, _schema.COEFFICIENTS))
+        reduced = Reduced(loss, coefficients, terms.new_empty((2,)), terms.new_empty((4,)))
+        finish(target, ignore_index, None, RowTerms(rows, terms, True), by, reduced)
     return reduced
 
 

@@ -19,6 +19,8 @@ from ncmi_kernels._triton.elements import (
     NEAR,
     NSF,
     OWN_MEAN,
+    OWN_PRIOR,
+    PRIOR,
     RECORD,
     ROW_KIND,
     SCALE,
@@ -30,7 +32,6 @@ from ncmi_kernels._triton.elements import (
     STATS,
     activate_for_sums,
     checked,
-    class_count,
     coefficients_of,
     double,
     load_features,
@@ -195,7 +196,7 @@ def terms_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRETCHES: tl.constexpr, VEC: tl.constexpr, CHUNKS: tl.constexpr,
     KEEP: tl.constexpr,
 ):  # fmt: skip
-    """One reading of ROWS rows: scale, length and shift to `rows` [B, 7], what `_row_sums` sums to `sums` [4, B].
+    """One reading of ROWS rows: scale, length and shift to `rows` [B, 8], what `_row_sums` sums to `sums` [4, B].
 
     WITH_GRAD: all of `rows`, the terms A and G to `sums`, and of the sum over rows of w times the ratio `coefficients`
     [B, 4] and `grad` [B, M], d / d input. w is the class weight, with NORMALIZED over the sum of all, which
@@ -324,8 +325,9 @@ def terms_kernel(
     else:
         # 4. The loss of the row, and its gradient while x is here.
         own_log_norm = tl.load(norms + y * RECORD + LOG_NORM)
+        own_prior = tl.load(norms + y * RECORD + PRIOR)
         concentration, separation, inverse_norm, own_mean, all_mean = terms_of(
-            norm, own, total, own_cross, own_log_norm, norms, classes, CENTROID_TO_SAMPLE
+            norm, own, total, own_cross, own_log_norm, own_prior, norms, classes, CENTROID_TO_SAMPLE
         )
         factor = tl.load(weight + y).to(tl.float64) if weight is not None else zero + 1.0
         if NORMALIZED:
@@ -333,8 +335,7 @@ def terms_kernel(
             factor = factor / tl.sum(tl.load(weight_sums + chunk, mask=chunk < chunks, other=0.0), axis=0)
         _, by_concentration, by_separation = ratio_of(concentration, separation, double(eps), double(sharpness), SOFT)
         made = coefficients_of(
-            own_mean, all_mean, factor * by_concentration, factor * by_separation, class_count(norms, classes),
-            CENTROID_TO_SAMPLE, False,
+            own_mean, all_mean, own_prior, factor * by_concentration, factor * by_separation, CENTROID_TO_SAMPLE, False
         )  # fmt: skip
         store_coefficients(coefficients, row, B, live, made)
         tl.store(sums + row, concentration, mask=written)
@@ -342,6 +343,7 @@ def terms_kernel(
         tl.store(of_row + INVERSE_NORM, tl.where(live, inverse_norm, 0.0), mask=written)
         tl.store(of_row + OWN_MEAN, tl.where(live, own_mean, 0.0), mask=written)
         tl.store(of_row + ALL_MEAN, tl.where(live, all_mean, 0.0), mask=written)
+        tl.store(of_row + OWN_PRIOR, tl.where(live, own_prior, 0.0), mask=written)
         inverse_length = tl.where(live, inverse_length, 0.0)
         # The same formulas as a backward pass takes, for the same bits: that has no branch for NSF.
         if KIND == NSF:
@@ -349,10 +351,10 @@ def terms_kernel(
         for AS in tl.static_range(SHIFTED if KIND == NSF else KIND, MOST + 1):
             if AS != NSF and kind == AS:
                 grad_rows(
-                    xs, input, center, log_activation, activation, reference, None, grad, row, live, y, B, own_log_norm,
-                    scale.to(tl.float64), inverse_length.to(tl.float64), shift.to(tl.float64), inverse_norm, made,
-                    unit_stride, column_stride, M, ALIGN, CONTIGUOUS, AS, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS,
-                    STRETCHES, KEEP,
+                    xs, input, center, log_activation, activation, reference, None, None, grad, row, live, y, B,
+                    own_log_norm, scale.to(tl.float64), inverse_length.to(tl.float64), shift.to(tl.float64),
+                    inverse_norm, made, unit_stride, column_stride, M, ALIGN, CONTIGUOUS, AS, FAST, CENTROID_TO_SAMPLE,
+                    ROWS, COLUMNS, STRETCHES, KEEP,
                 )  # fmt: skip
 
 
@@ -448,7 +450,7 @@ def terms(
     centroid_to_sample: bool,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
-    """Concentration and separation [2, B], and the rows' statistics [B, 7], float64."""
+    """Concentration and separation [2, B], and the rows' statistics [B, 8], float64."""
     batch = Batch(input, target, center, ignore_index)
     table = Table(log_activation, activation, reference, norms)
     features = Features(temperature, l2_normalize, softmax, centroid_to_sample)
