@@ -88,6 +88,20 @@ def ncmi(shape: Shape, *, learn_centroids: bool = False, learnt: bool = False, *
 # ------------------------------------------------------------------------------------------------------------
 
 
+class SeveralCentroids(nn.Module):
+    """C centroids in all, learnt with a focus, of a fourth as many classes."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.classes = max(2, shape.C // 4)
+        options: dict[str, Any] = {"centroids_per_class": 4, "separation_focus": 10.0, "learn_centroids": True}
+        self.ncmi = ncmi(shape._replace(C=self.classes), **options)
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        """The loss of features z [B, M] and targets y [B], of C classes."""
+        return self.ncmi(z, y % self.classes)
+
+
 class CrossEntropyWithHead(nn.Module):
     """cross_entropy of a linear layer from M features to C logits, whose weight takes a gradient: B C M operations.
 
@@ -418,7 +432,11 @@ NCMI_FOCUS_CENTROIDS = Implementation(
     share=0.15,
     group="with products",
 )
-WITH_PRODUCTS = (LINEAR_CROSS_ENTROPY, NCMI_FOCUS, NCMI_FOCUS_CENTROIDS)  # as large as those of the head
+NCMI_SEVERAL_CENTROIDS = Implementation(
+    "ncmi focus + centroids, 4 a class", SeveralCentroids, share=0.15, group="with products"
+)
+# As large as those of the head.
+WITH_PRODUCTS = (LINEAR_CROSS_ENTROPY, NCMI_FOCUS, NCMI_FOCUS_CENTROIDS, NCMI_SEVERAL_CENTROIDS)
 
 _PLAIN = NCMI_BATCH.traffic
 EAGER = Implementation("collapsed eager", lambda shape: Collapsed(shape, compiled=False), traffic=_PLAIN, share=0.15)

@@ -47,8 +47,10 @@ def run_case(
     y[0] = -100
     settings: dict[str, Any] = {"separation": separation, "ratio": ratio, "backend": backend, "device": device}
     results = []
-    for focus, learn in itertools.product((5.0, 0.0), (True, False)):
-        criterion = NCMILoss(classes, columns, learn_centroids=learn, separation_focus=focus, **settings)
+    for own, focus, learn in ((2, 5.0, True), (1, 5.0, True), (1, 5.0, False), (1, 0.0, True), (1, 0.0, False)):
+        prior = torch.arange(1.0, classes + 1, device=device) / (classes * (classes + 1) / 2) if learn else None
+        several = {"centroids_per_class": own, "class_prior": prior}
+        criterion = NCMILoss(classes, columns, learn_centroids=learn, separation_focus=focus, **several, **settings)
         loss = criterion(z, y)
         wanted = [z, criterion.centroid_logits] if learn else [z]
         # An upstream gradient other than 1, which scales what the forward pass has made.
@@ -65,7 +67,7 @@ def run_case(
     logits, batch = criterion.centroid_logits, (z.detach(), y, criterion.center)
     stats = _plain.table_of(logits, options, backend)
     values, of_rows = run.terms(*batch, *stats, *options.features, options.ignore_index)
-    how = options.centroid_to_sample, options.separation_focus > 0, *options.loss
+    how = options.centroid_to_sample, options.every_pair, *options.loss
     reduced = run.reduce(values, of_rows, y, None, None, *how)
     known, last = (of_rows, reduced[1]), (options.centroid_to_sample, -100)
     totals = run.class_totals(*batch, *known, None, *last)

@@ -40,6 +40,7 @@ from cases import (
     NCMI_FOCUS,
     NCMI_FOCUS_CENTROIDS,
     NCMI_SAMPLE,
+    NCMI_SEVERAL_CENTROIDS,
     NO_GRAD,
     SHAPES,
     TINY,
@@ -124,6 +125,9 @@ def test_other_losses():
     for with_focus, learnt in ((NCMI_FOCUS, False), (NCMI_FOCUS_CENTROIDS, True)):
         focus = with_focus.build(TINY)
         assert (focus.options.separation_focus, focus.centroid_logits.requires_grad) == (10, learnt)
+    several = NCMI_SEVERAL_CENTROIDS.build(TINY)
+    assert several.ncmi.centroid_logits.shape == (4 * several.classes, TINY.M)
+    assert several(z, y) == several.ncmi(z, y % several.classes)
     sample = NCMI_SAMPLE.build(TINY)
     assert sample.ratio == "sample"
     centre = z.detach().mean(dim=0)

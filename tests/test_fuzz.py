@@ -80,6 +80,7 @@ class Case:
     target_layout: str
     center: bool
     weight: str | None
+    class_prior: str | None
     ignored: str | None
     ratio: tuple[str, str]  # and reduction
     options: dict[str, Any]
@@ -114,6 +115,7 @@ cases = st.builds(
     target_layout=layouts,
     center=st.booleans(),
     weight=st.sampled_from((None, "random", "some zero", "zero")),
+    class_prior=st.sampled_from((None, None, "random", "some zero")),
     ignored=st.sampled_from((None, None, "some", "all")),
     ratio=st.sampled_from((("batch", "mean"), ("sample", "mean"), ("sample", "sum"), ("sample", "none"))),
     options=st.fixed_dictionaries(
@@ -123,6 +125,8 @@ cases = st.builds(
             "activation": st.sampled_from(("nsf", "softmax")),
             "separation": st.sampled_from(("sample_to_centroid", "centroid_to_sample")),
             "separation_focus": st.sampled_from((0.0, 0.0, 0.5, 10.0)),
+            "centroids_per_class": st.sampled_from((1, 1, 1, 3)),
+            "centroid_focus": st.sampled_from((0.0, 4.0)),
             "eps": st.sampled_from((1e-8, 1e-3, 1.0)),
             "ignore_index": st.sampled_from((-100, 0, 1, 255)),
         }
@@ -144,15 +148,15 @@ def laid_out(t: Tensor, layout: str, junk: float) -> Tensor:
     return torch.cat([torch.full((1,), junk, dtype=t.dtype), t.flatten()])[1:].view(t.shape)  # offset
 
 
-def problem(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Input, target, centroid logits, centre and class weights, as the API takes them."""
+def problem(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Input, target, centroid logits, centre, class weights and priors, as the API takes them."""
     torch.manual_seed(case.seed)
     count = {"[M]": 1, "[B, M]": case.rows, "[B, M, 2]": 2 * case.rows}[case.shape]
-    xi = laid_out(
-        case.centroids.tensor(case.classes, case.columns, case.centroid_dtype), case.centroid_layout, math.nan
-    )
+    several = case.options["centroids_per_class"]
+    xi = case.centroids.tensor(case.classes * several, case.columns, case.centroid_dtype)
+    xi = laid_out(xi, case.centroid_layout, math.nan)
     target = torch.randint(case.classes, (count,))
-    z = case.features.tensor(count, case.columns, case.dtype, xi[target].double())
+    z = case.features.tensor(count, case.columns, case.dtype, xi[target * several].double())
     ignore_index = case.options["ignore_index"]
     if case.ignored and case.api != "ncmi_terms":
         target[:: 3 if case.ignored == "some" else 1] = ignore_index
@@ -167,7 +171,13 @@ def problem(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor |
     weight = None if case.weight is None else torch.rand(case.classes).to(case.centroid_dtype) + 0.1
     if weight is not None and case.weight != "random":
         weight[:: 2 if case.weight == "some zero" else 1] = 0
-    return z, target, xi, center, weight
+    prior = None
+    if case.class_prior:
+        prior = torch.rand(case.classes, dtype=torch.float64) + 0.1
+        if case.class_prior == "some zero" and case.classes > 3:
+            prior[::2] = 0
+        prior /= prior.sum()
+    return z, target, xi, center, weight, prior
 
 
 class Rounding:
@@ -232,10 +242,17 @@ def activate(x: Tensor, temperature: float, softmax: bool, rounded: Rounding) ->
 
 
 def literal(
-    z: Tensor, target: Tensor, xi: Tensor, center: Tensor | None, weight: Tensor | None, case: Case, rounded: Rounding
+    z: Tensor,
+    target: Tensor,
+    xi: Tensor,
+    center: Tensor | None,
+    weight: Tensor | None,
+    prior: Tensor | None,
+    case: Case,
+    rounded: Rounding,
 ) -> list[Tensor]:
-    """What the API returns for [N, M] features, from the [N, C, M] tensor: [loss], or [A, G]. All float64."""
-    options, (ratio, reduction), classes = case.options, case.ratio, len(xi)
+    """What the API returns for [N, M] features, from the [N, C K, M] tensor: [loss], or [A, G]. All float64."""
+    options, (ratio, reduction), several = case.options, case.ratio, case.options["centroids_per_class"]
     softmax = options["activation"] == "softmax"
     kept = torch.ones_like(target).bool() if case.api == "ncmi_terms" else target != options["ignore_index"]
     y, x = target[kept], z[kept]
@@ -247,20 +264,26 @@ def literal(
         x = rounded(x / length.masked_fill(short, 1e-12))
     log_a, log_a_sum = activate(x, options["temperature"], softmax, rounded)
     log_b, log_b_sum = activate(xi, 1.0, softmax, rounded)
-    own = F.one_hot(y, classes).bool()
+    own = F.one_hot(y, case.classes).bool().repeat_interleave(several, dim=1)
     difference, constant = (
         rounded(log_a)[:, None] - rounded(log_b),
         log_a_sum[:, None] - log_b_sum,
-    )  # [N, C, M], [N, C, 1]
+    )  # [N, C K, M], [N, C K, 1]
     size = (log_a - log_a_sum)[:, None].abs() + (log_b - log_b_sum).abs() if rounded.plain else difference.abs()
 
-    def own_divergence(from_sample: bool) -> Tensor:
-        d = rounded(difference[own], size[own]) - constant[own]
+    def own_divergence(from_sample: bool) -> Tensor:  # [N, K]
+        d = (rounded(difference[own], size[own]) - constant[own]).view(len(y), several, case.columns)
         if from_sample:
-            return (rounded.distribution(log_a, log_a_sum) * d).sum(dim=1)
-        return -(rounded.distribution(log_b, log_b_sum)[y] * d).sum(dim=1)
+            return (rounded.distribution(log_a, log_a_sum)[:, None] * d).sum(dim=2)
+        return -(rounded.distribution(log_b, log_b_sum).unflatten(0, (-1, several))[y] * d).sum(dim=2)
+
+    def by_nearness(d: Tensor, focus: float, counts: Tensor) -> Tensor:
+        d = d.detach().masked_fill(counts == 0, math.inf)
+        nearest = d.amin(dim=1, keepdim=True).clamp(min=torch.finfo(d.dtype).tiny)
+        return torch.softmax(counts.log() - (focus * (d / nearest) if focus else 0), dim=1)
 
     a = own_divergence(True)
+    a = (by_nearness(a, options["centroid_focus"], torch.ones_like(a)) * a).sum(dim=1)
     shared = size.amax(dim=1, keepdim=True)  # the classes are summed once, for all rows
     p, q = rounded.distribution(log_a, log_a_sum)[:, None], rounded.distribution(log_b, log_b_sum)
     if rounded.plain:
@@ -268,15 +291,15 @@ def literal(
     differences = rounded(difference, shared) - constant
     from_sample = options["separation"] == "sample_to_centroid"
     divergence = (p * differences if from_sample else -q * differences).sum(dim=2)
-    share = torch.full_like(divergence, 1 / classes)
-    if options["separation_focus"]:
+    prior = torch.full((case.classes,), 1 / case.classes, dtype=torch.float64) if prior is None else prior
+    share = (prior / several).repeat_interleave(several).masked_fill(own, 0)
+    if every_pair(options):
         divergence = divergence - divergence.detach().clamp(max=0)  # rounding may leave less than 0
-        d = divergence.detach().masked_fill(own, math.inf)
-        nearest = d.amin(dim=1, keepdim=True).clamp(min=torch.finfo(d.dtype).tiny)
-        share = torch.softmax(-options["separation_focus"] * (d / nearest), dim=1) * (classes - 1) / classes
+    if options["separation_focus"]:
+        share = by_nearness(divergence, options["separation_focus"], share) * (1 - prior[y])[:, None]
     g = (share * divergence.masked_fill(own, 0)).sum(dim=1)
     # The own class is in the sum of all and subtracted, each rounded.
-    g = g + (own_divergence(from_sample) - own_divergence(from_sample)) / classes
+    g = g + prior[y] * (own_divergence(from_sample) - own_divergence(from_sample)).mean(dim=1)
 
     def of_all_rows(t: Tensor) -> Tensor:
         return t.new_zeros(len(z)).masked_scatter(kept, t)
@@ -288,6 +311,11 @@ def literal(
         return [(w @ a / w.sum()) / (w @ g / w.sum() + options["eps"])]
     each = w * a / (g + options["eps"])
     return [of_all_rows(each) if reduction == "none" else each.sum() / (w.sum() if reduction == "mean" else 1)]
+
+
+def every_pair(options: dict[str, Any]) -> bool:
+    """Whether samples and centroids meet in matrix products."""
+    return bool(options["separation_focus"] > 0 or options["centroids_per_class"] > 1)
 
 
 def rows(t: Tensor) -> Tensor:
@@ -331,13 +359,14 @@ def compare(name: str, actual: Tensor, exact: Tensor, moved: list[Tensor], share
 
 
 def check(case: Case) -> None:
-    z, target, xi, center, weight = problem(case)
-    given = [t for t in (z, target, xi, center, weight) if t is not None]
+    z, target, xi, center, weight, prior = problem(case)
+    given = [t for t in (z, target, xi, center, weight, prior) if t is not None]
     before = [t.clone() for t in given]
     options = {**case.options, "backend": case.backend, "ratio": case.ratio[0], "reduction": case.ratio[1]}
     parameter, momentum = xi, 0.9 if case.center else None
     if case.api == "NCMILoss":
-        criterion = NCMILoss(*xi.shape, center_momentum=momentum, weight=weight, dtype=case.centroid_dtype, **options)
+        its = {"center_momentum": momentum, "weight": weight, "class_prior": prior, "dtype": case.centroid_dtype}
+        criterion = NCMILoss(case.classes, case.columns, **its, **options)
         parameter = criterion.centroid_logits
         parameter.data = xi
 
@@ -345,9 +374,9 @@ def check(case: Case) -> None:
         if case.api == "NCMILoss":
             return [criterion(z, target)]
         if case.api == "ncmi_loss":
-            return [ncmi_loss(z, target, xi, center=center, weight=weight, **options)]
+            return [ncmi_loss(z, target, xi, center=center, weight=weight, class_prior=prior, **options)]
         others = {k: v for k, v in options.items() if k not in ("eps", "ignore_index", "ratio", "reduction")}
-        return list(ncmi_terms(z, target, xi, center=center, **others))
+        return list(ncmi_terms(z, target, xi, center=center, class_prior=prior, **others))
 
     actual = derivatives(call, z, parameter, repeat=True)
     torch.testing.assert_close(given, before, rtol=0, atol=0, equal_nan=True, msg="an argument was modified")
@@ -365,13 +394,15 @@ def check(case: Case) -> None:
 
     def definition(rounded: Rounding, twice: bool = False) -> list[Tensor]:
         c, w = (None if t is None else t.double() for t in (center, weight))
+        pi = prior if case.api != "NCMILoss" or prior is None else criterion.class_prior.double()
+        pi = None if pi is None else pi / pi.sum()
         return derivatives(
-            lambda z, xi: literal(z, target.flatten(), xi, c, w, case, rounded), flat, xi.double(), twice=twice
+            lambda z, xi: literal(z, target.flatten(), xi, c, w, pi, case, rounded), flat, xi.double(), twice=twice
         )
 
     work = torch.promote_types(torch.promote_types(case.dtype, case.centroid_dtype), torch.float32)
     eps = DOUBLE if work == torch.float64 else torch.finfo(work).eps
-    plain = case.backend == "reference" or case.options["separation_focus"] > 0
+    plain = case.backend == "reference" or every_pair(case.options)
     moved = zip(*(definition(Rounding(eps, plain, seed)) for seed in range(DRAWS)), strict=True)
     names = ["concentration", "separation"] if case.api == "ncmi_terms" else ["loss"]
     names += ["gradient of input", "gradient of centroids"]
