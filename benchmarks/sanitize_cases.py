@@ -49,7 +49,7 @@ def run_case(
     results = []
     for own, focus, learn in ((2, 5.0, True), (1, 5.0, True), (1, 5.0, False), (1, 0.0, True), (1, 0.0, False)):
         prior = torch.arange(1.0, classes + 1, device=device) / (classes * (classes + 1) / 2) if learn else None
-        several = {"centroids_per_class": own, "class_prior": prior}
+        several: dict[str, Any] = {"centroids_per_class": own, "class_prior": prior}
         criterion = NCMILoss(classes, columns, learn_centroids=learn, separation_focus=focus, **several, **settings)
         loss = criterion(z, y)
         wanted = [z, criterion.centroid_logits] if learn else [z]
