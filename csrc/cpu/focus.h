@@ -132,12 +132,12 @@ double weigh_row(const FocusWeightsArgs<T>& args, int64_t y, Divergence divergen
       }
     });
   }
-  const double total = sum.total();
-  if (total == 0) return 0;  // and so are all weights
+  const double total = sum.total(), weighted_total = weighted.total();  // where D is NaN, e may be 0
+  if (total == 0 && weighted_total == 0) return 0;                      // and so are all weights
   const T inverse = T(1.0 / total);
   NCMI_SIMD()
   for (int64_t c = 0; c < classes; ++c) values[c] *= inverse;
-  return double(nearest) + weighted.total() / total;
+  return double(nearest) + weighted_total / total;
 }
 
 template <class T>
