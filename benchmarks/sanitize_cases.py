@@ -47,15 +47,17 @@ def run_case(
     y[0] = -100
     settings: dict[str, Any] = {"separation": separation, "ratio": ratio, "backend": backend, "device": device}
     results = []
-    for own, focus, learn in ((2, 5.0, True), (1, 5.0, True), (1, 5.0, False), (1, 0.0, True), (1, 0.0, False)):
-        prior = torch.arange(1.0, classes + 1, device=device) / (classes * (classes + 1) / 2) if learn else None
-        several: dict[str, Any] = {"centroids_per_class": own, "class_prior": prior}
-        criterion = NCMILoss(classes, columns, learn_centroids=learn, separation_focus=focus, **several, **settings)
+    prior = torch.full((classes,), 1 / (classes - 1))
+    prior[-1] = 0  # one class that does not count
+    several: dict[str, Any] = {"separation_focus": 5.0, "centroids_per_class": 3, "class_prior": prior}
+    variants: tuple[dict[str, Any], ...] = (several, {"separation_focus": 5.0}, {})
+    for variant, learn in itertools.product(variants, (True, False)):
+        criterion = NCMILoss(classes, columns, learn_centroids=learn, **variant, **settings)
         loss = criterion(z, y)
         wanted = [z, criterion.centroid_logits] if learn else [z]
         # An upstream gradient other than 1, which scales what the forward pass has made.
         results += [loss, *torch.autograd.grad(loss, wanted, torch.full_like(loss, 0.5))]
-        if focus and learn:
+        if variant and learn:
             CentroidSGD(criterion, lr=0.1, momentum=0.9).step(z, y)
             results.append(criterion.centroid_logits)
     concentration, separated = ncmi_terms(
@@ -72,7 +74,8 @@ def run_case(
     known, last = (of_rows, reduced[1]), (options.centroid_to_sample, -100)
     totals = run.class_totals(*batch, *known, None, *last)
     results += [*reduced, totals, run.centroid_grad(*batch, logits, *stats, *known, None, *last, totals)]
-    results.append(run.input_grad(*batch, *stats, *known, None, *last, torch.rand(rows, columns).to(logits)))
+    of_rows_alone = torch.rand(2, rows, columns).to(logits)
+    results.append(run.input_grad(*batch, *stats, *known, None, *last, *of_rows_alone))
     for momentum, buffer in ((0.9, torch.zeros_like(logits)), (0.0, None)):
         moved, stats = logits.detach().clone(), _plain.table_of(logits, options, backend)
         sgd = (0.1, momentum, 1e-3, momentum > 0)

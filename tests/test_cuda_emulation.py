@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import test_accuracy
+import test_centroids
 import test_extremes
 import test_focus
 import test_focus_operators
@@ -181,6 +182,7 @@ def test_operators_of_the_focus_of_large_shapes(emulated, runs, shape, separatio
 @pytest.mark.parametrize("separation", SEPARATIONS)
 def test_divergences_that_are_none(emulated, runs, separation):
     test_focus_operators.check_divergences(emulated, separation)
+    test_focus_operators.check_priors_of_none(emulated, separation)
 
 
 @pytest.mark.parametrize("separation", SEPARATIONS)
@@ -521,6 +523,19 @@ def test_weights_of_several_centroids_a_class(emulated, runs, dtype, separation,
         assert (stats[kept, _schema.ALL_MEAN] - log_norm - mixture[kept]).norm() < bound * mixture.norm()
     with pytest.raises(RuntimeError, match="centroids_per_class"):
         emulated.focus_weights_(weights, separated, stats, target, table[3], level, focus, c2s, -100, centroids + 1)
+
+
+@pytest.mark.parametrize("variant", [v for v in test_centroids.VARIANTS if v[2] > 1 or v[3]])
+def test_loss_of_several_centroids_and_by_priors(runs, variant):
+    test_centroids.test_every_variant_matches_the_literal_definition(*variant, "cpu", interpreted=False)
+
+
+@pytest.mark.parametrize("separation", SEPARATIONS)
+def test_centroids_and_priors_that_make_no_difference(runs, separation):
+    for focus in (0.0, 5.0):
+        test_centroids.test_what_makes_no_difference(separation, focus, "cpu")
+    for dtype in (torch.bfloat16, torch.float16):
+        test_centroids.test_half_precision(dtype, "cpu")
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
