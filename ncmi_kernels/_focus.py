@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ncmi_kernels import _ops, _plain, _schema, reference
+from ncmi_kernels._modes import jit_tracing
 from ncmi_kernels._options import Options
 from ncmi_kernels._problem import Problem
 from ncmi_kernels._schema import OWN_MEAN
@@ -134,7 +135,7 @@ class _Products:
             self.stats[:, OWN_MEAN] = (weights * own_means).sum(dim=1)
             self.own_weights = weights
         self.tiles = [slice(None)]
-        if not torch.compiler.is_compiling():  # a loop would be for one size of batch
+        if not (torch.compiler.is_compiling() or jit_tracing()):  # a loop would be for one size of batch
             count, size = len(input), tile_rows(len(table.relative))
             if count > size:
                 self.tiles = [slice(first, first + size) for first in range(0, count, size)]

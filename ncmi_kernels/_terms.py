@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ncmi_kernels import _focus, _ops, _plain, reference
-from ncmi_kernels._autograd import apply, grads_by_autograd, restored, save, saved
-from ncmi_kernels._modes import forward_mode, jit_tracing, mapped_backward, plain_backward, transforming
+from ncmi_kernels import _focus, _plain, reference
+from ncmi_kernels._autograd import apply, restored, save, saved
+from ncmi_kernels._modes import forward_mode, mapped_backward, plain_backward, transforming
 from ncmi_kernels._options import Options
 from ncmi_kernels._problem import Problem
 from ncmi_kernels._schema import ALL_MEAN, OWN_MEAN, OWN_PRIOR
@@ -52,14 +52,7 @@ class _Terms(torch.autograd.Function):
                 way.centroid_grad(input, centroid_logits, problem, rows, None) if wanted[1] else None,
                 None,
             )
-        if options.every_pair:
-            grads = grads_by_autograd(
-                lambda: reference.terms(input, target, centroid_logits, center, options, prior),
-                (input, centroid_logits),
-                wanted,
-                upstream,
-            )
-        elif forward_mode() or mapped_backward(*upstream):
+        if forward_mode() or mapped_backward(*upstream):
             grads = _pull_by_reference(input, target, centroid_logits, center, prior, options, upstream)
         else:
             batch = input, target, centroid_logits, center, prior
@@ -148,10 +141,9 @@ class _TransformableTerms(torch.autograd.Function):
         options: Options,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        table = _plain.table_of(centroid_logits, options, backend, prior)
-        values, _ = _ops.operators(backend).terms(
-            input, target, center, *table, *options.features, options.ignore_index
-        )
+        way = way_of(options)
+        table = way.table_of(centroid_logits, options, backend, prior)
+        values, _ = way.terms(input, Problem(target, center, None, options, backend, table))
         dtype = centroid_logits.dtype
         return values[0].to(dtype, copy=True), values[1].to(dtype, copy=True)
 
@@ -196,14 +188,15 @@ class _TermsGrad(torch.autograd.Function):
         backend: str,
         wanted: tuple[bool, bool],
     ) -> tuple[Tensor | None, Tensor | None]:
-        table = _plain.table_of(centroid_logits, options, backend, prior)
+        way = way_of(options)
+        table = way.table_of(centroid_logits, options, backend, prior)
         problem = Problem(target, center, None, options, backend, table)
-        stats = _plain.terms(input, problem)[1].stats
+        _, rows = way.terms(input, problem, wanted[0])
         upstream = upstream_concentration, upstream_separation
-        rows = _plain.Rows(stats, coefficients_of(stats, upstream, options))
+        rows = rows._replace(coefficients=coefficients_of(rows.stats, upstream, options))
         return (
-            _plain.input_grad(input, problem, rows, None) if wanted[0] else None,
-            _plain.centroid_grad(input, centroid_logits, problem, rows, None) if wanted[1] else None,
+            way.input_grad(input, problem, rows, None) if wanted[0] else None,
+            way.centroid_grad(input, centroid_logits, problem, rows, None) if wanted[1] else None,
         )
 
     @staticmethod
@@ -233,13 +226,10 @@ class _TermsGrad(torch.autograd.Function):
 
 
 def transformable_loss(input: Tensor, centroid_logits: Tensor, problem: Problem, by_reference: bool = False) -> Tensor:
-    """The loss for a transform of torch.func, or to be differentiated more than once.
-
-    Where every pair has a weight, it is the reference's.
-    """
+    """The loss for a transform of torch.func, or to be differentiated more than once."""
     target, center, weight, options, backend, *_ = problem
     prior = problem.class_prior
-    if by_reference or forward_mode() or options.every_pair:
+    if by_reference or forward_mode():
         return reference.loss(input, target, centroid_logits, center, weight, options, prior)
     kept = target != options.ignore_index
     classes = target.masked_fill(~kept, 0)
@@ -254,7 +244,7 @@ def terms(input: Tensor, centroid_logits: Tensor, problem: Problem) -> tuple[Ten
     """Concentration [B] and separation [B] of [B, M] features, of which none is ignored."""
     target, center, _, options, backend, *_ = problem
     prior = problem.class_prior
-    if backend == "reference" or (options.every_pair and (transforming() or jit_tracing())):
+    if backend == "reference":
         return reference.terms(input, target, centroid_logits, center, options, prior)
     if transforming():
         return _TransformableTerms.apply(input, target, centroid_logits, center, prior, options, backend)
