@@ -16,8 +16,8 @@ TORCH_TESTS := accuracy batches module fixed_centroids checkpoints prediction op
 demo: $(VENV)/.built  ## train with cross-entropy and with NCMI, print a table, draw the curves (DATA=fashion-mnist)
 	$(BIN)/python benchmarks/demo.py --data $(DATA) $(ARGS)
 
-test: $(VENV)/.built  ## the whole test suite
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.built  ## the whole test suite, a process a core
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
 fuzz: $(VENV)/.built  ## the public API against the definition in float64, on examples that no one thought of (EXAMPLES=20000)
 	NCMI_FUZZ=$(EXAMPLES) $(BIN)/python -m pytest tests/test_fuzz.py $(ARGS)
