@@ -28,14 +28,13 @@ struct FocusRowsArgs {
 
 template <class T>
 struct FocusWeightsArgs {
-  int64_t rows, classes;  // centroids, that is; a class has those whose number is that of the class modulo `period`
-  int64_t period;
+  int64_t rows, centroids, classes;  // centroid r is one of class r modulo classes
   Targets target;  // [B]
   const AllStats* all;
-  const double* class_level;  // [2, C] of FocusTableArgs
+  const double* class_level;  // [2, centroids] of FocusTableArgs
   bool centroid_to_sample;
   double focus;
-  T* product;          // [B, C] in, weights out
+  T* product;          // [B, centroids] in, weights out
   RowStats* stats;     // [B], whose all_mean becomes that to the mixture by the weights, own_prior that of the class
   double* separation;  // [B]
 };

@@ -148,7 +148,7 @@ inline const Coefficients* coefficients_in(const Tensor& t, int64_t rows) {
 }
 
 // How many classes there are of centroids [R], K to each.
-inline int64_t period_of(int64_t centroids, int64_t centroids_per_class) {
+inline int64_t classes_of(int64_t centroids, int64_t centroids_per_class) {
   STD_TORCH_CHECK(centroids_per_class > 0 && centroids % centroids_per_class == 0,
                   "ncmi_kernels: centroids_per_class does not divide the number of centroids");
   return centroids / centroids_per_class;

@@ -75,9 +75,10 @@ def _sets(centroids: int, own: int) -> list[slice]:
 
 
 class Rows(NamedTuple):
-    """What the backward passes need to know of a batch; each but the first two where the forward pass was to make it.
+    """What the backward passes need to know of a batch.
 
-    The last two with several centroids a class only.
+    All but the first two fields are there only where the forward pass was asked for them, and the last two only with
+    several centroids a class.
     """
 
     stats: Tensor  # [B, 8] float64, those of the operators; all_mean is that to the row's own mixture

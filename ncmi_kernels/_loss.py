@@ -82,7 +82,7 @@ class _Loss(torch.autograd.Function):
 
 
 def loss(input: Tensor, centroid_logits: Tensor, problem: Problem, *, with_rows: bool = False) -> Found:
-    """The loss of features [N, M] and centroid logits [C, M]. A table that the problem lacks is computed.
+    """The loss of features [N, M] and centroid logits [C K, M]. A table that the problem lacks is computed.
 
     With a group, the loss over the batches of all processes, and gradients times their number. `with_rows`: for
     :func:`centroid_gradient` and the step of the centroids.
@@ -119,7 +119,7 @@ def loss(input: Tensor, centroid_logits: Tensor, problem: Problem, *, with_rows:
 def centroid_gradient(
     input: Tensor, centroid_logits: Tensor, problem: Problem, known: Found | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Without a graph: the gradient of :func:`loss` by `centroid_logits` [C, M], and means of terms [2].
+    """Without a graph: the gradient of :func:`loss` by `centroid_logits` [C K, M], and means of terms [2].
 
     The means are NaN where no row counts. With a group, the gradient of the loss of all processes' rows, the same bits
     on each. `known` is what :func:`loss` gave, with rows, of the same batch at the same centroids and centre.

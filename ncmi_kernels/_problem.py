@@ -13,7 +13,7 @@ CenterUpdate = tuple[Tensor, float]  # num_batches_tracked [] int64, which is mo
 
 
 class Problem(NamedTuple):
-    """All that the loss of features [N, M] and centroid logits [C, M] depends on besides these two."""
+    """All that the loss of features [N, M] and centroid logits [C K, M] depends on besides these two."""
 
     target: Tensor  # [N], int64
     center: Tensor | None  # [M], in the dtype of the arithmetic as `weight` is
@@ -24,7 +24,7 @@ class Problem(NamedTuple):
     group: Group | None = None  # whose batches share the loss
     center_update: CenterUpdate | None = None  # moves `center`, a running one, before it is used
     shards: Any = None  # how the classes are shared out over the group (sharded.Shards); None where all are here
-    class_prior: Tensor | None = None  # [C] float64, of sum 1
+    class_prior: Tensor | None = None  # [C] float64, of sum 1: prior_of
 
 
 def problem_of(
@@ -43,8 +43,6 @@ def problem_of(
     """Checked arguments as the loss takes them: features [N, M], centroid logits [C K, M], and the rest."""
     rows, classes = flatten(input, target)
     rows, centroid_logits, center, weight = to_arithmetic_dtype(rows, centroid_logits, center, weight)
-    if class_prior is not None:
-        class_prior = normalized(class_prior)
     problem = Problem(classes, center, weight, options, backend, table, group, center_update, None, class_prior)
     return rows, centroid_logits, problem
 
@@ -77,12 +75,6 @@ def to_arithmetic_dtype(
     return input, centroid_logits, center, None if weight is None else _as_constant(weight, dtype)
 
 
-def normalized(class_prior: Tensor) -> Tensor:
-    """Class priors as the kernels take them: float64, and of sum 1 after whatever rounding."""
-    prior = _as_constant(class_prior, torch.float64)
-    return prior / prior.sum()
-
-
 def _as_constant(vector: Tensor, dtype: torch.dtype) -> Tensor:
     """A vector as the kernels take it, which a graph can save: autograd refuses what was made in inference mode."""
     if vector.dtype is not dtype or vector.requires_grad or not vector.is_contiguous():
@@ -96,7 +88,6 @@ def check_parameters(
     centroid_logits: Tensor,
     center: Tensor | None,
     weight: Tensor | None,
-    class_prior: Tensor | None,
     centroids_per_class: int,
 ) -> None:
     """Raise the errors that :func:`ncmi_loss` documents for these."""
@@ -113,23 +104,26 @@ def check_parameters(
         check_floating("weight", weight)
         check_vector("weight", weight, classes, centroid_logits)
         check_constant("weight", weight)
-    if class_prior is not None:
-        check_prior(class_prior, classes, centroid_logits)
 
 
-def check_prior(class_prior: Tensor, classes: int, like: Tensor) -> None:
-    """Raise the errors that :func:`ncmi_loss` documents for this."""
+def prior_of(class_prior: Tensor, classes: int, like: Tensor) -> Tensor:
+    """Class priors as the loss takes them: float64, and of sum 1 after whatever rounding.
+
+    Raises the errors that :func:`ncmi_loss` documents.
+    """
     check_floating("class_prior", class_prior)
     check_vector("class_prior", class_prior, classes, like)
     check_constant("class_prior", class_prior)
-    prior = class_prior.detach()
-    total = prior.sum(dtype=torch.float64)
-    wrong = (prior < 0).any() | ~((total - 1).abs() <= max(1e-4, 4 * torch.finfo(prior.dtype).eps))
-    expected = "expected numbers >= 0 whose sum is 1, such as counts / counts.sum()"
-    if wrong.device.type != "cpu" or not concrete(wrong):
-        torch._assert_async(~wrong, f"class_prior: got a negative number, or another sum; {expected}")
-    elif wrong:
-        raise ValueError(f"class_prior: got a minimum of {prior.min():.4g} and a sum of {total:.6g}, {expected}")
+    prior = _as_constant(class_prior, torch.float64)
+    total = prior.sum()
+    wrong = (prior < 0).any() | ~((total - 1).abs() <= max(1e-4, 4 * torch.finfo(class_prior.dtype).eps))
+    every, expected = _unwrapped(wrong), "expected numbers >= 0 whose sum is 1, such as counts / counts.sum()"
+    if every.device.type != "cpu" or not concrete(every):
+        torch._assert_async(~every.any(), f"class_prior: got a negative number, or another sum; {expected}")
+    elif every.any():
+        least, sums = _unwrapped(prior).min(), _unwrapped(total)[every]
+        raise ValueError(f"class_prior: got a minimum of {least:.4g} and a sum of {sums[0]:.6g}, {expected}")
+    return prior / total
 
 
 def check_vector(name: str, vector: Tensor, size: int, like: Tensor) -> None:
@@ -187,13 +181,16 @@ def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
         raise RuntimeError(f"{name}: got device {tensor.device}, expected {like.device}, that of the other tensors")
 
 
+def _unwrapped(tensor: Tensor) -> Tensor:
+    """What transforms of torch.func wrap: of a mapped tensor all slices, whichever dimension they are."""
+    while not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def check_range(target: Tensor, classes: int, ignore_index: int | None) -> None:
     """Raise IndexError for a target that is neither a class nor ignored; the operator of the loss does it itself."""
-    while not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(target):
-        target = torch._C._functorch.get_unwrapped(
-            target
-        )  # all slices of a mapped target, whichever dimension they are
-    target = target.flatten().long()
+    target = _unwrapped(target).flatten().long()
     bad = (target < 0) | (target >= classes)
     ignored = ""
     if ignore_index is not None:

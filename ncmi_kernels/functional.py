@@ -14,6 +14,7 @@ from ncmi_kernels._problem import (
     check_floating,
     check_parameters,
     check_range,
+    prior_of,
     problem_of,
 )
 
@@ -56,20 +57,20 @@ def ncmi_loss(
         A_i = \mathrm{KL}(p_i \| q_{y_i}), \qquad G_i = \frac{1}{C} \sum_{v \ne y_i} \mathrm{KL}(p_i \| q_v)
 
     and the loss is the ratio of their means, or a mean over their ratios. Costs O((B + C) M); nothing of size
-    B C outlives a tile of `separation_focus`. Sums and normalisers are float64, everything else float32 (float64 for
+    B C outlives a tile of `separation_focus` or `centroids_per_class`. Sums and normalisers are float64, everything else float32 (float64 for
     float64 arguments).
 
     Differentiable any number of times, in reverse and forward mode, and by all transforms of torch.func. Values and
     reverse-mode first derivatives come from the backend. Further derivatives, everything within forward mode (jvp,
     jacfwd, hessian, `torch.autograd.forward_ad`) and several upstream gradients at once (`is_grads_batched`,
-    `vectorize=True`) come from PyTorch. vmap makes one batch of what it maps, unless it maps `centroid_logits` or
-    `center` or the centroids' gradient is wanted: then it runs the backend once for each slice.
+    `vectorize=True`) come from PyTorch. vmap makes one batch of what it maps, unless it maps `centroid_logits`, `center` or
+    `class_prior`, or the centroids' gradient is wanted: then it runs the backend once for each slice.
 
     Args:
         input: features or logits, [B, M], [M] or [B, M, d1, ...]; float32, float64, bfloat16 or float16.
         target: class indices, int64 or uint8, [B], [] or [B, d1, ...], each in [0, C) or `ignore_index`.
-        centroid_logits: [C, M], C >= 2, M >= 2; a floating dtype. Differentiable, as `input` is. [C K, M] with K
-            `centroids_per_class`, those of a class adjacent.
+        centroid_logits: [C, M], C >= 2, M >= 2; a floating dtype. Differentiable, as `input` is. With
+            `centroids_per_class` K [C K, M], those of a class adjacent.
         center: [M], subtracted from the features; never differentiated.
         temperature: divides the features; > 0.
         l2_normalize: divide each centred feature vector by max(its length, 1e-12) first.
@@ -99,15 +100,15 @@ def ncmi_loss(
             other classes then count by it in the separation, the sum over v != y_i of prior_v D_iv. With a focus
             w_i is proportional to prior_v exp(...), and 1 - prior_{y_i} is in the place of (C - 1) / C. Not
             differentiable.
-        centroids_per_class: K >= 1. With several, D_iv is that from each of them, and those of a class share its
-            prior. The concentration is
+        centroids_per_class: K >= 1. With several, every centroid of another class has its D_iv, and counts for 1 / K of
+            the prior of its class. The concentration is, with sums over the centroids u of the own class,
 
             .. math::
-                A_i = \sum_k w'_{ik} \mathrm{KL}(p_i \| q_k), \qquad
-                w'_i = \text{softmax}_k(-\text{centroid\_focus} \, \mathrm{KL}(p_i \| q_k) / \min_j
-                \mathrm{KL}(p_i \| q_j))
+                A_i = \sum_u w'_{iu} \mathrm{KL}(p_i \| q_u), \qquad
+                w'_i = \text{softmax}_u(-\text{centroid\_focus} \, \mathrm{KL}(p_i \| q_u) / \min_t
+                \mathrm{KL}(p_i \| q_t))
 
-            over those of the own class, where w' is not differentiated. Costs matrix products, as the focus does.
+            where w' is not differentiated. This costs the matrix products of the focus, and K passes over the features.
         centroid_focus: >= 0; the larger, the more a sample belongs to the nearest centroid of its class alone.
         backend: None for the fastest that can run, or one by name: "cpu" (C++), "cuda" (CUDA C++), "triton" or
             "reference" (PyTorch).
@@ -145,8 +146,10 @@ def ncmi_loss(
         centroid_focus,
     )
     warn_if_degenerate(options)
-    check_parameters(centroid_logits, center, weight, class_prior, options.centroids_per_class)
+    check_parameters(centroid_logits, center, weight, options.centroids_per_class)
     check_batch(input, target, centroid_logits)
+    if class_prior is not None:
+        class_prior = prior_of(class_prior, len(centroid_logits) // options.centroids_per_class, centroid_logits)
     resolved = _backends.resolve(backend, input)
     problem = problem_of(input, target, centroid_logits, center, weight, options, resolved, class_prior=class_prior)
     result = _loss.loss(*problem).loss
@@ -209,8 +212,10 @@ def ncmi_terms(
         centroids_per_class=centroids_per_class,
         centroid_focus=centroid_focus,
     )
-    check_parameters(centroid_logits, center, None, class_prior, options.centroids_per_class)
+    check_parameters(centroid_logits, center, None, options.centroids_per_class)
     check_batch(input, target, centroid_logits)
+    if class_prior is not None:
+        class_prior = prior_of(class_prior, len(centroid_logits) // options.centroids_per_class, centroid_logits)
     resolved = _backends.resolve(backend, input)
     rows, logits, problem = problem_of(
         input, target, centroid_logits, center, None, options, resolved, class_prior=class_prior

@@ -130,8 +130,7 @@ class NCMIMetric(Metric):
             center = center.detach().to(moments.device, torch.float64, copy=True)
         self.register_buffer("center", center, persistent=False)
         if class_prior is not None:
-            _problem.check_prior(class_prior, self.num_classes, class_prior)
-            class_prior = _problem.normalized(class_prior).to(moments.device, copy=True)
+            class_prior = _problem.prior_of(class_prior, self.num_classes, class_prior).to(moments.device, copy=True)
         self.register_buffer("class_prior", class_prior, persistent=False)
 
     def update(self, features: Tensor, target: Tensor) -> None:
@@ -170,7 +169,9 @@ class NCMIMetric(Metric):
         count, spread, total_p = self.moments[:, 0], self.moments[:, 1], self.moments[:, 2:]
         present = count > 0
         prior = present.double() if self.class_prior is None else self.class_prior * present
-        prior = prior / prior.sum()
+        total = prior.sum()
+        prior = prior / total.masked_fill(total == 0, 1)
+        whole = prior.sum()  # 1, or 0 where no class counts
         s = total_p / count.clamp(min=1)[:, None]
         # Logarithms relative to the mean centroid, which is the same for all and drops out: the smaller they are, the
         # less the differences between classes lose.
@@ -183,8 +184,9 @@ class NCMIMetric(Metric):
             own = (s * (log_s - log_p)).sum(dim=1)
             separation = count * (every - prior * own)
         else:
-            between = (s * (log_s - (prior[:, None] * log_s).sum(dim=0))).sum(dim=1)  # sum_v prior_v KL(s_c || s_v)
-            separation = (1 - prior) * spread + count * between
+            # sum_v prior_v KL(s_c || s_v)
+            between = (s * (whole * log_s - (prior[:, None] * log_s).sum(dim=0))).sum(dim=1)
+            separation = (whole - prior) * spread + count * between
         samples = count.sum()
         cmi, gamma = spread.sum() / samples, separation.sum() / samples
         return {"cmi": cmi, "gamma": gamma, "ncmi": cmi / gamma}

@@ -201,16 +201,16 @@ class NCMILoss(Predictor):
                 device_of = self.center if vector.is_meta else vector  # of a meta tensor there is nothing to copy
                 _problem.check_vector(name, vector, self.num_classes, device_of)
                 _problem.check_constant(name, vector)
-                if name == "class_prior" and not vector.is_meta:
-                    _problem.check_prior(vector, self.num_classes, vector)
                 vector = vector.detach().to(device=self.center.device, dtype=dtype, copy=True)
             self.register_buffer(name, vector)
         self.register_buffer("class_means", None)
         self._table = Memo()  # of fixed centroids
+        self._prior = Memo()  # as the loss takes it
         self._last_terms: Tensor | None = None
         self._keeps_rows = False  # for steps of the centroids
         self._last_result = Memo()  # with its rows
         self._watch = Watch()
+        self._class_prior(self.center)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -295,6 +295,7 @@ class NCMILoss(Predictor):
     def _forget(self) -> None:
         """Drop what was computed of the centroids and kept, for changes that no version counter sees."""
         self._table.forget()
+        self._prior.forget()
         self._last_result.forget()
 
     @property
@@ -399,15 +400,28 @@ class NCMILoss(Predictor):
     def _buffers_for(self, logits: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The running centre, None without centring, class weights and priors; raises for what was assigned amiss."""
         center = None if self._center_momentum is None else self._tensor("center")
-        weight, prior = self._tensor("weight"), self._tensor("class_prior")
+        weight = self._tensor("weight")
         if center is not None:
             _problem.check_vector("center", center, self.feature_dim, logits)
         if weight is not None:
             _problem.check_vector("weight", weight, self.num_classes, logits)
             _problem.check_constant("weight", weight)
-        if prior is not None:
-            _problem.check_prior(prior, self.num_classes, logits)
-        return center, weight, prior
+        return center, weight, self._class_prior(logits)
+
+    def _class_prior(self, like: Tensor) -> Tensor | None:
+        """The class priors as the loss takes them, found once for as long as they stay."""
+        prior = self._tensor("class_prior")
+        if prior is None:
+            return None
+        if torch.compiler.is_compiling() or transforming() or not concrete(prior) or prior.is_inference():
+            return _problem.prior_of(prior, self.num_classes, like)
+        key = state_of(prior), prior.requires_grad, self.num_classes, like.device
+        found: Tensor | None = self._prior.find(key)
+        if found is None:
+            with torch.inference_mode(False):  # a graph could not save what was made in it
+                found = _problem.prior_of(prior, self.num_classes, like)
+            self._prior.keep(key, found, *memory_of(prior))
+        return found
 
     def _center_for(
         self, center: Tensor | None, input: Tensor, target: Tensor, logits: Tensor, backend: str
@@ -485,12 +499,14 @@ class NCMILoss(Predictor):
         - fused optimisers. They need a gradient: while there is one nothing is kept, and what gives one drops the
           table, a forward pass with centroids that require it and `centroid_gradient`.
         - other tensors of the same memory, as `torch.nn.utils.vector_to_parameters` makes, and other processes after
-          `share_memory`. Nothing is kept while there are any.
+          `share_memory`. Nothing is kept while there are any. (Those of the priors' memory are not looked for.)
         - writing through `.data` later, NumPy or a bare collective of torch.distributed, here as in autograd: `train()`
           and `eval()` drop the table for that.
         """
         options = self.options
-        if torch.compiler.is_compiling():  # a traced read would be guarded on versions
+        prior = self._tensor("class_prior")
+        # A traced read would be guarded on versions, which tensors of inference mode do not have.
+        if torch.compiler.is_compiling() or (prior is not None and prior.is_inference()):
             return None
         table = self._table.find(self._key_of_table(logits, backend)) if self._table.of is logits else None
         if (
@@ -515,10 +531,7 @@ class NCMILoss(Predictor):
         ):
             return None
         with torch.inference_mode(False):  # a graph could not save what was made in it
-            prior = self._tensor("class_prior")
-            if prior is not None:
-                prior = _problem.normalized(prior)
-            table = _terms.way_of(options).table_of(logits, options, backend, prior)
+            table = _terms.way_of(options).table_of(logits, options, backend, self._class_prior(logits))
         self._keep_table(table, backend)
         return table
 
@@ -529,8 +542,9 @@ class NCMILoss(Predictor):
 
     def _keep_table(self, table: Any, backend: str) -> None:
         """Keep the table of the centroids as they are now."""
-        logits = self._tensor("centroid_logits")
-        self._table.keep(self._key_of_table(logits, backend), table, logits, logits.detach())
+        logits, prior = self._tensor("centroid_logits"), self._tensor("class_prior")
+        alive = logits, logits.detach(), *memory_of(*([] if prior is None else [prior]))
+        self._table.keep(self._key_of_table(logits, backend), table, *alive)
 
     def _check_one_loss(self) -> None:
         if self.options.reduction == "none":
@@ -583,15 +597,14 @@ class NCMILoss(Predictor):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self._forget()
-        saved = state_dict.get(prefix + "centroid_logits")
-        expected = self.options.centroids_per_class
-        if saved is not None and saved.dim() == 2 and len(saved) != self.num_classes * expected:
-            own, rest = divmod(len(saved), self.num_classes)
-            if own and not rest:
+        logits = state_dict.get(prefix + "centroid_logits")
+        if logits is not None and logits.dim() == 2:
+            saved, rest = divmod(len(logits), self.num_classes)
+            if saved and not rest and saved != self.centroids_per_class:
                 errors: list[str] = args[-1]
                 errors.append(
-                    f"centroids_per_class: got {own} in the state_dict, {tuple(saved.shape)} centroid_logits for "
-                    f"{self.num_classes} classes, expected {expected}"
+                    f"centroids_per_class: got {saved} in the state_dict, {tuple(logits.shape)} centroid_logits for "
+                    f"{self.num_classes} classes, expected {self.centroids_per_class}"
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ncmi_kernels import _backends, _loss, _plain, _problem, _schema, reference
 from ncmi_kernels._group import Group
-from ncmi_kernels._memo import state_of
+from ncmi_kernels._memo import memory_of, state_of
 from ncmi_kernels._options import Options
 from ncmi_kernels._problem import Problem, problem_of
 from ncmi_kernels.modules import INITIAL_LOGIT, NCMILoss
@@ -28,7 +28,7 @@ class ShardedNCMILoss(NCMILoss):
     rows of the centroids, those of the classes that occur in the batches: O(B M), whatever C is.
 
     Args:
-        num_classes: C >= 2. Process r of N holds rows [r K, (r + 1) K) with K = ceil(C / N); the last ones may have
+        num_classes: C >= 2. Process r of N holds rows [r R, (r + 1) R) with R = ceil(C / N); the last ones may have
             fewer or none.
         feature_dim: M >= 2; None for `num_classes`.
         device_mesh: a `torch.distributed.device_mesh.DeviceMesh` of one dimension. Its group is the `process_group`,
@@ -41,7 +41,7 @@ class ShardedNCMILoss(NCMILoss):
             torch.distributed.checkpoint, which may load it on another number of processes. Initially as in NCMILoss,
             the same for every N; random directions come from torch's global generator of process 0.
         center: buffer [M], whole on every process.
-        weight: buffer [C], likewise.
+        weight, class_prior: buffers [C], likewise, and the same on every process.
         class_means: buffer, a DTensor like `centroid_logits`, once `fit_class_means` was called.
 
     Loss and gradients:
@@ -93,6 +93,11 @@ class ShardedNCMILoss(NCMILoss):
             raise ValueError(f"device_mesh: got {device_mesh.ndim} dimensions, expected one: a part of it by name")
         if device_mesh.get_coordinate() is None:
             raise ValueError("device_mesh: got a mesh without this process, expected one that it belongs to")
+        if options.get("centroids_per_class", 1) != 1:
+            raise ValueError(
+                f"centroids_per_class: got {options['centroids_per_class']!r}, expected 1: centroids on several "
+                "processes have no weight for each sample"
+            )
         self.device_mesh = device_mesh
         super().__init__(
             num_classes,
@@ -251,13 +256,11 @@ class ShardedNCMILoss(NCMILoss):
         """The backend that runs; raises unless these arguments and settings can be computed."""
         _problem.check_batch(input, target, self.centroid_logits)
         _problem.check_range(target, self.num_classes, self.options.ignore_index)
-        for name, expected in (("separation_focus", 0), ("centroids_per_class", 1)):
-            value = getattr(self.options, name)
-            if value != expected:
-                raise ValueError(
-                    f"{name}: got {value}, expected {expected}: centroids on several processes have no weight "
-                    "for each sample"
-                )
+        if self.options.separation_focus:
+            raise ValueError(
+                f"separation_focus: got {self.options.separation_focus}, expected 0: centroids on several processes "
+                "have no weight for each sample"
+            )
         backend = _backends.resolve(self.backend, input)
         if backend == "reference":
             raise RuntimeError(
@@ -292,13 +295,15 @@ class ShardedNCMILoss(NCMILoss):
         # Operations on the DTensor move its counter, those on what its to_local() gives that of the rows. The rows of a
         # detached DTensor count for themselves: writing through them cannot be seen, as through `.data`.
         local = _to_local(logits)
-        of_prior = None if self.class_prior is None else state_of(self.class_prior)
-        key = state_of(local), of_prior, self.options, backend, logits._version, input.dtype
+        given = [] if self.class_prior is None else [self.class_prior]
+        if any(t.is_inference() for t in given):  # which no version counter tells of
+            return shard_of(_problem.to_arithmetic_dtype(input, local, None, None)[1], self.options, backend, prior)
+        key = state_of(local, *given), self.options, backend, logits._version, input.dtype
         shard: Shard | None = self._table.find(key)
         if shard is None:
             wide = _problem.to_arithmetic_dtype(input, local, None, None)[1]
             shard = shard_of(wide, self.options, backend, prior)
-            self._table.keep(key, shard, local)
+            self._table.keep(key, shard, local, *memory_of(*given))
         return shard
 
 

@@ -15,6 +15,7 @@ from problems import (
     REDUCTIONS,
     SEPARATIONS,
     Options,
+    check,
     check_against_the_literal_definition,
     evaluate,
     every_backend,
@@ -120,15 +121,15 @@ def test_gradcheck(separation, own, backend, interpreted):
     options = {"separation": separation, "class_prior": prior, "centroids_per_class": own, "backend": backend}
     inside = target[:5].clamp(min=0)
     # Weights by nearness are not differentiated: only equal ones are part of a function that is.
-    check = {"centroid_focus": 0.0, "l2_normalize": True, **options}
+    alike = {"centroid_focus": 0.0, "l2_normalize": True, **options}
     fast = {"fast_mode": interpreted}
-    assert torch.autograd.gradcheck(lambda a, b: ncmi_terms(a, inside, b, **check), (z, xi), **fast)
+    assert torch.autograd.gradcheck(lambda a, b: ncmi_terms(a, inside, b, **alike), (z, xi), **fast)
     for ratio in ("batch", "soft_margin"):
         assert torch.autograd.gradcheck(
-            lambda a, b, ratio=ratio: ncmi_loss(a, target[:5], b, weight=weight, ratio=ratio, **check), (z, xi), **fast
+            lambda a, b, ratio=ratio: ncmi_loss(a, target[:5], b, weight=weight, ratio=ratio, **alike), (z, xi), **fast
         )
     if not interpreted:
-        assert torch.autograd.gradgradcheck(lambda a, b: ncmi_loss(a, inside, b, **check), (z, xi))
+        assert torch.autograd.gradgradcheck(lambda a, b: ncmi_loss(a, inside, b, **alike), (z, xi))
 
 
 @every_backend
@@ -165,8 +166,11 @@ def test_half_precision(dtype, backend):
     z, target, xi, _, _ = problem(3)
     z, xi = z.to(dtype), xi.float()
     options = Options(l2_normalize=True, separation_focus=5.0, centroids_per_class=3)
-    actual = evaluate((z, target, xi, None, None), options, backend, class_prior=priors())
+    given, prior = (z, target, xi, None, None), priors()
+    actual = evaluate(given, options, backend, class_prior=prior)
     assert [each.dtype for each in actual] == [torch.float32, dtype, torch.float32]
+    exact = evaluate(given, options, "float64", class_prior=prior)
+    check(actual, exact, (5e-6, torch.finfo(dtype).eps, 5e-6))
 
 
 @pytest.mark.parametrize("focus", [0.0, 5.0])
@@ -253,19 +257,42 @@ def test_priors_that_change_are_seen(focus):
     assert torch.equal(criterion(features, target), expected)
     criterion.class_prior = first
     assert torch.equal(criterion(features, target), before)
+    criterion.class_prior = None
+    assert relative(criterion(features, target), NCMILoss(5, 7, **options).eval()(features, target)) < 1e-5
+    for _ in range(30):  # another tensor may get the memory of the one before
+        criterion.class_prior = None
+        prior = priors().float()
+        criterion.class_prior = prior.clone()
+        other.class_prior.copy_(prior)
+        assert torch.equal(criterion(features, target), other(features, target))
+    criterion.class_prior.data.copy_(second)
+    other.class_prior.copy_(second)
+    assert torch.equal(criterion.eval()(features, target), other(features, target))
 
 
 @pytest.mark.parametrize("learnt", BOTH)
-def test_low_precision(learnt):
-    """Priors in bfloat16 do not add up to 1, as the loss has them."""
-    criterion = NCMILoss(40, 7, class_prior=priors(40), learn_centroids=learnt).bfloat16()
+def test_priors_of_inference_mode(learnt):
+    criterion = NCMILoss(5, 7, class_prior=priors().float(), learn_centroids=learnt)
+    features, target = torch.randn(40, 7, requires_grad=True), torch.arange(40) % 5
+    with torch.inference_mode():
+        criterion.class_prior = criterion.class_prior.clone()
+        criterion(features, target)
+    for _ in range(2):
+        criterion(features, target).backward()
+
+
+def test_priors_are_taken_relative_to_their_sum():
+    """Those of float32, or in bfloat16, do not add up to 1."""
+    z, target, xi, _, _ = problem(1)
+    prior = priors()
+    exact = ncmi_loss(z, target, xi, class_prior=prior)
+    assert relative(ncmi_loss(z, target, xi, class_prior=prior * (1 + 5e-5)), exact) < 1e-12
+    low = NCMILoss(40, 7, class_prior=priors(40)).bfloat16()
     features, target = torch.randn(50, 7), torch.arange(50) % 40
-    prior = criterion.class_prior.double() / criterion.class_prior.double().sum()
-    expected = ncmi_loss(
-        features.double(), target, criterion.centroid_logits.double(), l2_normalize=True,
-        center=features.double().mean(dim=0), class_prior=prior,
-    )  # fmt: skip
-    assert relative(criterion(features, target), expected) < 1e-2
+    rest = {"center": features.mean(dim=0).bfloat16(), "l2_normalize": True}
+    prior = low.class_prior.double() / low.class_prior.double().sum()
+    expected = ncmi_loss(features, target, low.centroid_logits, class_prior=prior, **rest)
+    assert relative(low(features, target), expected) < 1e-6
 
 
 def test_training():

@@ -1,5 +1,6 @@
 """NCMIMetric against the two-pass definition, in more precision than its own; and as a metric of torchmetrics."""
 
+import math
 import copy
 import csv
 import pickle
@@ -180,6 +181,15 @@ def test_one_class_alone(separation):
     assert result["cmi"].item() == pytest.approx((p * (p / p.mean(dim=0)).log()).sum(dim=1).mean().item(), rel=1e-10)
     assert result["gamma"] == 0
     assert result["ncmi"] == torch.inf
+
+
+def test_classes_that_do_not_count(separation):
+    """Where none of the classes with samples has a prior, nothing is to be separated from."""
+    features, target = samples(40, 2, 9, 1, 0.5)
+    prior = torch.tensor([0, 0, 0.75, 0.25])
+    result = measured(NCMIMetric(4, 9, separation=separation, class_prior=prior), features, target)
+    assert (result["gamma"], result["ncmi"]) == (0, math.inf)
+    assert_close({**result, "gamma": result["cmi"], "ncmi": result["cmi"]}, 3 * [two_pass(features, target, {})[0]])
 
 
 def test_without_a_sample_everything_is_nan(separation):

@@ -40,6 +40,8 @@ def check_no_step_and_what_is_refused():
         sharded.scores(features)
     with pytest.raises(AttributeError, match="process_group"):
         sharded.process_group = None
+    with pytest.raises(ValueError, match=r"centroids_per_class: got 2, expected 1"):
+        ShardedNCMILoss(7, M, device_mesh=sharded.device_mesh, centroids_per_class=2)
     sharded.separation_focus = 2.0
     with pytest.raises(ValueError, match=r"separation_focus: got 2.0, expected 0"):
         sharded(features, target)

@@ -103,12 +103,15 @@ def test_vmap_against_a_loop(mapped, ratio, focus, backend, interpreted):
 def test_mapped_weights_and_centres(backend):
     z, y, xi = problem("input")
     center, weight = torch.randn(M, N, dtype=torch.float64), torch.rand(N, C, dtype=torch.float64)
+    prior = torch.rand(C, N, dtype=torch.float64).softmax(dim=0)
 
-    def loss(z, center, weight):
-        return ncmi_loss(z, y, xi, center=center, weight=weight, backend=backend)
+    def loss(z, center, weight, prior):
+        return ncmi_loss(z, y, xi, center=center, weight=weight, class_prior=prior, backend=backend)
 
-    expected = torch.stack([loss(z[i], center[:, i], weight[i]) for i in range(N)])
-    close(vmap(loss, (0, 1, 0))(z, center, weight), expected)
+    expected = torch.stack([loss(z[i], center[:, i], weight[i], prior[:, i]) for i in range(N)])
+    close(vmap(loss, (0, 1, 0, 1))(z, center, weight, prior), expected)
+    with pytest.raises(ValueError, match=r"class_prior: got a minimum of .* and a sum of 2"):
+        vmap(loss, (0, 1, 0, 1))(z, center, weight, 2 * prior)
 
 
 def test_centres_and_weights_are_not_differentiated_whatever_the_nesting():
@@ -367,7 +370,8 @@ def test_gradients_of_each_sample_of_a_network(ratio, learnt):
 
 
 def test_an_ensemble_of_criteria():
-    criteria = [NCMILoss(C, M, dtype=torch.float64) for _ in range(N)]
+    priors = torch.rand(N, C, dtype=torch.float64).softmax(dim=1)
+    criteria = [NCMILoss(C, M, dtype=torch.float64, class_prior=prior) for prior in priors]
     for criterion in criteria:
         criterion(torch.randn(B, M, dtype=torch.float64), torch.randint(C, (B,)))  # centres of their own
         criterion.eval()

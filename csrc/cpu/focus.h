@@ -102,13 +102,13 @@ void focus_rows(const FocusRowsArgs<T>& args, int64_t row_begin, int64_t row_end
 // other class counts.
 template <class T>
 double weigh_row(const FocusWeightsArgs<T>& args, int64_t y, Divergence divergence, T* __restrict values) {
-  const int64_t classes = args.classes, period = args.period;
+  const int64_t centroids = args.centroids, classes = args.classes;
   const double* __restrict level = args.class_level;
-  const double* __restrict prior = args.class_level + classes;
+  const double* __restrict prior = args.class_level + centroids;
   T nearest = kLargest<T>;
-  for (int64_t first = 0; first < classes; first += period) {
+  for (int64_t first = 0; first < centroids; first += classes) {
     NCMI_SIMD(reduction(min : nearest))
-    for (int64_t j = 0; j < period; ++j) {
+    for (int64_t j = 0; j < classes; ++j) {
       const int64_t c = first + j;
       values[c] = divergence(level[c], values[c]);
       const T other = j == y || prior[c] == 0 ? kLargest<T> : values[c];
@@ -118,8 +118,8 @@ double weigh_row(const FocusWeightsArgs<T>& args, int64_t y, Divergence divergen
   const double by = args.focus / double(nearest);
   const T by_distance = by < double(kLargest<T>) ? T(by) : kLargest<T>;
   Lanes<double> sum, weighted;
-  for (int64_t first = 0; first < classes; first += period) {
-    for_wide(period, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+  for (int64_t first = 0; first < centroids; first += classes) {
+    for_wide(classes, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
       NCMI_SIMD()
       for (int64_t j = 0; j < n; ++j) {
         const int64_t c = first + k + j;
@@ -136,17 +136,17 @@ double weigh_row(const FocusWeightsArgs<T>& args, int64_t y, Divergence divergen
   if (total == 0 && weighted_total == 0) return 0;                      // and so are all weights
   const T inverse = T(1.0 / total);
   NCMI_SIMD()
-  for (int64_t c = 0; c < classes; ++c) values[c] *= inverse;
+  for (int64_t c = 0; c < centroids; ++c) values[c] *= inverse;
   return double(nearest) + weighted_total / total;
 }
 
 template <class T>
 void focus_weights(const FocusWeightsArgs<T>& args, int64_t row_begin, int64_t row_end) {
   for (int64_t i = row_begin; i < row_end; ++i) {
-    T* values = args.product + i * args.classes;
+    T* values = args.product + i * args.centroids;
     const int64_t y = args.target[i];
     if (y == args.target.ignore_index) {
-      memset(values, 0, args.classes * sizeof(T));
+      memset(values, 0, args.centroids * sizeof(T));
       args.separation[i] = 0;
       continue;
     }
@@ -155,7 +155,7 @@ void focus_weights(const FocusWeightsArgs<T>& args, int64_t row_begin, int64_t r
     const double mean = weigh_row(args, y, divergence_of(row, log_norm, args.centroid_to_sample), values);
     row.all_mean = mean + log_norm;
     row.own_prior = 0;
-    for (int64_t c = y; c < args.classes; c += args.period) row.own_prior += args.class_level[args.classes + c];
+    for (int64_t c = y; c < args.centroids; c += args.classes) row.own_prior += args.class_level[args.centroids + c];
     args.separation[i] = mean * (1.0 - row.own_prior);
   }
 }

@@ -50,23 +50,23 @@ void focus_weights_(const Tensor& product, const Tensor& separation, const Tenso
                     const Tensor& norms, const Tensor& class_level, double focus, bool centroid_to_sample,
                     int64_t ignore_index, int64_t centroids_per_class) {
   STD_TORCH_CHECK(product.dim() == 2, "ncmi_kernels: product must have 2 dimensions");
-  const int64_t rows = product.size(0), classes = product.size(1);
-  const int64_t period = period_of(classes, centroids_per_class);
+  const int64_t rows = product.size(0), centroids = product.size(1);
+  const int64_t classes = classes_of(centroids, centroids_per_class);
   with_arithmetic_type(product.scalar_type(), "product", [&]<class T>() {
-    const auto* of = reinterpret_cast<const ClassStats*>(data<double>(norms, "norms", {classes + 1, kClassStats}));
+    const auto* of = reinterpret_cast<const ClassStats*>(data<double>(norms, "norms", {centroids + 1, kClassStats}));
     const FocusWeightsArgs<T> args{
         .rows = rows,
+        .centroids = centroids,
         .classes = classes,
-        .period = period,
-        .target = targets(target, rows, ignore_index, period),
-        .all = reinterpret_cast<const AllStats*>(of + classes),
-        .class_level = data<double>(class_level, "class_level", {2, classes}),
+        .target = targets(target, rows, ignore_index, classes),
+        .all = reinterpret_cast<const AllStats*>(of + centroids),
+        .class_level = data<double>(class_level, "class_level", {2, centroids}),
         .centroid_to_sample = centroid_to_sample,
         .focus = focus,
-        .product = const_cast<T*>(data<T>(product, "product", {rows, classes})),
+        .product = const_cast<T*>(data<T>(product, "product", {rows, centroids})),
         .stats = const_cast<RowStats*>(row_stats_of(row_stats, rows)),
         .separation = const_cast<double*>(data<double>(separation, "separation", {rows}))};
-    parallel_rows(rows, classes, [&](int64_t begin, int64_t end) { kernels_for<T>().focus_weights(args, begin, end); });
+    parallel_rows(rows, centroids, [&](int64_t begin, int64_t end) { kernels_for<T>().focus_weights(args, begin, end); });
   });
 }
 

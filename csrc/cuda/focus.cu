@@ -91,21 +91,21 @@ __global__ void __launch_bounds__(kRowThreads, 1) focus_weights_kernel(const Foc
   const int64_t i = row_of_thread();
   if (i >= args.rows) return;
   Group group = group_of_thread(shared_storage<GroupStorage>());
-  T* values = args.product + i * args.classes;
+  T* values = args.product + i * args.centroids;
   const int64_t target = args.target[i];
   if (target == args.target.ignore_index) {
-    for (int64_t c = group.thread; c < args.classes; c += group.threads) values[c] = 0;
+    for (int64_t c = group.thread; c < args.centroids; c += group.threads) values[c] = 0;
     if (group.first()) args.separation[i] = 0;
     return;
   }
-  const int y = int(class_of(target, args.period)), period = int(args.period);
-  const double* priors = args.class_level + args.classes;
-  const int first_class = group.thread % period, step = group.threads % period;
+  const int y = int(class_of(target, args.classes)), classes = int(args.classes);
+  const double* priors = args.class_level + args.centroids;
+  const int first_class = group.thread % classes, step = group.threads % classes;
   const auto each_prior = [&](const auto& f) NCMI_INLINED {
     int of = first_class;
-    for (int64_t c = group.thread; c < args.classes; c += group.threads) {
+    for (int64_t c = group.thread; c < args.centroids; c += group.threads) {
       f(c, of == y ? 0.0 : priors[c]);
-      of += of + step < period ? step : step - period;
+      of += of + step < classes ? step : step - classes;
     }
   };
   const RowStats stats = args.stats[i];
@@ -142,11 +142,11 @@ __global__ void __launch_bounds__(kRowThreads, 1) focus_weights_kernel(const Foc
   group.sum_warps(sums);
   const bool alone = sums[0] == 0 && sums[1] == 0;  // no other class has a prior; of NaN the second sum is none
   const double inverse = alone ? 0.0 : 1.0 / sums[0];
-  for (int64_t c = group.thread; c < args.classes; c += group.threads) values[c] = T(double(values[c]) * inverse);
+  for (int64_t c = group.thread; c < args.centroids; c += group.threads) values[c] = T(double(values[c]) * inverse);
   if (group.first()) {
     const double mean = alone ? 0.0 : double(nearest) + sums[1] * inverse;
     double own_prior = 0;
-    for (int64_t c = y; c < args.classes; c += period) own_prior += priors[c];
+    for (int64_t c = y; c < args.centroids; c += classes) own_prior += priors[c];
     args.stats[i].all_mean = mean + log_norm;
     args.stats[i].own_prior = own_prior;
     args.separation[i] = mean * (1.0 - own_prior);
@@ -263,22 +263,22 @@ void focus_weights_(const Tensor& product, const Tensor& separation, const Tenso
                     int64_t ignore_index, int64_t centroids_per_class) {
   STD_TORCH_CHECK(product.dim() == 2, "ncmi_kernels: product must have 2 dimensions");
   const Device device(product);
-  const int64_t rows = product.size(0), classes = product.size(1);
-  STD_TORCH_CHECK(classes <= kMostColumns, "ncmi_kernels: more centroids than 2^30");
+  const int64_t rows = product.size(0), centroids = product.size(1);
+  STD_TORCH_CHECK(centroids <= kMostColumns, "ncmi_kernels: more centroids than 2^30");
   with_arithmetic_type(product.scalar_type(), "product", [&]<class T>() {
     const FocusWeightsArgs<T> args{
         .rows = rows,
-        .classes = classes,
-        .period = period_of(classes, centroids_per_class),
+        .centroids = centroids,
+        .classes = classes_of(centroids, centroids_per_class),
         .target = targets(target, product, ignore_index),
-        .all = reinterpret_cast<const AllStats*>(class_stats_on(norms, classes, product) + classes),
-        .class_level = data_on<double>(class_level, "class_level", {2, classes}, product),
+        .all = reinterpret_cast<const AllStats*>(class_stats_on(norms, centroids, product) + centroids),
+        .class_level = data_on<double>(class_level, "class_level", {2, centroids}, product),
         .centroid_to_sample = centroid_to_sample,
         .focus = focus,
-        .product = const_cast<T*>(data<T>(product, "product", {rows, classes})),
+        .product = const_cast<T*>(data<T>(product, "product", {rows, centroids})),
         .stats = const_cast<RowStats*>(stats_on(row_stats, product)),
         .separation = const_cast<double*>(data_on<double>(separation, "separation", {rows}, product))};
-    launch_by_row(focus_weights_kernel<T>, args, rows, classes, device.stream());
+    launch_by_row(focus_weights_kernel<T>, args, rows, centroids, device.stream());
   });
 }
 
