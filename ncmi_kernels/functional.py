@@ -57,14 +57,14 @@ def ncmi_loss(
         A_i = \mathrm{KL}(p_i \| q_{y_i}), \qquad G_i = \frac{1}{C} \sum_{v \ne y_i} \mathrm{KL}(p_i \| q_v)
 
     and the loss is the ratio of their means, or a mean over their ratios. Costs O((B + C) M); nothing of size
-    B C outlives a tile of `separation_focus` or `centroids_per_class`. Sums and normalisers are float64, everything else float32 (float64 for
-    float64 arguments).
+    B C outlives a tile of `separation_focus` or `centroids_per_class`. Sums and normalisers are float64, everything
+    else float32 (float64 for float64 arguments).
 
     Differentiable any number of times, in reverse and forward mode, and by all transforms of torch.func. Values and
     reverse-mode first derivatives come from the backend. Further derivatives, everything within forward mode (jvp,
     jacfwd, hessian, `torch.autograd.forward_ad`) and several upstream gradients at once (`is_grads_batched`,
-    `vectorize=True`) come from PyTorch. vmap makes one batch of what it maps, unless it maps `centroid_logits`, `center` or
-    `class_prior`, or the centroids' gradient is wanted: then it runs the backend once for each slice.
+    `vectorize=True`) come from PyTorch. vmap makes one batch of what it maps, unless it maps `centroid_logits`,
+    `center` or `class_prior`, or the centroids' gradient is wanted: then it runs the backend once for each slice.
 
     Args:
         input: features or logits, [B, M], [M] or [B, M, d1, ...]; float32, float64, bfloat16 or float16.

@@ -1,8 +1,8 @@
 """NCMIMetric against the two-pass definition, in more precision than its own; and as a metric of torchmetrics."""
 
-import math
 import copy
 import csv
+import math
 import pickle
 import subprocess
 import sys

@@ -66,7 +66,8 @@ void focus_weights_(const Tensor& product, const Tensor& separation, const Tenso
         .product = const_cast<T*>(data<T>(product, "product", {rows, centroids})),
         .stats = const_cast<RowStats*>(row_stats_of(row_stats, rows)),
         .separation = const_cast<double*>(data<double>(separation, "separation", {rows}))};
-    parallel_rows(rows, centroids, [&](int64_t begin, int64_t end) { kernels_for<T>().focus_weights(args, begin, end); });
+    parallel_rows(rows, centroids,
+                  [&](int64_t begin, int64_t end) { kernels_for<T>().focus_weights(args, begin, end); });
   });
 }
 

@@ -155,7 +155,8 @@ __global__ void __launch_bounds__(kRowThreads, 1) focus_weights_kernel(const Foc
 
 // In place: the weights times what the rows' gradients have of their separation; and the sums over a chunk of rows.
 template <class T>
-__global__ void __launch_bounds__(kSumWarps* kWarp, 1) focus_sums_kernel(const ChunkedSumsArgs<T> chunked, int64_t tiles) {
+__global__ void __launch_bounds__(kSumWarps* kWarp, 1)
+    focus_sums_kernel(const ChunkedSumsArgs<T> chunked, int64_t tiles) {
   struct Storage {
     ClassWeights sums[kSumWarps][kWarp];
   };
