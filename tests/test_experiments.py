@@ -302,7 +302,7 @@ def test_which_samples_a_loss_pulls_at(focus):
     criterion.eval()
     log_p, log_q = criterion._log_probabilities(outputs), criterion._log_centroids(False)
     divergence = reference.divergences(log_p, log_q, "sample_to_centroid").detach().requires_grad_()
-    separation = reference.mean_of_other_classes(divergence, target, focus).sum()
+    separation = reference.separation_of(divergence, target, criterion.options).sum()
     expected = torch.autograd.grad(separation, divergence)[0]
     pushes = gradients.pushes(criterion, outputs, target)
     assert relative(pushes, expected * 5 / 4) < 1e-9

@@ -193,9 +193,9 @@ def calls(monkeypatch):
     """The centroids of which statistics were computed, call by call."""
     seen, compute = [], _plain.table_of
 
-    def counted(centroid_logits, options, backend):
+    def counted(centroid_logits, *others):
         seen.append(centroid_logits)
-        return compute(centroid_logits, options, backend)
+        return compute(centroid_logits, *others)
 
     monkeypatch.setattr(_plain, "table_of", counted)
     return seen

@@ -395,10 +395,10 @@ def operator_calls(dtype: torch.dtype, separation: str, ratio: str):
         (ops.loss, reduced),
         (ops.loss, (z, target, None, moving, tracked, 0.9, *options)),
         *(
-            (ops.reduce, (terms, rows[0], target, stats[3], weight, sums, c2s, False, batch, 1, 1e-8, 0.0, -100))
+            (ops.reduce, (terms, rows[0], target, weight, sums, c2s, False, batch, 1, 1e-8, 0.0, -100))
             for sums in (None, torch.rand(4).double())
         ),
-        (ops.reduce, (terms, rows[0], target, stats[3], None, None, c2s, True, False, 0, 1e-8, 0.0, -100)),
+        (ops.reduce, (terms, rows[0], target, None, None, c2s, True, False, 0, 1e-8, 0.0, -100)),
         (ops.input_grad, (z, target, center, *stats, *rows, upstream, c2s, -100)),
         (ops.input_grad, (z, target, center, *stats, *rows, None, c2s, -100, mixture)),
         (ops.centroid_grad, (z, target, center, xi, *stats, *rows, upstream, c2s, -100)),
