@@ -73,39 +73,50 @@ def loss_speed() -> str:
 
 
 HEAD, FOCUS = "cross_entropy with head", "ncmi focus"
-WITH_PRODUCTS = (HEAD, "linear_cross_entropy", FOCUS, FOCUS + " + centroids")
+LEARNT = FOCUS + " + centroids"
+SEVERAL = LEARNT + ", 4 a class"
+WITH_PRODUCTS = (HEAD, "linear_cross_entropy", FOCUS, LEARNT, SEVERAL)
 
 
 def focus_speed() -> str:
     """Forward and backward of what has matrix products, microseconds and the ratio to the head; memory, MiB."""
+    return _beside_the_head(_speeds("cpu/bench_focus.csv"), WITH_PRODUCTS[:-1])
+
+
+def centroids_speed() -> str:
+    """The same of as many centroids, 1 and 4 a class."""
+    return _beside_the_head(_speeds("cpu/bench_centroids.csv"), (HEAD, LEARNT, SEVERAL))
+
+
+def _beside_the_head(measured: list[Row], names: tuple[str, ...]) -> str:
     lines = []
-    for key, group in report.grouped(_focus_speeds(), "B", "C", "M", "threads").items():
+    for key, group in report.grouped(measured, "B", "C", "M", "threads").items():
         cells = {row["implementation"]: row for row in group}
-        times = [f"{float(cells[name]['median_us']):.0f}" for name in WITH_PRODUCTS]
-        ratios = ["", *(f" ({float(cells[name]['ratio_to_head']):.2f})" for name in WITH_PRODUCTS[1:])]
-        memory = [f"{int(cells[name]['peak_extra_bytes']) / 2**20:.1f}" for name in (HEAD, WITH_PRODUCTS[-1])]
+        times = [f"{float(cells[name]['median_us']):.0f}" for name in names]
+        ratios = ["", *(f" ({float(cells[name]['ratio_to_head']):.2f})" for name in names[1:])]
+        memory = [f"{int(cells[name]['peak_extra_bytes']) / 2**20:.1f}" for name in (HEAD, names[-1])]
         cells_of_line = [time + ratio for time, ratio in zip(times, ratios, strict=True)]
         lines.append([", ".join(key[:3]), key[3], *cells_of_line, ", ".join(memory)])
     command = "`python benchmarks/bench_loss.py --implementations ... --csv FILE`"
-    head = ("B, C, M", "threads", *WITH_PRODUCTS, "MiB: first, last")
-    return f"{command} ({machine(_focus_speeds())}):\n\n" + markdown(head, lines)
+    head = ("B, C, M", "threads", *names, "MiB: first, last")
+    return f"{command} ({machine(measured)}):\n\n" + markdown(head, lines)
 
 
 def focus_ratios() -> str:
     """The same in short, on two threads: the ratio to the head."""
-    shapes = report.grouped((row for row in _focus_speeds() if row["threads"] == "2"), "B", "C", "M")
+    shapes = report.grouped((row for row in _speeds("cpu/bench_focus.csv") if row["threads"] == "2"), "B", "C", "M")
     cells = [{row["implementation"]: row for row in group} for group in shapes.values()]
-    shown = ("NCMI with focus, centroids fixed", FOCUS), ("NCMI with focus, centroids learnt", WITH_PRODUCTS[-1])
+    shown = ("NCMI with focus, centroids fixed", FOCUS), ("NCMI with focus, centroids learnt", LEARNT)
     lines = [[name, *(f"{float(cell[of]['ratio_to_head']):.2f}" for cell in cells)] for name, of in shown]
     return markdown(("B, C, M", *(", ".join(shape) for shape in shapes)), lines)
 
 
 def _loss_speeds() -> list[Row]:
-    return [row for row in rows("cpu/bench_loss_avx512_intel.csv") if row["mode"] == "forward+backward"]
+    return _speeds("cpu/bench_loss_avx512_intel.csv")
 
 
-def _focus_speeds() -> list[Row]:
-    return [row for row in rows("cpu/bench_focus.csv") if row["mode"] == "forward+backward"]
+def _speeds(file: str) -> list[Row]:
+    return [row for row in rows(file) if row["mode"] == "forward+backward"]
 
 
 def _time(row: Row) -> str:
@@ -256,6 +267,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "loss-speed": loss_speed,
     "focus-speed": focus_speed,
     "focus-ratios": focus_ratios,
+    "centroids-speed": centroids_speed,
     "training-step": training_step,
     "centroid-step": centroid_step,
     "accuracy": accuracy,
