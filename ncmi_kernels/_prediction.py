@@ -162,6 +162,15 @@ class Predictor(nn.Module):
             destination[prefix + "class_means"] = self._unfitted()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        logits = state_dict.get(prefix + "centroid_logits")
+        if logits is not None and logits.dim() == 2:
+            saved, rest = divmod(len(logits), self.num_classes)
+            if saved and not rest and saved != self.options.centroids_per_class:
+                errors: list[str] = args[-1]
+                errors.append(
+                    f"centroids_per_class: got {saved} in the state_dict, {tuple(logits.shape)} centroid_logits for "
+                    f"{self.num_classes} classes, expected {self.options.centroids_per_class}"
+                )
         before = self.class_means
         if before is None and prefix + "class_means" in state_dict:
             self.class_means = self._unfitted()  # for what follows to fill

@@ -1,4 +1,4 @@
-"""The criterion: centroids, the running centre, prediction."""
+"""The criterion: centroids, priors, what is kept of them, the steps that they take."""
 
 from typing import Any, NamedTuple
 
@@ -6,21 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ncmi_kernels import _backends, _loss, _ops, _problem, _terms, functional
+from ncmi_kernels import _backends, _loss, _problem, _terms, functional
+from ncmi_kernels._center import Centering
 from ncmi_kernels._group import Group
 from ncmi_kernels._memo import Memo, memory_of, state_of
 from ncmi_kernels._modes import concrete, forward_mode, jit_tracing, transforming
 from ncmi_kernels._options import OPTION_NAMES, Options, check_choice, check_count, check_fraction
 from ncmi_kernels._plain import Found
-from ncmi_kernels._prediction import Predictor
-from ncmi_kernels._problem import CenterUpdate, problem_of
+from ncmi_kernels._problem import problem_of
 from ncmi_kernels._schema import SGD
 from ncmi_kernels._watch import Watch
 
 INITIAL_LOGIT = 10.0
-
-# At least 0 inside a backward pass, where a forward pass is one that torch.utils.checkpoint repeats.
-_graph_task = torch._C._current_graph_task_id
 
 
 def _holders(tensor: Tensor) -> int:
@@ -38,14 +35,7 @@ class BatchTerms(NamedTuple):
     gamma: Tensor  # of the separation
 
 
-class _Moved(NamedTuple):
-    """The running centre after a batch, not committed yet."""
-
-    center: Tensor  # [M]
-    batches: Tensor  # [] int64, num_batches_tracked
-
-
-class NCMILoss(Predictor):
+class NCMILoss(Centering):
     """NCMI as a criterion (arXiv 2601.02543): what `nn.CrossEntropyLoss` is to cross_entropy.
 
     Holds the centroids, one for each class or several, and a running centre of the features. The loss is
@@ -131,7 +121,6 @@ class NCMILoss(Predictor):
         torch.Size([32])
     """
 
-    num_batches_tracked: Tensor
     weight: Tensor | None
     class_prior: Tensor | None
 
@@ -370,14 +359,6 @@ class NCMILoss(Predictor):
 
     # --------------------------------------------------------------------------------------------------------
 
-    def _tensor(self, name: str) -> Any:
-        """A parameter or buffer; `nn.Module.__getattr__` takes half a microsecond to find it."""
-        if name in self._buffers:
-            return self._buffers[name]
-        if name in self._parameters:
-            return self._parameters[name]
-        return getattr(self, name)  # as torch.nn.utils.parametrize has it
-
     def _whole_centroids(self) -> Tensor:
         """The centroid logits; raises RuntimeError where only a part of them is here."""
         logits = self._tensor("centroid_logits")
@@ -422,74 +403,6 @@ class NCMILoss(Predictor):
                 found = _problem.prior_of(prior, self.num_classes, like)
             self._prior.keep(key, found, *memory_of(prior))
         return found
-
-    def _center_for(
-        self, center: Tensor | None, input: Tensor, target: Tensor, logits: Tensor, backend: str
-    ) -> tuple[Tensor | None, CenterUpdate | None, _Moved | None]:
-        """The centre to use in place of `center`, the running one; and what moves that.
-
-        Either the operator `loss` does it, told how by the second value, or the third is to be committed once the loss
-        is there. So a forward pass that fails has moved nothing.
-        """
-        momentum = self._center_momentum
-        if center is None or momentum is None:
-            return None, None, None
-        if not self.training:
-            # The graph keeps the centre, and a batch in training mode may move it before the backward pass.
-            graph = torch.is_grad_enabled() and (input.requires_grad or logits.requires_grad)
-            return center.clone() if graph else center, None, None
-        if transforming():
-            raise RuntimeError(
-                "training: got True inside a torch.func transform, expected criterion.eval() or center_momentum=None: "
-                "a transform cannot move the running centre"
-            )
-        compiling = torch.compiler.is_compiling()
-        if not compiling and _graph_task() >= 0:
-            return center, None, None
-        dtype, batches = center.dtype, self._tensor("num_batches_tracked")
-        if (
-            backend != "reference"
-            and self._group is None
-            and dtype is logits.dtype
-            and (dtype is torch.float64 or (dtype is torch.float32 and input.dtype is not torch.float64))
-            and center.is_contiguous()
-        ):
-            if not (self.options.every_pair or compiling or jit_tracing()):
-                return center, (batches, momentum), None
-            moved = _Moved(center.clone(), batches.clone())
-            rows, classes = _problem.flatten(input.detach(), target)
-            _ops.update_center_(
-                moved.center,
-                (moved.batches, momentum),
-                rows,
-                classes,
-                self.num_classes,
-                self.options.ignore_index,
-                backend,
-            )
-        else:
-            with torch.no_grad():
-                moved = self._move_center(*_problem.flatten(input, target))
-        return moved.center, None, moved
-
-    def _move_center(self, rows: Tensor, classes: Tensor) -> _Moved:
-        """What the operator update_center_ does, in PyTorch and without a host sync; over all processes of a group."""
-        assert self.center_momentum is not None
-        _problem.check_range(classes, self.num_classes, self.options.ignore_index)
-        kept = (classes != self.options.ignore_index)[:, None]
-        sums = torch.cat([torch.where(kept, rows, 0).sum(dim=0, dtype=torch.float64), kept.sum(dim=0)])
-        if self._group is not None:
-            self._group.all_reduce(sums)
-        mean = sums[:-1] / sums[-1]
-        moved = self.center_momentum * self.center.double() + (1 - self.center_momentum) * mean
-        moved = torch.where(self.num_batches_tracked == 0, mean, moved).to(self.center.dtype)
-        usable = moved.isfinite().all()
-        return _Moved(torch.where(usable, moved, self.center), self.num_batches_tracked + usable)
-
-    @torch.no_grad()
-    def _commit_center(self, moved: _Moved) -> None:
-        self.center.copy_(moved.center)
-        self.num_batches_tracked.copy_(moved.batches)
 
     def _fixed_table(self, input: Tensor, logits: Tensor, backend: str) -> Any:
         """The table of fixed centroids, kept for as long as they stay; None where it has to be computed.
@@ -595,18 +508,9 @@ class NCMILoss(Predictor):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last_terms": None, "_watch": Watch()}
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, *args: Any) -> None:
         self._forget()
-        logits = state_dict.get(prefix + "centroid_logits")
-        if logits is not None and logits.dim() == 2:
-            saved, rest = divmod(len(logits), self.num_classes)
-            if saved and not rest and saved != self.centroids_per_class:
-                errors: list[str] = args[-1]
-                errors.append(
-                    f"centroids_per_class: got {saved} in the state_dict, {tuple(logits.shape)} centroid_logits for "
-                    f"{self.num_classes} classes, expected {self.centroids_per_class}"
-                )
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(*args)
 
 
 def _option_property(name: str) -> property:
