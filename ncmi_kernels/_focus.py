@@ -11,7 +11,7 @@ sets one after another, each as of the only centroids there are.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,11 +44,6 @@ class Table(NamedTuple):
     distribution: Tensor  # [R, M] q, or [0, M] for sample_to_centroid
     class_level: Tensor  # [2, R] float64
 
-    def of_set(self, which: slice) -> _schema.Table:
-        """That of a set of centroids, one of each class."""
-        norms = torch.cat([self.norms[:-1][which], self.norms[-1:]])
-        return _schema.Table(self.log_activation[which], self.activation[which], self.reference, norms)
-
 
 def table_of(centroid_logits: Tensor, options: Options, backend: str, prior: Tensor | None = None) -> Table:
     """The table of centroid logits [C K, M], float32 or float64. Not differentiable: the autograd Functions are.
@@ -57,21 +52,27 @@ def table_of(centroid_logits: Tensor, options: Options, backend: str, prior: Ten
     """
     own = options.centroids_per_class
     if own > 1:
-        centroid_logits = _in_sets(centroid_logits, own)
+        centroid_logits = in_sets(centroid_logits, own)
         prior = None if prior is None else prior.repeat(own) / own
     table = _plain.table_of(centroid_logits, options, backend, prior)
     return Table(*table, *_ops.operators(backend).focus_table(*table, options.centroid_to_sample))
 
 
-def _in_sets(rows: Tensor, own: int) -> Tensor:
+def in_sets(rows: Tensor, own: int) -> Tensor:
     """Rows [C K, M], those of a class adjacent, as K sets: the first of every class, then the second, ..."""
     return rows.unflatten(0, (-1, own)).transpose(0, 1).flatten(0, 1)
 
 
-def _sets(centroids: int, own: int) -> list[slice]:
-    """The rows of each set, of `centroids` in all."""
-    size = centroids // own
-    return [slice(first, first + size) for first in range(0, centroids, size)]
+def _sets(table: Any, own: int) -> list[_schema.Table]:
+    """The table of each set of centroids."""
+    log_activation, activation, reference, norms = table[:4]
+    size, last = len(log_activation) // own, norms[-1:]
+    tables = []
+    for first in range(0, len(log_activation), size):
+        of = slice(first, first + size)
+        norms_of_set = torch.cat([norms[:-1][of], last])
+        tables.append(_schema.Table(log_activation[of], activation[of], reference, norms_of_set))
+    return tables
 
 
 class Rows(NamedTuple):
@@ -96,59 +97,75 @@ def forward(input: Tensor, centroid_logits: Tensor, problem: Problem, wanted: tu
     if problem.table is None:
         table = table_of(centroid_logits, options, problem.backend, problem.class_prior)
         problem = problem._replace(table=table)
-    products = _Products(input, problem)
-    # One upstream gradient is a factor that all rows have in common; several are waited for.
-    summed = wanted[1] and options.reduction != "none"
-    rows = products.run(wanted[0], products.coefficients_of if summed else None)
-    found = products.reduce()
-    if summed and not products.whole:
-        rows = products.times_the_factor(rows, found.coefficients)
-    rows = rows._replace(coefficients=found.coefficients)
+    own = own_terms(input, problem)
+    rows, found = Products(input, problem, own).reduced(wanted)
+    rows = with_own(rows, own, problem, wanted[0])
     return _plain.Found(found.loss.to(centroid_logits.dtype), found.means, rows, problem.table, problem.center)
 
 
 def terms(input: Tensor, problem: Problem, with_input_grad: bool = False) -> tuple[Tensor, Rows]:
     """As :func:`_plain.terms`."""
-    products = _Products(input, problem)
-    rows = products.run(with_input_grad, None)
-    return products.values, rows
+    own = own_terms(input, problem)
+    rows = Products(input, problem, own).run(with_input_grad, None)
+    return own.values, with_own(rows, own, problem, with_input_grad)
 
 
-class _Products:
-    """A pass over the rows of a batch, a tile after another."""
+class Own(NamedTuple):
+    """What the rows have with their own class."""
 
-    def __init__(self, input: Tensor, problem: Problem) -> None:
+    values: Tensor  # terms [2, B] float64, of which the separation is still to come
+    stats: Tensor  # [B, 8] float64, likewise all_mean
+    weights: Tensor | None  # [B, K] float64 of several centroids: how much a row belongs to each
+
+
+def own_terms(input: Tensor, problem: Problem) -> Own:
+    """Of the rows and the first four fields of the problem's table."""
+    target, center, _, options, backend, table, *_ = problem
+    run, own = _ops.operators(backend).terms, options.centroids_per_class
+    last = *options.features, options.ignore_index
+    if own == 1:
+        return Own(*run(input, target, center, *table[:4], *last), None)
+    each = [run(input, target, center, *of_set, *last) for of_set in _sets(table, own)]
+    divergences = torch.stack([values[0] for values, _ in each], dim=1)
+    own_means = torch.stack([stats[:, OWN_MEAN] for _, stats in each], dim=1)
+    weights = reference.weights_by_nearness(divergences, options.centroid_focus, torch.ones_like(divergences))
+    weights = torch.where((target != options.ignore_index)[:, None], weights, 0)
+    values, stats = each[0]
+    values[0] = (weights * divergences).sum(dim=1)
+    stats[:, OWN_MEAN] = (weights * own_means).sum(dim=1)
+    return Own(values, stats, weights)
+
+
+def with_own(rows: Rows, own: Own, problem: Problem, with_mixture: bool) -> Rows:
+    """The rows, and what the backward passes need of several centroids of the own class."""
+    if own.weights is None:
+        return rows
+    mixture = None
+    if with_mixture:
+        target, log_activation = problem.target, problem.table.log_activation
+        first = target.masked_fill(target == problem.options.ignore_index, 0)  # whose weights are 0
+        size = len(log_activation) // own.weights.shape[1]
+        index = torch.stack([first + begin for begin in range(0, len(log_activation), size)], dim=1)
+        weights = own.weights.to(log_activation.dtype)
+        mixture = F.embedding_bag(index, log_activation, per_sample_weights=weights, mode="sum")
+    return rows._replace(own_mixture=mixture, own_weights=own.weights)
+
+
+class Products:
+    """A pass over the rows of a batch and all centroids, a tile of rows after another."""
+
+    def __init__(self, input: Tensor, problem: Problem, own: Own) -> None:
         self.input, self.problem = input, problem
-        target, _, _, options, backend, table, *_ = problem
-        self.operators = _ops.operators(backend)
-        self.own_weights: Tensor | None = None
-        if options.centroids_per_class == 1:
-            self.values, self.stats = self._terms(_schema.Table(*table[:4]))
-        else:
-            self.sets = _sets(len(table.relative), options.centroids_per_class)
-            each = [self._terms(table.of_set(which)) for which in self.sets]
-            divergences = torch.stack([values[0] for values, _ in each], dim=1)
-            own_means = torch.stack([stats[:, OWN_MEAN] for _, stats in each], dim=1)
-            weights = reference.weights_by_nearness(divergences, options.centroid_focus, torch.ones_like(divergences))
-            weights = torch.where((target != options.ignore_index)[:, None], weights, 0)
-            self.values, self.stats = each[0]
-            self.values[0] = (weights * divergences).sum(dim=1)
-            self.stats[:, OWN_MEAN] = (weights * own_means).sum(dim=1)
-            self.own_weights = weights
+        self.operators = _ops.operators(problem.backend)
+        self.values, self.stats, _ = own
+        self.numbers = problem.target  # of the rows' classes among the centroids here
         self.tiles = [slice(None)]
         if not (torch.compiler.is_compiling() or jit_tracing()):  # a loop would be for one size of batch
-            count, size = len(input), tile_rows(len(table.relative))
+            count, size = len(input), tile_rows(len(problem.table.relative))
             if count > size:
                 self.tiles = [slice(first, first + size) for first in range(0, count, size)]
         self._reduced: _plain.Reduced | None = None
         self._factors: list[Tensor] = []
-
-    def _terms(self, table: _schema.Table) -> tuple[Tensor, Tensor]:
-        target, center, _, options, *_ = self.problem
-        values, stats = self.operators.terms(
-            self.input, target, center, *table, *options.features, options.ignore_index
-        )
-        return values, stats
 
     @property
     def whole(self) -> bool:
@@ -161,7 +178,7 @@ class _Products:
             return self._run(with_mixture, coefficients_of)
 
     def _run(self, with_mixture: bool, coefficients_of: Callable[[slice], Tensor] | None) -> Rows:
-        target, center, _, options, _, table, *_ = self.problem
+        center, options, table = self.problem.center, self.problem.options, self.problem.table
         run, last = self.operators, (options.centroid_to_sample, options.ignore_index)
         classes = table.distribution if options.centroid_to_sample else table.relative
         mixture = weighted = class_weights = None
@@ -169,15 +186,12 @@ class _Products:
             mixture = classes.new_empty(self.input.shape)
         for tile in self.tiles:
             if self.whole:
-                input, to, stats, separation = self.input, target, self.stats, self.values[1]
+                input, to, stats = self.input, self.numbers, self.stats
             else:
-                input, to, stats, separation = self.input[tile], target[tile], self.stats[tile], self.values[1, tile]
+                input, to, stats = self.input[tile], self.numbers[tile], self.stats[tile]
             x = run.focus_rows(input, to, center, *table[:4], stats, *last)
             weights = x @ classes.T
-            level, focus = table.class_level, options.separation_focus
-            run.focus_weights_(
-                weights, separation, stats, to, table.norms, level, focus, *last, options.centroids_per_class
-            )
+            self._weigh_(weights, tile, stats, to)
             if with_mixture:
                 mixed = self._mixture(weights, None if mixture is None else mixture[tile])
                 mixture = mixed if mixture is None else mixture
@@ -186,18 +200,14 @@ class _Products:
                     class_weights = table.norms.new_zeros((len(classes), _schema.CLASS_WEIGHTS))
                 run.focus_sums_(weights, class_weights, stats, coefficients_of(tile), to, *last)
                 weighted = weights.T @ x if weighted is None else weighted.addmm_(weights.T, x)
-        own_mixture = None
-        if with_mixture and self.own_weights is not None:
-            own_mixture = self._own_mixture(self.own_weights)
-        return Rows(self.stats, None, mixture, class_weights, weighted, own_mixture, self.own_weights)
+        return Rows(self.stats, None, mixture, class_weights, weighted)
 
-    def _own_mixture(self, weights: Tensor) -> Tensor:
-        """Of log a of the centroids of the own class, [B, M]: what the operator input_grad takes as row_own."""
-        target, _, _, options, _, table, *_ = self.problem
-        first = target.masked_fill(target == options.ignore_index, 0)  # whose weights are 0
-        index = torch.stack([first + which.start for which in self.sets], dim=1)
-        log_activation = table.log_activation
-        return F.embedding_bag(index, log_activation, per_sample_weights=weights.to(log_activation.dtype), mode="sum")
+    def _weigh_(self, product: Tensor, tile: slice, stats: Tensor, numbers: Tensor) -> None:
+        """The products of a tile to weights; its part of `values` and `stats` becomes complete."""
+        options, table = self.problem.options, self.problem.table
+        last = options.centroid_to_sample, options.ignore_index, options.centroids_per_class
+        of_centroids = table.norms, table.class_level, options.separation_focus
+        self.operators.focus_weights_(product, self.values[1, tile], stats, numbers, *of_centroids, *last)
 
     def _mixture(self, weights: Tensor, out: Tensor | None) -> Tensor:
         """Of the classes by their weights, [rows, M]: what the operator input_grad takes as row_reference."""
@@ -205,6 +215,16 @@ class _Products:
         if self.problem.options.centroid_to_sample:
             return torch.mm(weights, table.distribution, out=out)
         return torch.addmm(table.reference[0], weights, table.relative, out=out)
+
+    def reduced(self, wanted: tuple[bool, bool]) -> tuple[Rows, _plain.Reduced]:
+        """The pass for gradients of input and centroids where `wanted`, and what the terms come to."""
+        # One upstream gradient is a factor that all rows have in common; several are waited for.
+        summed = wanted[1] and self.problem.options.reduction != "none"
+        rows = self.run(wanted[0], self.coefficients_of if summed else None)
+        found = self.reduce()
+        if summed and not self.whole:
+            rows = self.times_the_factor(rows, found.coefficients)
+        return rows._replace(coefficients=found.coefficients), found
 
     def reduce(self) -> _plain.Reduced:
         """What the terms of all rows come to."""
@@ -247,31 +267,36 @@ def centroid_grad(
     """As :func:`_plain.centroid_grad`."""
     target, center, _, options, backend, table, *_ = problem
     coefficients = rows.coefficients
+    assert coefficients is not None
     if rows.weighted is None:
-        assert coefficients is not None
-        if upstream is not None:
-            # Ignored rows have zeros, which an infinite gradient would not keep.
-            kept = target != options.ignore_index
-            coefficients, upstream = torch.where(kept, coefficients.T * upstream, 0).T.contiguous(), None
-        by_row = coefficients
-        again = _Products(input, problem).run(False, lambda tile: by_row[tile])
-        rows = rows._replace(class_weights=again.class_weights, weighted=again.weighted)
-    assert rows.class_weights is not None
-    assert rows.weighted is not None
+        coefficients, upstream = by_row(coefficients, upstream, problem), None
+        known = coefficients
+        sums = Products(input, problem, own_terms(input, problem)).run(False, lambda tile: known[tile])
+        rows = rows._replace(class_weights=sums.class_weights, weighted=sums.weighted)
     own, batch = options.centroids_per_class, (input, target, center)
     last = options.centroid_to_sample, options.ignore_index, None
     run = _ops.operators(backend).centroid_grad
     if own == 1:
-        its_table, of_rows = table[:4], (rows.stats, coefficients, upstream)
-        return run(*batch, centroid_logits, *its_table, *of_rows, *last, rows.class_weights, rows.weighted)
-    assert coefficients is not None
+        of_rows = rows.stats, coefficients, upstream
+        return run(*batch, centroid_logits, *table[:4], *of_rows, *last, rows.class_weights, rows.weighted)
+    assert rows.class_weights is not None
+    assert rows.weighted is not None
     assert rows.own_weights is not None
+    class_weights, weighted = rows.class_weights.unflatten(0, (own, -1)), rows.weighted.unflatten(0, (own, -1))
     grads = []
-    for number, which in enumerate(_sets(len(centroid_logits), own)):
+    for number, of_set in enumerate(_sets(table, own)):
         of_rows = rows.stats, coefficients * rows.own_weights[:, number, None], upstream
-        sums = rows.class_weights[which], rows.weighted[which]
-        grads.append(run(*batch, centroid_logits[number::own], *table.of_set(which), *of_rows, *last, *sums))
+        logits, sums_of_set = centroid_logits[number::own], (class_weights[number], weighted[number])
+        grads.append(run(*batch, logits, *of_set, *of_rows, *last, *sums_of_set))
     return torch.stack(grads, dim=1).flatten(0, 1)
+
+
+def by_row(coefficients: Tensor, upstream: Tensor | None, problem: Problem) -> Tensor:
+    """Coefficients [B, 4] times upstream gradients [B]; those of ignored rows stay zeros whatever these are."""
+    if upstream is None:
+        return coefficients
+    kept = problem.target != problem.options.ignore_index
+    return torch.where(kept, coefficients.T * upstream, 0).T.contiguous()
 
 
 def centroid_step_(
