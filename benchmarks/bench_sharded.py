@@ -2,8 +2,8 @@
 
     python benchmarks/bench_sharded.py [--csv FILE] [--processes 4] [--classes 1000 ...]
 
-ShardedNCMILoss, with fixed and with learnt centroids, beside a softmax cross-entropy whose linear head is shared out by
-classes. The processes are started here and talk through gloo on this machine.
+ShardedNCMILoss, with fixed and with learnt centroids, and with a focus, beside a softmax cross-entropy whose linear
+head is shared out by classes. The processes are started here and talk through gloo on this machine.
 
 Two counts a step, both means over the processes and the steps:
 - payload: what is handed to the collectives, as the usual algorithms send it. An all-reduce of n bytes over N
@@ -41,7 +41,7 @@ from ncmi_kernels._group import Group
 
 CLASSES = (1_000, 10_000, 100_000, 1_000_000)
 STEPS = 3
-METHODS = ("NCMI, fixed centroids", "NCMI, learnt centroids", "cross-entropy")
+METHODS = ("NCMI, fixed centroids", "NCMI, learnt centroids", "NCMI with a focus, learnt centroids", "cross-entropy")
 
 
 COLUMNS = (*MACHINE, "processes", "B", "C", "M", "method", "payload_bytes", "loopback_bytes", "milliseconds")
@@ -55,6 +55,10 @@ class CountingGroup(Group):
     def all_reduce(self, tensor: Tensor) -> Tensor:  # noqa: D102
         CountingGroup.sent += 2 * tensor.nbytes * (self.size - 1) / self.size
         return super().all_reduce(tensor)
+
+    def least(self, tensor: Tensor) -> Tensor:  # noqa: D102
+        CountingGroup.sent += 2 * tensor.nbytes * (self.size - 1) / self.size
+        return super().least(tensor)
 
     def all_to_all(self, tensor: Tensor, send: list[int], receive: list[int]) -> Tensor:  # noqa: D102
         bytes_a_row = tensor.nbytes / max(1, len(tensor))
@@ -84,10 +88,7 @@ class ShardedCrossEntropy:
         every_target = torch.cat(group.all_gather(target[:, None])).flatten() - self.first
         gathered = torch.cat(every)
         logits = gathered @ self.weight.T
-        # The maximum of each row keeps the exponentials in range: no sum, but as many bytes as one.
-        largest = logits.amax(dim=1)
-        CountingGroup.sent += 2 * largest.nbytes * (group.size - 1) / group.size
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group.process_group)
+        largest = -group.least(-logits.amax(dim=1))  # keeps the exponentials in range
         mine = (every_target >= 0) & (every_target < len(self.weight))
         rows = mine.nonzero().flatten()
         logits -= largest[:, None]
@@ -124,7 +125,8 @@ def make_step(method: str, B: int, C: int, M: int) -> Callable[[], object]:
         cross_entropy = ShardedCrossEntropy(C, M, group)
         return lambda: cross_entropy(features, target)
     mesh = init_device_mesh("cpu", (group.size,))
-    criterion = ShardedNCMILoss(C, M, device_mesh=mesh, learn_centroids="learnt" in method)
+    options = {"learn_centroids": "learnt" in method, "separation_focus": 5.0 if "focus" in method else 0.0}
+    criterion = ShardedNCMILoss(C, M, device_mesh=mesh, **options)
     criterion._group = group
 
     def step() -> None:

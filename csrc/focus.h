@@ -26,17 +26,30 @@ struct FocusRowsArgs {
   T* out;                // [B, M] x of InProduct; for centroid_to_sample log p less what the classes share
 };
 
+// The products of rows with centroids.
 template <class T>
-struct FocusWeightsArgs {
+struct FocusProducts {
   int64_t rows, centroids, classes;  // centroid r is one of class r modulo classes
-  Targets target;  // [B]
+  T* values;                         // [B, centroids]
+  RowStats* stats;                   // [B]
+  Targets target;                    // [B]
   const AllStats* all;
   const double* class_level;  // [2, centroids] of FocusTableArgs
   bool centroid_to_sample;
+};
+
+template <class T>
+struct FocusNearestArgs {
+  FocusProducts<T> products;  // only read
+  double* nearest;            // [B]
+};
+
+template <class T>
+struct FocusWeightsArgs {
+  FocusProducts<T> products;  // values become weights; of stats all_mean that to the mixture by them, own_prior the class's
   double focus;
-  T* product;          // [B, centroids] in, weights out
-  RowStats* stats;     // [B], whose all_mean becomes that to the mixture by the weights, own_prior that of the class
   double* separation;  // [B]
+  double* shared;      // [3, B] where these are a part of the centroids: the nearest of all in, two sums out; else null
 };
 
 template <class T>

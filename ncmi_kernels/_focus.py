@@ -33,6 +33,14 @@ def tile_rows(classes: int) -> int:
     return max(256, (1 << 20) // classes // 64 * 64)
 
 
+def tiles_of(rows: int, classes: int) -> list[slice]:
+    """The tiles of a batch."""
+    size = tile_rows(classes)
+    if rows <= size or torch.compiler.is_compiling() or jit_tracing():  # a loop would be for one size of batch
+        return [slice(None)]
+    return [slice(first, first + size) for first in range(0, rows, size)]
+
+
 class Table(NamedTuple):
     """:class:`_schema.Table`, and what matrix products take: outputs of the operator focus_table."""
 
@@ -124,7 +132,8 @@ def own_terms(input: Tensor, problem: Problem) -> Own:
     run, own = _ops.operators(backend).terms, options.centroids_per_class
     last = *options.features, options.ignore_index
     if own == 1:
-        return Own(*run(input, target, center, *table[:4], *last), None)
+        values, stats = run(input, target, center, *table[:4], *last)
+        return Own(values, stats, None)
     each = [run(input, target, center, *of_set, *last) for of_set in _sets(table, own)]
     divergences = torch.stack([values[0] for values, _ in each], dim=1)
     own_means = torch.stack([stats[:, OWN_MEAN] for _, stats in each], dim=1)
@@ -159,11 +168,7 @@ class Products:
         self.operators = _ops.operators(problem.backend)
         self.values, self.stats, _ = own
         self.numbers = problem.target  # of the rows' classes among the centroids here
-        self.tiles = [slice(None)]
-        if not (torch.compiler.is_compiling() or jit_tracing()):  # a loop would be for one size of batch
-            count, size = len(input), tile_rows(len(problem.table.relative))
-            if count > size:
-                self.tiles = [slice(first, first + size) for first in range(0, count, size)]
+        self.tiles = tiles_of(len(input), len(problem.table.relative))
         self._reduced: _plain.Reduced | None = None
         self._factors: list[Tensor] = []
 

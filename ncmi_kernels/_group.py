@@ -43,6 +43,11 @@ class Group:
         dist.all_reduce(tensor, group=self.process_group)
         return tensor
 
+    def least(self, tensor: Tensor) -> Tensor:
+        """`tensor` itself, which becomes its minimum over the processes."""
+        dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=self.process_group)
+        return tensor
+
     def all_to_all(self, tensor: Tensor, send: list[int], receive: list[int]) -> Tensor:
         """The rows that the others send here, in their order; `send` and `receive` count those to and from each."""
         received = tensor.new_empty((sum(receive), *tensor.shape[1:]))

@@ -1,6 +1,6 @@
 """The way of a batch through the operators: forward, and each backward pass.
 
-:mod:`_focus` and :class:`sharded.Shards` have the same three functions for what takes more than these calls.
+:mod:`_focus` and the classes of :mod:`_shards` have the same three functions for what takes more than these calls.
 """
 
 from typing import Any, NamedTuple

@@ -23,7 +23,7 @@ class Problem(NamedTuple):
     table: Any = None  # what the backend knows of the centroids, if it does already
     group: Group | None = None  # whose batches share the loss
     center_update: CenterUpdate | None = None  # moves `center`, a running one, before it is used
-    shards: Any = None  # how the classes are shared out over the group (sharded.Shards); None where all are here
+    shards: Any = None  # how the classes are shared out over the group (of _shards); None where all are here
     class_prior: Tensor | None = None  # [C] float64, of sum 1: prior_of
 
 

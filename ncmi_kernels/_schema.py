@@ -142,9 +142,22 @@ SCHEMAS = {
     # In place: `product` [B, R], of focus_rows and relative (or distribution), to the weights, 0 for the own class and
     # in ignored rows (and everywhere, where no other class has a prior above 0); `separation` [B] float64; of `rows`
     # all_mean, to that against the centroids by their weights, and own_prior, to the sum over those of the own class.
+    #
+    # With `shared` [3, B] float64 the centroids here are a part of all. In come the least divergences of all, the first
+    # row; out go this part's sums, the other two: of e = prior exp(-focus (D - least) / least), and of e (D - least), 0
+    # in ignored rows. `product` becomes e, whose sum over all parts makes it weights; `separation` and `rows` stay.
     "focus_weights_": (
         "(Tensor(a!) product, Tensor(b!) separation, Tensor(c!) rows, Tensor target, Tensor norms, Tensor class_level,"
-        " float focus, bool centroid_to_sample, int ignore_index, int centroids_per_class=1) -> ()"
+        " float focus, bool centroid_to_sample, int ignore_index, int centroids_per_class=1,"
+        " Tensor(d!)? shared=None) -> ()"
+    ),
+    #
+    # The least divergence of each row of `product`, as above, from the centroids of other classes with a prior above 0:
+    # [B] float64. 0 in ignored rows; NaN never is the least. The largest number of the arithmetic type where there is
+    # none.
+    "focus_nearest": (
+        "(Tensor product, Tensor rows, Tensor target, Tensor norms, Tensor class_level, bool centroid_to_sample,"
+        " int ignore_index, int centroids_per_class=1) -> Tensor"
     ),
     #
     # In place: `weights` [B, R] times `other` of a row's coefficients, for sample_to_centroid times share too, as their
@@ -217,6 +230,7 @@ _FAKES: dict[str, Callable[[SimpleNamespace], Any]] = {
         a.norms.new_empty((2, a.log_activation.shape[0])),
     ),
     "focus_rows": lambda a: a.reference.new_empty(a.input.shape),
+    "focus_nearest": lambda a: a.rows.new_empty(a.product.shape[:1]),
     "update_center_": lambda a: a.center.new_empty(a.center.shape),
 }
 

@@ -19,6 +19,14 @@ VARIANTS = [
     for ratio, reduction in (("batch", "mean"), ("sample", "mean"), ("sample", "sum"))
 ]
 VARIANTS += [{**VARIANTS[0], "priors": True}, {**VARIANTS[3], "priors": True}]
+# In which every sample and centroid have a weight.
+WEIGHED = [{**options, "separation_focus": 5.0} for options in VARIANTS]
+SEVERAL = [
+    {**options, "centroids_per_class": 1 + number % 3, "centroid_focus": 3.0, "separation_focus": focus}
+    for number, options in enumerate(VARIANTS, start=1)
+    for focus in (0.0, 5.0)
+    if number % 3
+]
 
 
 def batches(sizes, dtype=torch.float32, seed=0, ignored=IGNORED, classes=C):
@@ -45,7 +53,9 @@ def criterion_of(dtype, seed=1, classes=C, **options):
     generator = torch.Generator().manual_seed(seed)
     criterion = NCMILoss(classes, M, dtype=dtype, **{"center_momentum": 0.5, **options})
     with torch.no_grad():
-        criterion.centroid_logits.copy_(torch.randn(classes, M, generator=generator, dtype=torch.float64))
+        criterion.centroid_logits.copy_(
+            torch.randn(criterion.centroid_logits.shape, generator=generator, dtype=torch.float64)
+        )
     return criterion
 
 

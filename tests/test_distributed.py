@@ -15,8 +15,10 @@ import torch.distributed as dist
 from conftest import relative
 from groups import (
     IGNORED,
+    SEVERAL,
     SIZES,
     VARIANTS,
+    WEIGHED,
     C,
     M,
     batches,
@@ -34,13 +36,14 @@ from torch.autograd import forward_ad
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ncmi_kernels import CentroidSGD, NCMILoss
+from ncmi_kernels import CentroidSGD, NCMILoss, _focus
 
 pytestmark = pytest.mark.filterwarnings("ignore::ncmi_kernels.DegenerateMinimumWarning")
 
 # A group shares out the rows; shards have classes of their own, too: even, uneven, and fewer than there are processes.
 KINDS = [("group", 2), ("group", 4), ("shards", 2), ("shards", 4)]
 CLASSES = {2: [2, 7], 4: [2, 7, 13]}
+SEVERAL_FOCUSED = {"centroids_per_class": 3, "separation_focus": 3.0}
 STEPS_TOGETHER = 20  # of training: every process has been without rows
 
 
@@ -111,17 +114,39 @@ def check_steps_of_shards():
         check_step("shards", classes, softmax, torch.float32, torch.float32, 2e-6)
 
 
+def check_steps_of_weighed_shards():
+    size = dist.get_world_size()
+    weight = torch.rand(13, generator=torch.Generator().manual_seed(2)) + 0.5
+    several = [(4, options) for options in SEVERAL] + [(8, options) for options in SEVERAL]
+    for rows in (256, 4):  # in a tile
+        _focus.tile_rows = lambda _, rows=rows: rows
+        for index, (classes, options) in enumerate([(n, o) for n in CLASSES[size] for o in WEIGHED] + several):
+            learn = (index + rows // 256) % 2 == 0
+            double = {**options, "learn_centroids": learn}
+            check_step("shards", classes, double, torch.float64, torch.float64, 1e-11)
+            single = {**options, "learn_centroids": not learn, "weight": weight[:classes]}
+            check_step("shards", classes, single, torch.float32, torch.float32, 5e-6)
+        for number in (0, 3):
+            check_step("shards", 8, {**SEVERAL[number], "center_momentum": None}, torch.float32, torch.bfloat16, 5e-6)
+            check_step("shards", 8, {**SEVERAL[number], "activation": "softmax"}, torch.float32, torch.float16, 5e-6)
+
+
 @pytest.mark.parametrize(("kind", "size"), KINDS)
 def test_a_step_is_that_of_one_process_with_all_rows_and_classes(kind, size):
     processes.run(size, check_steps_of_a_group if kind == "group" else check_steps_of_shards)
 
 
-def check_special_batches(kind):
+@pytest.mark.parametrize("size", [2, 4])
+def test_shards_in_which_every_sample_and_centroid_have_a_weight(size):
+    processes.run(size, check_steps_of_weighed_shards)
+
+
+def check_special_batches(kind, classes, more):
     rank, size = dist.get_rank(), dist.get_world_size()
 
     # Without a reduction the losses stay the process's own; the centre is that of all rows.
-    shared, plain = pair(kind, 7, torch.float64, ratio="sample", reduction="none", ignore_index=-7)
-    each, whole = batches(SIZES[2], torch.float64, ignored=-7, classes=7)
+    shared, plain = pair(kind, classes, torch.float64, ratio="sample", reduction="none", ignore_index=-7, **more)
+    each, whole = batches(SIZES[2], torch.float64, ignored=-7, classes=classes)
     rows = slice(0, 8) if rank == 0 else slice(8, 13)
     upstream = torch.rand(13, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     loss, by_input, by_centroids = step(shared, *each[rank], upstream[rows])
@@ -130,11 +155,15 @@ def check_special_batches(kind):
     close(by_input, expected_by_input[rows], 1e-11)
     close(summed(by_centroids), expected_by_centroids, 1e-11)
     close(shared.center, plain.center, 1e-11)
+    if kind == "shards":
+        close(shared.eval()(*each[rank]), plain.eval()(*each[rank]), 1e-11)
+        for actual, expected in zip(shared.last_terms, plain.last_terms, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-11, atol=0)
 
     # [B, M, d1]: the rows are spread over all positions but the second.
-    shared, plain = pair(kind, 7, torch.float64)
+    shared, plain = pair(kind, classes, torch.float64, **more)
     image = torch.randn(4, M, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    target = torch.randint(7, (4, 5), generator=torch.Generator().manual_seed(4))
+    target = torch.randint(classes, (4, 5), generator=torch.Generator().manual_seed(4))
     loss, by_input, _ = step(shared, image[rank::size], target[rank::size])
     expected_loss, expected_by_input, _ = step(plain, image, target)
     tolerance = 1e-12 if kind == "group" else 1e-11
@@ -158,9 +187,12 @@ def check_special_batches(kind):
         assert torch.equal(shared.center, before)
 
 
-@pytest.mark.parametrize("kind", ["group", "shards"])
-def test_no_reduction_more_dimensions_no_rows_and_nan(kind):
-    processes.run(2, check_special_batches, kind)
+@pytest.mark.parametrize(
+    ("kind", "classes", "more"),
+    [("group", 7, {}), ("shards", 7, {}), ("shards", 7, {"separation_focus": 3.0}), ("shards", 8, SEVERAL_FOCUSED)],
+)
+def test_no_reduction_more_dimensions_no_rows_and_nan(kind, classes, more):
+    processes.run(2, check_special_batches, kind, classes, more)
 
 
 def check_collectives():

@@ -97,25 +97,38 @@ void focus_rows(const FocusRowsArgs<T>& args, int64_t row_begin, int64_t row_end
   }
 }
 
-// Of the products of a row with the classes: its divergences D from the other ones, and in their place the weights
-// prior exp(-focus D / min D), made to sum to 1. Returns the mean of D under them; NaN where there is one, 0 where no
-// other class counts.
-template <class T>
-double weigh_row(const FocusWeightsArgs<T>& args, int64_t y, Divergence divergence, T* __restrict values) {
-  const int64_t centroids = args.centroids, classes = args.classes;
-  const double* __restrict level = args.class_level;
-  const double* __restrict prior = args.class_level + centroids;
+// The least of a row's divergences D from the centroids of other classes that have a prior: never NaN, and the largest
+// number where there is none. `in_place` D comes where the products were.
+template <bool in_place, class T>
+T nearest_of(const FocusProducts<T>& of, int64_t y, Divergence divergence, T* __restrict values) {
+  const int64_t centroids = of.centroids, classes = of.classes;
+  const double* __restrict level = of.class_level;
+  const double* __restrict prior = of.class_level + centroids;
   T nearest = kLargest<T>;
   for (int64_t first = 0; first < centroids; first += classes) {
     NCMI_SIMD(reduction(min : nearest))
     for (int64_t j = 0; j < classes; ++j) {
       const int64_t c = first + j;
-      values[c] = divergence(level[c], values[c]);
-      const T other = j == y || prior[c] == 0 ? kLargest<T> : values[c];
+      const T d = divergence(level[c], values[c]);
+      if constexpr (in_place) values[c] = d;
+      const T other = j == y || prior[c] == 0 ? kLargest<T> : d;
       nearest = other < nearest ? other : nearest;
     }
   }
-  const double by = args.focus / double(nearest);
+  return nearest;
+}
+
+// Sums over centroids; where D is NaN, the first may be 0 but not the second.
+struct WeightSums {
+  double weight, farther;  // of e, and of e (D - nearest)
+};
+
+// Where a row's divergences D were, e = prior exp(-focus D / nearest) of the other classes, up to what all have.
+template <class T>
+WeightSums weigh(const FocusProducts<T>& of, int64_t y, double focus, T nearest, T* __restrict values) {
+  const int64_t centroids = of.centroids, classes = of.classes;
+  const double* __restrict prior = of.class_level + centroids;
+  const double by = focus / double(nearest);
   const T by_distance = by < double(kLargest<T>) ? T(by) : kLargest<T>;
   Lanes<double> sum, weighted;
   for (int64_t first = 0; first < centroids; first += classes) {
@@ -132,30 +145,59 @@ double weigh_row(const FocusWeightsArgs<T>& args, int64_t y, Divergence divergen
       }
     });
   }
-  const double total = sum.total(), weighted_total = weighted.total();  // where D is NaN, e may be 0
-  if (total == 0 && weighted_total == 0) return 0;                      // and so are all weights
-  const T inverse = T(1.0 / total);
-  NCMI_SIMD()
-  for (int64_t c = 0; c < centroids; ++c) values[c] *= inverse;
-  return double(nearest) + weighted_total / total;
+  return {sum.total(), weighted.total()};
+}
+
+template <class T>
+void focus_nearest(const FocusNearestArgs<T>& args, int64_t row_begin, int64_t row_end) {
+  const FocusProducts<T>& of = args.products;
+  for (int64_t i = row_begin; i < row_end; ++i) {
+    args.nearest[i] = 0;
+    const int64_t y = of.target[i];
+    if (y == of.target.ignore_index) continue;
+    const RowStats& row = of.stats[i];
+    const Divergence divergence = divergence_of(row, relative_log_norm(*of.all, row), of.centroid_to_sample);
+    args.nearest[i] = double(nearest_of<false>(of, y, divergence, of.values + i * of.centroids));
+  }
 }
 
 template <class T>
 void focus_weights(const FocusWeightsArgs<T>& args, int64_t row_begin, int64_t row_end) {
+  const FocusProducts<T>& of = args.products;
+  const auto share = [&](int64_t i, WeightSums sums) {
+    args.shared[of.rows + i] = sums.weight;
+    args.shared[2 * of.rows + i] = sums.farther;
+  };
   for (int64_t i = row_begin; i < row_end; ++i) {
-    T* values = args.product + i * args.centroids;
-    const int64_t y = args.target[i];
-    if (y == args.target.ignore_index) {
-      memset(values, 0, args.centroids * sizeof(T));
-      args.separation[i] = 0;
+    T* __restrict values = of.values + i * of.centroids;
+    const int64_t y = of.target[i];
+    if (y == of.target.ignore_index) {
+      memset(values, 0, of.centroids * sizeof(T));
+      if (args.shared)
+        share(i, {});
+      else
+        args.separation[i] = 0;
       continue;
     }
-    RowStats& row = args.stats[i];
-    const double log_norm = relative_log_norm(*args.all, row);
-    const double mean = weigh_row(args, y, divergence_of(row, log_norm, args.centroid_to_sample), values);
+    RowStats& row = of.stats[i];
+    const double log_norm = relative_log_norm(*of.all, row);
+    T nearest = nearest_of<true>(of, y, divergence_of(row, log_norm, of.centroid_to_sample), values);
+    if (args.shared) nearest = T(args.shared[i]);
+    const WeightSums sums = weigh(of, y, args.focus, nearest, values);
+    if (args.shared) {
+      share(i, sums);
+      continue;
+    }
+    double mean = 0;  // where no other class counts
+    if (sums.weight != 0 || sums.farther != 0) {
+      const T inverse = T(1.0 / sums.weight);
+      NCMI_SIMD()
+      for (int64_t c = 0; c < of.centroids; ++c) values[c] *= inverse;
+      mean = double(nearest) + sums.farther / sums.weight;
+    }
     row.all_mean = mean + log_norm;
     row.own_prior = 0;
-    for (int64_t c = y; c < args.centroids; c += args.classes) row.own_prior += args.class_level[args.centroids + c];
+    for (int64_t c = y; c < of.centroids; c += of.classes) row.own_prior += of.class_level[of.centroids + c];
     args.separation[i] = mean * (1.0 - row.own_prior);
   }
 }

@@ -128,6 +128,7 @@ struct Kernels {
   void (*totals)(const TotalsArgs<T>&, int64_t column_begin, int64_t column_end);
   void (*focus_table)(const FocusTableArgs<T>&, int64_t class_begin, int64_t class_end);
   void (*focus_rows)(const FocusRowsArgs<T>&, int64_t row_begin, int64_t row_end, T* scratch);
+  void (*focus_nearest)(const FocusNearestArgs<T>&, int64_t row_begin, int64_t row_end);
   void (*focus_weights)(const FocusWeightsArgs<T>&, int64_t row_begin, int64_t row_end);
   void (*focus_sums)(const FocusSumsArgs<T>&, int64_t class_begin, int64_t class_end);
   void (*column_sums)(const Matrix&, const Targets&, int64_t rows, int64_t column_begin, int64_t column_end,

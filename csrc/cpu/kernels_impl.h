@@ -27,6 +27,7 @@ constexpr Kernels<T> table() {
           .totals = totals<T>,
           .focus_table = focus_table<T>,
           .focus_rows = focus_rows<T>,
+          .focus_nearest = focus_nearest<T>,
           .focus_weights = focus_weights<T>,
           .focus_sums = focus_sums<T>,
           .column_sums = column_sums<T>};

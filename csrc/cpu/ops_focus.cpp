@@ -46,27 +46,50 @@ Tensor focus_rows(const Tensor& input, const Tensor& target, const std::optional
   });
 }
 
-void focus_weights_(const Tensor& product, const Tensor& separation, const Tensor& row_stats, const Tensor& target,
-                    const Tensor& norms, const Tensor& class_level, double focus, bool centroid_to_sample,
-                    int64_t ignore_index, int64_t centroids_per_class) {
+template <class T>
+FocusProducts<T> focus_products(const Tensor& product, const Tensor& row_stats, const Tensor& target,
+                                const Tensor& norms, const Tensor& class_level, bool centroid_to_sample,
+                                int64_t ignore_index, int64_t centroids_per_class) {
   STD_TORCH_CHECK(product.dim() == 2, "ncmi_kernels: product must have 2 dimensions");
   const int64_t rows = product.size(0), centroids = product.size(1);
   const int64_t classes = classes_of(centroids, centroids_per_class);
+  return {.rows = rows,
+          .centroids = centroids,
+          .classes = classes,
+          .values = const_cast<T*>(data<T>(product, "product", {rows, centroids})),
+          .stats = const_cast<RowStats*>(row_stats_of(row_stats, rows)),
+          .target = targets(target, rows, ignore_index, classes),
+          .all = reinterpret_cast<const AllStats*>(class_stats_of(norms, centroids) + centroids),
+          .class_level = data<double>(class_level, "class_level", {2, centroids}),
+          .centroid_to_sample = centroid_to_sample};
+}
+
+Tensor focus_nearest(const Tensor& product, const Tensor& row_stats, const Tensor& target, const Tensor& norms,
+                     const Tensor& class_level, bool centroid_to_sample, int64_t ignore_index,
+                     int64_t centroids_per_class) {
+  return with_arithmetic_type(product.scalar_type(), "product", [&]<class T>() {
+    const FocusProducts<T> products = focus_products<T>(product, row_stats, target, norms, class_level,
+                                                        centroid_to_sample, ignore_index, centroids_per_class);
+    Tensor nearest = empty({products.rows}, ScalarType::Double);
+    const FocusNearestArgs<T> args{.products = products, .nearest = output<double>(nearest)};
+    parallel_rows(products.rows, products.centroids,
+                  [&](int64_t begin, int64_t end) { kernels_for<T>().focus_nearest(args, begin, end); });
+    return nearest;
+  });
+}
+
+void focus_weights_(const Tensor& product, const Tensor& separation, const Tensor& row_stats, const Tensor& target,
+                    const Tensor& norms, const Tensor& class_level, double focus, bool centroid_to_sample,
+                    int64_t ignore_index, int64_t centroids_per_class, const std::optional<Tensor>& shared) {
   with_arithmetic_type(product.scalar_type(), "product", [&]<class T>() {
-    const auto* of = reinterpret_cast<const ClassStats*>(data<double>(norms, "norms", {centroids + 1, kClassStats}));
+    const FocusProducts<T> products = focus_products<T>(product, row_stats, target, norms, class_level,
+                                                        centroid_to_sample, ignore_index, centroids_per_class);
     const FocusWeightsArgs<T> args{
-        .rows = rows,
-        .centroids = centroids,
-        .classes = classes,
-        .target = targets(target, rows, ignore_index, classes),
-        .all = reinterpret_cast<const AllStats*>(of + centroids),
-        .class_level = data<double>(class_level, "class_level", {2, centroids}),
-        .centroid_to_sample = centroid_to_sample,
+        .products = products,
         .focus = focus,
-        .product = const_cast<T*>(data<T>(product, "product", {rows, centroids})),
-        .stats = const_cast<RowStats*>(row_stats_of(row_stats, rows)),
-        .separation = const_cast<double*>(data<double>(separation, "separation", {rows}))};
-    parallel_rows(rows, centroids,
+        .separation = const_cast<double*>(data<double>(separation, "separation", {products.rows})),
+        .shared = const_cast<double*>(data<double>(shared, "shared", {3, products.rows}))};
+    parallel_rows(products.rows, products.centroids,
                   [&](int64_t begin, int64_t end) { kernels_for<T>().focus_weights(args, begin, end); });
   });
 }
@@ -96,6 +119,7 @@ void focus_sums_(const Tensor& weights, const Tensor& class_weights, const Tenso
 STABLE_TORCH_LIBRARY_IMPL(ncmi_kernels, CPU, m) {
   m.impl("focus_table", TORCH_BOX(&ncmi::cpu::focus_table));
   m.impl("focus_rows", TORCH_BOX(&ncmi::cpu::focus_rows));
+  m.impl("focus_nearest", TORCH_BOX(&ncmi::cpu::focus_nearest));
   m.impl("focus_weights_", TORCH_BOX(&ncmi::cpu::focus_weights_));
   m.impl("focus_sums_", TORCH_BOX(&ncmi::cpu::focus_sums_));
 }

@@ -51,7 +51,9 @@ void run(int64_t rows, int64_t classes, int64_t columns, bool softmax, bool cent
   const auto [relative, distribution, level] = focus_table(log_a, a, reference, norms, c2s);
   focus_rows(z, y, moved, log_a, a, reference, norms, stats, c2s, -100);
   const Tensor weights = numbers<T>({rows, classes}), separation = numbers<double>({rows});
-  focus_weights_(weights, separation, stats, y, norms, level, 5.0, c2s, -100, 1);
+  const Tensor shared = numbers<double>({3, rows}), nearest = focus_nearest(weights, stats, y, norms, level, c2s, -100, 1);
+  focus_weights_(weights, separation, stats, y, norms, level, 5.0, c2s, -100, 1, shared);
+  focus_weights_(weights, separation, stats, y, norms, level, 5.0, c2s, -100, 1, none);
   const Tensor class_weights = numbers<double>({classes, kClassWeights}), weighted = numbers<T>({classes, columns});
   focus_sums_(weights, class_weights, stats, coefficients, y, c2s, -100);
   centroid_grad(z, y, moved, xi, log_a, a, reference, norms, stats, coefficients, none, c2s, -100, none, class_weights,
