@@ -33,6 +33,7 @@ REGISTERS = {
     "commit_center_kernel": 40,
     "constants_kernel": 48,
     "finish_terms_kernel": 38,
+    "focus_nearest_kernel": 64,
     "focus_rows_kernel": 54,
     "focus_sums_kernel": 58,
     "focus_table_kernel": 48,

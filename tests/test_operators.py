@@ -17,7 +17,7 @@ BY_ROW_OF_FOCUS = ("focus_rows", "focus_weights_", "focus_sums_")
 # Tables and what is written in place: contiguous only.
 CONTIGUOUS = {"center", "running_center", "log_activation", "activation", "reference", "norms", "weight", "rows"}
 CONTIGUOUS |= {"totals", "grad", "momentum_buffer", "terms", "coefficients", "row_reference", "row_own", "prior"}
-CONTIGUOUS |= {"class_weights", "weighted", "class_level", "product", "separation", "weights"}
+CONTIGUOUS |= {"class_weights", "weighted", "class_level", "product", "separation", "weights", "shared"}
 
 
 def arguments(run: _schema.Operators, name: str, centroid_to_sample: bool) -> dict[str, object]:
@@ -49,6 +49,7 @@ def arguments(run: _schema.Operators, name: str, centroid_to_sample: bool) -> di
         "centroids_per_class": 1,
         "product": torch.rand(ROWS, CLASSES),
         "separation": torch.rand(ROWS, dtype=torch.float64),
+        "shared": torch.rand(3, ROWS, dtype=torch.float64) + 0.1,
         "weights": torch.rand(ROWS, CLASSES),
         "totals": torch.ones(4 if name == "reduce" else COLUMNS + 1, dtype=torch.float64),
         "momentum_buffer": torch.zeros(CLASSES, COLUMNS),

@@ -83,6 +83,7 @@ def launches_of(operator: str, dtype: str, columns: int, options: dict[str, Any]
         level, sums = (torch.empty(shape, dtype=torch.float64) for shape in ((2, classes), (classes, CLASS_WEIGHTS)))
         product, weighted = torch.empty(rows, classes, dtype=wide), torch.empty(classes, columns, dtype=wide)
         of_class = (sums, weighted) if options.get("class_weights") else ()
+    several = options.get("centroids_per_class", 1)
     found: list[Any] = []
     with recorded(found):
         stats = ops.centroid_stats(xi, softmax, c2s)
@@ -115,8 +116,10 @@ def launches_of(operator: str, dtype: str, columns: int, options: dict[str, Any]
         elif operator == "focus_rows":
             ops.focus_rows(z, y, center, *stats, saved, c2s, -100)
         elif operator == "focus_weights_":
-            several = options.get("centroids_per_class", 1)
-            ops.focus_weights_(product, terms[1], saved, y, stats[3], level, 10.0, c2s, -100, several)
+            shared = saved.new_empty(3, rows) if options.get("shared") else None
+            ops.focus_weights_(product, terms[1], saved, y, stats[3], level, 10.0, c2s, -100, several, shared)
+        elif operator == "focus_nearest":
+            ops.focus_nearest(product, saved, y, stats[3], level, c2s, -100, several)
         elif operator == "focus_sums_":
             ops.focus_sums_(product, sums, saved, coefficients, y, c2s, -100)
     return found

@@ -84,50 +84,90 @@ __global__ void __maxnreg__((kRegisters<In, T, 0>)) focus_rows_kernel(const Focu
   });
 }
 
-// Of the products of a row with the centroids: its divergences D from those of other classes that have a prior, and in
-// their place the weights softmax(log prior - focus D / min D). The own class is left out as if its prior were 0.
+// The centroids c of which a thread has a part in a row's sums, and what they count for: f(c, prior), and 0 in the place
+// of the prior of those of the own class.
 template <class T>
-__global__ void __launch_bounds__(kRowThreads, 1) focus_weights_kernel(const FocusWeightsArgs<T> args) {
-  const int64_t i = row_of_thread();
-  if (i >= args.rows) return;
-  Group group = group_of_thread(shared_storage<GroupStorage>());
-  T* values = args.product + i * args.centroids;
-  const int64_t target = args.target[i];
-  if (target == args.target.ignore_index) {
-    for (int64_t c = group.thread; c < args.centroids; c += group.threads) values[c] = 0;
-    if (group.first()) args.separation[i] = 0;
-    return;
-  }
-  const int y = int(class_of(target, args.classes)), classes = int(args.classes);
-  const double* priors = args.class_level + args.centroids;
-  const int first_class = group.thread % classes, step = group.threads % classes;
-  const auto each_prior = [&](const auto& f) NCMI_INLINED {
-    int of = first_class;
-    for (int64_t c = group.thread; c < args.centroids; c += group.threads) {
-      f(c, of == y ? 0.0 : priors[c]);
-      of += of + step < classes ? step : step - classes;
-    }
-  };
-  const RowStats stats = args.stats[i];
-  const double log_norm = relative_log_norm(*args.all, stats);
-  const Divergence divergence = divergence_of(stats, log_norm, args.centroid_to_sample);
+struct OtherClasses {
+  const FocusProducts<T>& of;
+  const Group& group;
+  int y;
 
+  template <class F>
+  NCMI_DEVICE void each(const F& f) const {
+    const double* priors = of.class_level + of.centroids;
+    const int classes = int(of.classes), step = group.threads % classes;
+    int of_class = group.thread % classes;
+    for (int64_t c = group.thread; c < of.centroids; c += group.threads) {
+      f(c, of_class == y ? 0.0 : priors[c]);
+      of_class += of_class + step < classes ? step : step - classes;
+    }
+  }
+};
+
+// The least of a row's divergences D from the centroids of other classes that have a prior: never NaN, and the largest
+// number where there is none. `in_place` D comes where the products were.
+template <bool in_place, class T>
+NCMI_DEVICE T nearest_of(const OtherClasses<T>& others, const Divergence& divergence, T* values, Group& group) {
   // The least of what is not negative has the least bits, those of NaN apart; a group knows the largest.
   using Bits = decltype(magnitude_bits(T()));
   Bits complement = ~magnitude_bits(kLargest<T>);
-  each_prior([&](int64_t c, double prior) NCMI_INLINED {
+  others.each([&](int64_t c, double prior) NCMI_INLINED {
     if (!(prior > 0)) return;
-    const T d = divergence(args.class_level[c], values[c]);
-    values[c] = d;
+    const T d = divergence(others.of.class_level[c], values[c]);
+    if constexpr (in_place) values[c] = d;
     const Bits bits = ~magnitude_bits(d);
     complement = bits > complement ? bits : complement;
   });
-  const T nearest = bit_cast<T>(Bits(~group.maximum(complement)));
+  return bit_cast<T>(Bits(~group.maximum(complement)));
+}
+
+template <class T>
+__global__ void __launch_bounds__(kRowThreads, 1) focus_nearest_kernel(const FocusNearestArgs<T> args) {
+  const FocusProducts<T>& of = args.products;
+  const int64_t i = row_of_thread();
+  if (i >= of.rows) return;
+  Group group = group_of_thread(shared_storage<GroupStorage>());
+  const int64_t target = of.target[i];
+  if (target == of.target.ignore_index) {
+    if (group.first()) args.nearest[i] = 0;
+    return;
+  }
+  const RowStats stats = of.stats[i];
+  const Divergence divergence = divergence_of(stats, relative_log_norm(*of.all, stats), of.centroid_to_sample);
+  const OtherClasses<T> others{of, group, int(class_of(target, of.classes))};
+  const T nearest = nearest_of<false>(others, divergence, of.values + i * of.centroids, group);
+  if (group.first()) args.nearest[i] = double(nearest);
+}
+
+// Of the products of a row with the centroids: its divergences D from those of other classes that have a prior, and in
+// their place the weights softmax(log prior - focus D / min D).
+template <class T>
+__global__ void __launch_bounds__(kRowThreads, 1) focus_weights_kernel(const FocusWeightsArgs<T> args) {
+  const FocusProducts<T>& of = args.products;
+  const int64_t i = row_of_thread();
+  if (i >= of.rows) return;
+  Group group = group_of_thread(shared_storage<GroupStorage>());
+  T* values = of.values + i * of.centroids;
+  const int64_t target = of.target[i];
+  if (target == of.target.ignore_index) {
+    for (int64_t c = group.thread; c < of.centroids; c += group.threads) values[c] = 0;
+    if (group.first() && args.shared)
+      args.shared[of.rows + i] = args.shared[2 * of.rows + i] = 0;
+    else if (group.first())
+      args.separation[i] = 0;
+    return;
+  }
+  const int y = int(class_of(target, of.classes));
+  const OtherClasses<T> others{of, group, y};
+  const RowStats stats = of.stats[i];
+  const double log_norm = relative_log_norm(*of.all, stats);
+  T nearest = nearest_of<true>(others, divergence_of(stats, log_norm, of.centroid_to_sample), values, group);
+  if (args.shared) nearest = T(args.shared[i]);
 
   const double by = args.focus / double(nearest);
   const T by_distance = by < double(kLargest<T>) ? T(by) : kLargest<T>;
   double sums[2] = {};  // of e, and of e (D - min D)
-  each_prior([&](int64_t c, double prior) NCMI_INLINED {
+  others.each([&](int64_t c, double prior) NCMI_INLINED {
     T weight = 0;
     if (prior > 0) {
       const T farther = values[c] - nearest;
@@ -140,15 +180,21 @@ __global__ void __launch_bounds__(kRowThreads, 1) focus_weights_kernel(const Foc
   });
   for (double& sum : sums) sum = warp_sum(sum);
   group.sum_warps(sums);
+  if (args.shared) {
+    if (!group.first()) return;
+    args.shared[of.rows + i] = sums[0];
+    args.shared[2 * of.rows + i] = sums[1];
+    return;
+  }
   const bool alone = sums[0] == 0 && sums[1] == 0;  // no other class has a prior; of NaN the second sum is none
   const double inverse = alone ? 0.0 : 1.0 / sums[0];
-  for (int64_t c = group.thread; c < args.centroids; c += group.threads) values[c] = T(double(values[c]) * inverse);
+  for (int64_t c = group.thread; c < of.centroids; c += group.threads) values[c] = T(double(values[c]) * inverse);
   if (group.first()) {
     const double mean = alone ? 0.0 : double(nearest) + sums[1] * inverse;
     double own_prior = 0;
-    for (int64_t c = y; c < args.centroids; c += classes) own_prior += priors[c];
-    args.stats[i].all_mean = mean + log_norm;
-    args.stats[i].own_prior = own_prior;
+    for (int64_t c = y; c < of.centroids; c += of.classes) own_prior += of.class_level[of.centroids + c];
+    of.stats[i].all_mean = mean + log_norm;
+    of.stats[i].own_prior = own_prior;
     args.separation[i] = mean * (1.0 - own_prior);
   }
 }
@@ -259,27 +305,52 @@ Tensor focus_rows(const Tensor& input, const Tensor& target, const std::optional
   });
 }
 
-void focus_weights_(const Tensor& product, const Tensor& separation, const Tensor& row_stats, const Tensor& target,
-                    const Tensor& norms, const Tensor& class_level, double focus, bool centroid_to_sample,
-                    int64_t ignore_index, int64_t centroids_per_class) {
+template <class T>
+FocusProducts<T> focus_products(const Tensor& product, const Tensor& row_stats, const Tensor& target,
+                                const Tensor& norms, const Tensor& class_level, bool centroid_to_sample,
+                                int64_t ignore_index, int64_t centroids_per_class) {
   STD_TORCH_CHECK(product.dim() == 2, "ncmi_kernels: product must have 2 dimensions");
-  const Device device(product);
   const int64_t rows = product.size(0), centroids = product.size(1);
   STD_TORCH_CHECK(centroids <= kMostColumns, "ncmi_kernels: more centroids than 2^30");
+  return {.rows = rows,
+          .centroids = centroids,
+          .classes = classes_of(centroids, centroids_per_class),
+          .values = const_cast<T*>(data<T>(product, "product", {rows, centroids})),
+          .stats = const_cast<RowStats*>(stats_on(row_stats, product)),
+          .target = targets(target, product, ignore_index),
+          .all = reinterpret_cast<const AllStats*>(class_stats_on(norms, centroids, product) + centroids),
+          .class_level = data_on<double>(class_level, "class_level", {2, centroids}, product),
+          .centroid_to_sample = centroid_to_sample};
+}
+
+Tensor focus_nearest(const Tensor& product, const Tensor& row_stats, const Tensor& target, const Tensor& norms,
+                     const Tensor& class_level, bool centroid_to_sample, int64_t ignore_index,
+                     int64_t centroids_per_class) {
+  const Device device(product);
+  return with_arithmetic_type(product.scalar_type(), "product", [&]<class T>() {
+    const FocusProducts<T> products = focus_products<T>(product, row_stats, target, norms, class_level,
+                                                        centroid_to_sample, ignore_index, centroids_per_class);
+    Tensor nearest = empty(device, {products.rows}, ScalarType::Double);
+    const FocusNearestArgs<T> args{.products = products, .nearest = output<double>(nearest)};
+    launch_by_row(focus_nearest_kernel<T>, args, products.rows, products.centroids, device.stream());
+    return nearest;
+  });
+}
+
+void focus_weights_(const Tensor& product, const Tensor& separation, const Tensor& row_stats, const Tensor& target,
+                    const Tensor& norms, const Tensor& class_level, double focus, bool centroid_to_sample,
+                    int64_t ignore_index, int64_t centroids_per_class, const std::optional<Tensor>& shared) {
+  const Device device(product);
   with_arithmetic_type(product.scalar_type(), "product", [&]<class T>() {
+    const FocusProducts<T> products = focus_products<T>(product, row_stats, target, norms, class_level,
+                                                        centroid_to_sample, ignore_index, centroids_per_class);
+    const int64_t rows = products.rows;
     const FocusWeightsArgs<T> args{
-        .rows = rows,
-        .centroids = centroids,
-        .classes = classes_of(centroids, centroids_per_class),
-        .target = targets(target, product, ignore_index),
-        .all = reinterpret_cast<const AllStats*>(class_stats_on(norms, centroids, product) + centroids),
-        .class_level = data_on<double>(class_level, "class_level", {2, centroids}, product),
-        .centroid_to_sample = centroid_to_sample,
+        .products = products,
         .focus = focus,
-        .product = const_cast<T*>(data<T>(product, "product", {rows, centroids})),
-        .stats = const_cast<RowStats*>(stats_on(row_stats, product)),
-        .separation = const_cast<double*>(data_on<double>(separation, "separation", {rows}, product))};
-    launch_by_row(focus_weights_kernel<T>, args, rows, centroids, device.stream());
+        .separation = const_cast<double*>(data_on<double>(separation, "separation", {rows}, product)),
+        .shared = const_cast<double*>(data_on<double>(shared, "shared", {3, rows}, product))};
+    launch_by_row(focus_weights_kernel<T>, args, rows, products.centroids, device.stream());
   });
 }
 
@@ -323,6 +394,7 @@ void focus_sums_(const Tensor& weights, const Tensor& class_weights, const Tenso
 STABLE_TORCH_LIBRARY_IMPL(ncmi_kernels, CUDA, m) {
   m.impl("focus_table", TORCH_BOX(&ncmi::cuda::focus_table));
   m.impl("focus_rows", TORCH_BOX(&ncmi::cuda::focus_rows));
+  m.impl("focus_nearest", TORCH_BOX(&ncmi::cuda::focus_nearest));
   m.impl("focus_weights_", TORCH_BOX(&ncmi::cuda::focus_weights_));
   m.impl("focus_sums_", TORCH_BOX(&ncmi::cuda::focus_sums_));
 }

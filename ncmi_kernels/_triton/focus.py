@@ -1,6 +1,6 @@
 """With separation_focus: what lies between the matrix products, whose tiles of [rows, classes] are changed in place."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -265,37 +265,79 @@ def _divergences(
     return d, prior, (prior > 0.0) & (of_class[None, :] != y[:, None])
 
 
-@triton.jit(do_not_specialize=["focus", "target_stride", "ignore_index", "period", "B"])
-def focus_weights_kernel(
-    product, separation, rows, target, norms, class_level, focus, target_stride, ignore_index, classes, period, B,
-    CENTROID_TO_SAMPLE: tl.constexpr, SEVERAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Rows of `product` [B, C] to weights in place, their `separation` [B], and all_mean and own_prior of `rows`.
-
-    `classes` are centroids; with SEVERAL a class has those whose number is that of the class modulo `period`.
-    """
-    dtype: tl.constexpr = product.dtype.element_ty
-    infinity: tl.constexpr = float("inf")
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    y, live, _ = checked(target, row, target_stride, ignore_index, period, B)
-    of_row = rows + row * STATS
-    level = tl.full([ROWS], 0.0, tl.float64)
+@triton.jit
+def _level(rows, row, live, norms, classes, CENTROID_TO_SAMPLE: tl.constexpr):
+    """What the divergences of rows have beside their products: level, base times share, share."""
+    level = tl.full([row.shape[0]], 0.0, tl.float64)
     share = level
     base = level
     if not CENTROID_TO_SAMPLE:
         share, base = _in_product(rows, row, live)
         base *= share
-        level = tl.load(of_row + ALL_MEAN, mask=live, other=0.0)
+        level = tl.load(rows + row * STATS + ALL_MEAN, mask=live, other=0.0)
         level -= _relative_log_norm(rows, row, live, norms, classes)
-    # Formed again for each pass: a row is read from the cache. Rows that do not count are read as the last one.
-    at = tl.minimum(row, B - 1) * classes
-    nearest = tl.full([ROWS], infinity, dtype)
+    return level, base, share
+
+
+@triton.jit
+def _nearest(
+    product, class_level, at, y, classes, period, level, base, share, CENTROID_TO_SAMPLE: tl.constexpr,
+    SEVERAL: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The least of the divergences of rows from the centroids of other classes that have a prior; never NaN."""
+    infinity: tl.constexpr = float("inf")
+    nearest = tl.full([at.shape[0]], infinity, product.dtype.element_ty)
     for start in range(0, classes, COLUMNS):
         v = start + tl.arange(0, COLUMNS)
-        d, prior, other = _divergences(
+        d, _, other = _divergences(
             product, class_level, at, v, y, classes, period, level, base, share, CENTROID_TO_SAMPLE, SEVERAL
         )
         nearest = tl.minimum(nearest, tl.min(tl.where(other, d, infinity), axis=1))
+    return nearest
+
+
+@triton.jit(do_not_specialize=["target_stride", "ignore_index", "period", "B"])
+def focus_nearest_kernel(
+    product, nearest, rows, target, norms, class_level, target_stride, ignore_index, classes, period, B,
+    CENTROID_TO_SAMPLE: tl.constexpr, SEVERAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """`nearest` [B]: the least of the divergences of the rows of `product` [B, C] from centroids of other classes."""
+    dtype: tl.constexpr = product.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    y, live, _ = checked(target, row, target_stride, ignore_index, period, B)
+    level, base, share = _level(rows, row, live, norms, classes, CENTROID_TO_SAMPLE)
+    at = tl.minimum(row, B - 1) * classes  # rows that do not count are read as the last one
+    least = _nearest(
+        product, class_level, at, y, classes, period, level, base, share, CENTROID_TO_SAMPLE, SEVERAL, COLUMNS
+    )
+    largest: tl.constexpr = LARGEST_64 if dtype == tl.float64 else LARGEST_32
+    least = tl.minimum(least, largest).to(tl.float64)
+    tl.store(nearest + row, tl.where(live, least, 0.0), mask=row < B)
+
+
+@triton.jit(do_not_specialize=["focus", "target_stride", "ignore_index", "period", "B"])
+def focus_weights_kernel(
+    product, separation, rows, target, norms, class_level, shared, focus, target_stride, ignore_index, classes, period,
+    B, CENTROID_TO_SAMPLE: tl.constexpr, SEVERAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Rows of `product` [B, C] to weights in place, their `separation` [B], and all_mean and own_prior of `rows`.
+
+    `classes` are centroids; with SEVERAL a class has those whose number is that of the class modulo `period`. With
+    `shared` [3, B] they are a part of all, and what is left is as the operator says.
+    """
+    dtype: tl.constexpr = product.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    y, live, _ = checked(target, row, target_stride, ignore_index, period, B)
+    of_row = rows + row * STATS
+    level, base, share = _level(rows, row, live, norms, classes, CENTROID_TO_SAMPLE)
+    # Formed again for each pass: a row is read from the cache. Rows that do not count are read as the last one.
+    at = tl.minimum(row, B - 1) * classes
+    if shared is not None:
+        nearest = tl.load(shared + row, mask=live, other=1.0).to(dtype)
+    else:
+        nearest = _nearest(
+            product, class_level, at, y, classes, period, level, base, share, CENTROID_TO_SAMPLE, SEVERAL, COLUMNS
+        )
     by = double(focus) / nearest.to(tl.float64)
     largest: tl.constexpr = LARGEST_64 if dtype == tl.float64 else LARGEST_32
     by_distance = tl.minimum(by, largest).to(dtype)
@@ -310,13 +352,10 @@ def focus_weights_kernel(
         e = tl.where(other, prior * exp_minus(by_distance[:, None] * farther).to(tl.float64), 0.0)
         total += tl.sum(e, axis=1)
         weighted += tl.sum(tl.where(other, e * farther.to(tl.float64), 0.0), axis=1)
-    inverse = 1.0 / total
-    mean = nearest.to(tl.float64) + weighted * inverse
-    # No other class has a prior; with NaN in the place of D `weighted` is NaN.
-    mean = tl.where((total == 0.0) & (weighted == 0.0), 0.0, mean)
-    own_prior = tl.full([ROWS], 0.0, tl.float64)
-    for first in range(0, classes, period):
-        own_prior += tl.load(class_level + classes + first + y)
+    if shared is not None:
+        inverse = tl.full([ROWS], 1.0, tl.float64)
+    else:
+        inverse = 1.0 / total
     # Everything has been read that is now overwritten.
     tl.debug_barrier()
     for start in range(0, classes, COLUMNS):
@@ -328,10 +367,85 @@ def focus_weights_kernel(
         weight = (e * (prior * inverse[:, None])).to(dtype)
         mask = (row < B)[:, None] & (v < classes)[None, :]
         tl.store(product + at[:, None] + v[None, :], tl.where(other & live[:, None], weight, 0.0), mask=mask)
-    tl.store(of_row + ALL_MEAN, mean + _relative_log_norm(rows, row, live, norms, classes), mask=live)
-    tl.store(of_row + OWN_PRIOR, own_prior, mask=live)
-    mean *= 1.0 - own_prior
-    tl.store(separation + row, tl.where(live, mean, 0.0), mask=row < B)
+    if shared is not None:
+        tl.store(shared + B + row, tl.where(live, total, 0.0), mask=row < B)
+        tl.store(shared + 2 * B + row, tl.where(live, weighted, 0.0), mask=row < B)
+    else:
+        mean = nearest.to(tl.float64) + weighted * inverse
+        # No other class has a prior; with NaN in the place of D `weighted` is NaN.
+        mean = tl.where((total == 0.0) & (weighted == 0.0), 0.0, mean)
+        own_prior = tl.full([ROWS], 0.0, tl.float64)
+        for first in range(0, classes, period):
+            own_prior += tl.load(class_level + classes + first + y)
+        tl.store(of_row + ALL_MEAN, mean + _relative_log_norm(rows, row, live, norms, classes), mask=live)
+        tl.store(of_row + OWN_PRIOR, own_prior, mask=live)
+        mean *= 1.0 - own_prior
+        tl.store(separation + row, tl.where(live, mean, 0.0), mask=row < B)
+
+
+class _Products(NamedTuple):
+    """What both operators take, under the kernels' names for it; and its launch."""
+
+    product: Tensor  # [B, C]
+    rows: Tensor
+    target: Tensor
+    norms: Tensor
+    class_level: Tensor
+    centroid_to_sample: bool
+    ignore_index: int
+    centroids_per_class: int
+
+    def launch(self, kernel: Any, **more: Any) -> None:
+        """Check what is given, and launch the kernel for all rows."""
+        product, rows, target, norms, class_level, centroid_to_sample, ignore_index, own = self
+        count, classes = check_matrix("product", product, ARITHMETIC)
+        check("product", product, product, ARITHMETIC, (count, classes))
+        check("rows", rows, product, DOUBLE, (count, _schema.ROW_STATS))
+        check("norms", norms, product, DOUBLE, (classes + 1, _schema.CLASS_STATS))
+        check("class_level", class_level, product, DOUBLE, (2, classes))
+        require(own > 0 and classes % own == 0, "centroids_per_class does not divide the number of centroids")
+        check_target(target, product, count, classes // own, ignore_index)
+        tile = _tile(classes, 2048, 512)
+        if not count:
+            return
+        with launches.on(product):
+            launches.launch(
+                kernel,
+                (-(-count // tile["ROWS"]),),
+                product=product,
+                rows=rows,
+                target=target,
+                norms=norms,
+                class_level=class_level,
+                target_stride=target.stride(0),
+                ignore_index=ignore_index,
+                classes=classes,
+                period=classes // own,
+                B=count,
+                CENTROID_TO_SAMPLE=centroid_to_sample,
+                SEVERAL=own > 1,
+                **tile,
+                **more,
+                warps=max(4, tile["COLUMNS"] // 128),
+            )
+
+
+@operator
+def focus_nearest(
+    product: Tensor,
+    rows: Tensor,
+    target: Tensor,
+    norms: Tensor,
+    class_level: Tensor,
+    centroid_to_sample: bool,
+    ignore_index: int,
+    centroids_per_class: int = 1,
+) -> Tensor:
+    """[B] float64: the least divergence of each row of `product` [B, C] from a centroid of another class."""
+    nearest = rows.new_empty(product.shape[:1])
+    of = _Products(product, rows, target, norms, class_level, centroid_to_sample, ignore_index, centroids_per_class)
+    of.launch(focus_nearest_kernel, nearest=nearest)
+    return nearest
 
 
 @operator
@@ -346,41 +460,15 @@ def focus_weights_(
     centroid_to_sample: bool,
     ignore_index: int,
     centroids_per_class: int = 1,
+    shared: Tensor | None = None,
 ) -> None:
     """`product` [B, C] to weights, in place; the `separation` [B] by them, all_mean and own_prior of `rows` [B, 8]."""
-    count, classes = check_matrix("product", product, ARITHMETIC)
-    check("product", product, product, ARITHMETIC, (count, classes))
-    check("separation", separation, product, DOUBLE, (count,))
-    check("rows", rows, product, DOUBLE, (count, _schema.ROW_STATS))
-    check("norms", norms, product, DOUBLE, (classes + 1, _schema.CLASS_STATS))
-    check("class_level", class_level, product, DOUBLE, (2, classes))
-    whole = centroids_per_class > 0 and classes % centroids_per_class == 0
-    require(whole, "centroids_per_class does not divide the number of centroids")
-    period = classes // centroids_per_class
-    check_target(target, product, count, period, ignore_index)
-    tile = _tile(classes, 2048, 512)
-    if count:
-        with launches.on(product):
-            launches.launch(
-                focus_weights_kernel,
-                (-(-count // tile["ROWS"]),),
-                product=product,
-                separation=separation,
-                rows=rows,
-                target=target,
-                norms=norms,
-                class_level=class_level,
-                focus=bits(focus),
-                target_stride=target.stride(0),
-                ignore_index=ignore_index,
-                classes=classes,
-                period=period,
-                B=count,
-                CENTROID_TO_SAMPLE=centroid_to_sample,
-                SEVERAL=centroids_per_class > 1,
-                **tile,
-                warps=max(4, tile["COLUMNS"] // 128),
-            )
+    count = product.shape[:1]
+    check("separation", separation, product, DOUBLE, tuple(count))
+    if shared is not None:
+        check("shared", shared, product, DOUBLE, (3, *count))
+    of = _Products(product, rows, target, norms, class_level, centroid_to_sample, ignore_index, centroids_per_class)
+    of.launch(focus_weights_kernel, separation=separation, shared=shared, focus=bits(focus))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
