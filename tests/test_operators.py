@@ -12,7 +12,7 @@ from ncmi_kernels import _ops, _schema
 ROWS, CLASSES, COLUMNS = 7, 5, 19
 LONE = 3  # of the columns of norms
 ERRORS = (RuntimeError, IndexError)
-BY_ROW_OF_FOCUS = ("focus_rows", "focus_weights_", "focus_sums_")
+BY_ROW_OF_FOCUS = ("focus_rows", "focus_nearest", "focus_weights_", "focus_sums_")
 
 # Tables and what is written in place: contiguous only.
 CONTIGUOUS = {"center", "running_center", "log_activation", "activation", "reference", "norms", "weight", "rows"}
@@ -189,8 +189,7 @@ def check_empty_batches(run: _schema.Operators) -> None:
             "weights",
         )
         empty = {key: good[key][:0] for key in by_row if key in good}
-        if "terms" in good:
-            empty["terms"] = good["terms"][:, :0].contiguous()
+        empty |= {key: good[key][:, :0].contiguous() for key in ("terms", "shared") if key in good}
         if "upstream" in good and good["upstream"].dim():
             empty["upstream"] = good["upstream"][:0]
         getattr(run, name)(*{**good, **empty}.values())

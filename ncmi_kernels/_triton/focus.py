@@ -352,10 +352,15 @@ def focus_weights_kernel(
         e = tl.where(other, prior * exp_minus(by_distance[:, None] * farther).to(tl.float64), 0.0)
         total += tl.sum(e, axis=1)
         weighted += tl.sum(tl.where(other, e * farther.to(tl.float64), 0.0), axis=1)
+    inverse = 1.0 / total
+    mean = nearest.to(tl.float64) + weighted * inverse
+    # No other class has a prior; with NaN in the place of D `weighted` is NaN.
+    mean = tl.where((total == 0.0) & (weighted == 0.0), 0.0, mean)
+    own_prior = tl.full([ROWS], 0.0, tl.float64)
+    for first in range(0, classes, period):
+        own_prior += tl.load(class_level + classes + first + y)
     if shared is not None:
         inverse = tl.full([ROWS], 1.0, tl.float64)
-    else:
-        inverse = 1.0 / total
     # Everything has been read that is now overwritten.
     tl.debug_barrier()
     for start in range(0, classes, COLUMNS):
@@ -371,12 +376,6 @@ def focus_weights_kernel(
         tl.store(shared + B + row, tl.where(live, total, 0.0), mask=row < B)
         tl.store(shared + 2 * B + row, tl.where(live, weighted, 0.0), mask=row < B)
     else:
-        mean = nearest.to(tl.float64) + weighted * inverse
-        # No other class has a prior; with NaN in the place of D `weighted` is NaN.
-        mean = tl.where((total == 0.0) & (weighted == 0.0), 0.0, mean)
-        own_prior = tl.full([ROWS], 0.0, tl.float64)
-        for first in range(0, classes, period):
-            own_prior += tl.load(class_level + classes + first + y)
         tl.store(of_row + ALL_MEAN, mean + _relative_log_norm(rows, row, live, norms, classes), mask=live)
         tl.store(of_row + OWN_PRIOR, own_prior, mask=live)
         mean *= 1.0 - own_prior
