@@ -179,6 +179,13 @@ def test_operators_of_the_focus_of_large_shapes(emulated, runs, shape, separatio
     test_focus_operators.check_large(emulated, shape, separation)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("separation", SEPARATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_parts_of_the_focus(emulated, runs, dtype, separation, activation):
+    test_focus_operators.check_every_part(emulated, dtype, separation, activation)
+
+
 @pytest.mark.parametrize("separation", SEPARATIONS)
 def test_divergences_that_are_none(emulated, runs, separation):
     test_focus_operators.check_divergences(emulated, separation)
@@ -205,6 +212,7 @@ def test_launches_of_the_focus(emulated, launches):
         for expected, operator, arguments in (
             (1, run.focus_table, (*its.table, False)),
             (1, run.focus_rows, (z, target, None, *its.table, its.stats, False, -100)),
+            (1, run.focus_nearest, (its.weights, its.stats, target, its.table[3], its.level, False, -100)),
             (1, run.focus_weights_, (its.weights, its.separation, *last)),
             (of_sums, run.focus_sums_, (its.weights, class_weights, its.stats, coefficients, target, False, -100)),
         ):

@@ -5,6 +5,7 @@ What a backend takes for x, share and base is its own affair: what is made of th
 
 import itertools
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -30,7 +31,8 @@ class Operands:
         terms, self.stats = run.terms(*self.batch, *self.table, 0.7, l2, softmax, *self.last)
         self.relative, self.distribution, self.level = run.focus_table(*self.table, c2s)
         self.x = run.focus_rows(*self.batch, *self.table, self.stats, *self.last)
-        self.weights = self.x @ (self.distribution if c2s else self.relative).T
+        self.product = self.x @ (self.distribution if c2s else self.relative).T
+        self.weights, self.terms_stats = self.product.clone(), self.stats.clone()
         self.separation = terms[1].clone()
         norms = self.table[3]
         of_rows = self.separation, self.stats, target
@@ -42,14 +44,15 @@ class Operands:
         log_q = reference.log_activation(xi.double(), activation)
         log_p = reference.log_probabilities(z[self.kept].double(), wide, 0.7, l2, activation)
         prior = torch.full((len(xi),), 1 / len(xi), dtype=torch.float64) if prior is None else prior
+        self.prior_of_each = prior
         self.others = y[:, None] != torch.arange(len(xi)) % (len(xi) // own)
         self.own_prior = 1 - (self.others * prior).sum(dim=1)
-        counting = self.others & (prior > 0)
+        self.counting = counting = self.others & (prior > 0)
         d = reference.divergences(log_p, log_q, separation)
         nearest = torch.where(counting, d, torch.inf).amin(dim=1, keepdim=True)
         self.exact_weights = torch.where(counting, prior.log() - FOCUS * d / nearest, -torch.inf).softmax(dim=1)
         self.mean = (self.exact_weights * d).sum(dim=1)
-        self.log_q, self.log_p, self.y = log_q, log_p, y
+        self.log_q, self.log_p, self.y, self.d = log_q, log_p, y, d
 
     def sums(self, coefficients):
         """class_weights, which had ones, and weighted."""
@@ -165,6 +168,144 @@ def check_step(run, its, coefficients, sums, activation):
             assert torch.equal(t, expected)
 
 
+class Part(NamedTuple):
+    """What the operators take of some of the classes, and of one more, which does not count and is that of all rows
+    whose class is elsewhere."""
+
+    index: torch.Tensor  # of its centroids among all, -1 for those of the class more
+    product: torch.Tensor  # NaN for these: they are not looked at
+    target: torch.Tensor
+    norms: torch.Tensor
+    level: torch.Tensor
+
+    @classmethod
+    def of(cls, its, classes, own):
+        index = torch.cat([torch.cat((classes + start, classes.new_full((1,), -1))) for start in starts(its, own)])
+        more, (_, target, *_), (_, ignore_index) = index < 0, its.problem, its.last
+        product, level = its.product[:, index], its.level[:, index]
+        product[:, more], level[1, more] = math.nan, 0
+        found = target[:, None] == classes
+        number = torch.where(found.any(dim=1), found.int().argmax(dim=1), len(classes))
+        number = torch.where(target == ignore_index, ignore_index, number)
+        norms = its.table[3]
+        return cls(index, product, number, torch.cat((norms[index], norms[-1:])), level)
+
+    def nearest(self, its, own):
+        """Of focus_nearest, which writes nothing."""
+        before = self.product.clone(), its.terms_stats.clone()
+        of_table = self.target, self.norms, self.level
+        nearest = its.run.focus_nearest(self.product, its.terms_stats, *of_table, *its.last, own)
+        for t, old in zip((self.product, its.terms_stats), before, strict=True):
+            assert torch.equal(t.nan_to_num(7), old.nan_to_num(7))
+        return nearest
+
+    def weigh(self, its, own, nearest):
+        """The weights, in the order of all centroids, and both sums of focus_weights_, which writes nothing else."""
+        shared = torch.full((3, len(nearest)), math.nan, dtype=torch.float64)
+        shared[0] = nearest
+        separation, before = torch.full_like(nearest, 7), its.terms_stats.clone()
+        of_table = self.target, self.norms, self.level
+        its.run.focus_weights_(self.product, separation, its.terms_stats, *of_table, FOCUS, *its.last, own, shared)
+        assert torch.equal(its.terms_stats, before)
+        assert separation.eq(7).all()
+        assert torch.equal(shared[0], nearest)
+        more = self.index < 0
+        assert self.product[:, more].eq(0).all()
+        weights = torch.zeros_like(its.product)
+        weights[:, self.index[~more]] = self.product[:, ~more]
+        return weights, shared[1:]
+
+
+def starts(its, own):
+    """The first centroid of each set."""
+    return range(0, len(its.level[0]), len(its.level[0]) // own)
+
+
+def parts_of(its, own):
+    """The first class alone, the next two, and the others: whole, where there are no more."""
+    classes = torch.arange(len(its.level[0]) // own)
+    return [Part.of(its, some, own) for some in (classes[:1], classes[1:3], classes[3:]) if len(some)]
+
+
+def check_parts(run, problem, separation, bound, **options):
+    """Parts of the centroids: what focus_nearest and focus_weights_ find in each comes to what there is in all."""
+    own = options.get("own", 1)
+    its = Operands(run, problem, separation, **options)
+    kept, prior = its.kept, its.prior_of_each
+    parts = parts_of(its, own)
+    each = [part.nearest(its, own) for part in parts]
+    nearest = torch.stack(each).amin(dim=0)
+    of_table = problem[1], its.table[3], its.level
+    assert torch.equal(nearest, run.focus_nearest(its.product, its.terms_stats, *of_table, *its.last, own))
+    exact_nearest = torch.where(its.counting, its.d, torch.inf).amin(dim=1, keepdim=True)
+    assert relative(nearest[kept], exact_nearest[:, 0]) < bound
+    assert nearest[~kept].eq(0).all()
+
+    farther = torch.where(its.counting, its.d - exact_nearest, 0)
+    exact = torch.where(its.counting, prior * (-FOCUS * farther / exact_nearest).exp(), 0)
+    summed = torch.stack((exact, exact * farther))
+    scale = (exact * torch.stack((torch.ones_like(its.d), its.d))).sum(dim=2).norm(dim=1)
+    weights, sums = torch.zeros_like(its.product), torch.zeros(2, len(kept), dtype=torch.float64)
+    for part, its_nearest in zip(parts, each, strict=True):
+        of_part, two = part.weigh(its, own, nearest)
+        among = part.index[part.index >= 0]
+        none = ~its.counting[:, among].any(dim=1)
+        assert its_nearest[kept][none].eq(torch.finfo(its.product.dtype).max).all()
+        assert of_part[kept][none].eq(0).all()
+        assert two[:, kept][:, none].eq(0).all()
+        assert two[:, ~kept].eq(0).all()
+        assert of_part[~kept].eq(0).all()
+        # Of the sums of e and e D over all parts: those of a far part alone are not known so well.
+        errors = (two[:, kept] - summed[:, :, among].sum(dim=2)).norm(dim=1)
+        assert (errors < bound * scale).all()
+        weights += of_part
+        sums += two
+    assert weights[kept][~its.counting].eq(0).all()
+    assert relative(weights[kept], exact) < bound
+    # To the last bit as in focus_weights_ alone: of the nearest one nothing but the prior is left.
+    assert (weights[kept] / prior.to(weights.dtype)).masked_fill(~its.counting, 0).amax(dim=1).eq(1).all()
+    rounding = 1e-6 if weights.dtype == torch.float32 else 1e-13
+    assert relative(weights[kept] / sums[0, kept, None], its.weights[kept]) < rounding
+    mean = nearest[kept] + sums[1, kept] / sums[0, kept]
+    assert relative(mean * (1 - its.own_prior), its.separation[kept]) < rounding
+
+
+def check_parts_of_nan(run, dtype, separation, own):
+    """NaN is never the nearest and makes the sums of its own part NaN, in its own row."""
+    problem = make(4, 7, 9, dtype=dtype)
+    problem[1][:] = torch.tensor([1, 0, 1, 1])
+    its = Operands(run, problem_of(problem, 7, own), separation, own=own)
+    its.product[1, 1] = math.nan
+    its.product[2] = math.nan
+    its.product[3, 1] = math.nan  # of the own class: not looked at
+    parts = parts_of(its, own)
+    nearest = torch.stack([part.nearest(its, own) for part in parts]).amin(dim=0)
+    kept = its.d[1][its.counting[1] & (torch.arange(7 * own) != 1)]
+    assert relative(nearest[1], kept.amin()) < BOUNDS[dtype]
+    assert nearest[2] == torch.finfo(dtype).max
+    for part, rows in zip(parts, ([2], [1, 2], [2]), strict=True):
+        sums = part.weigh(its, own, nearest)[1]
+        assert sums[1].isnan().nonzero()[:, 0].tolist() == rows
+
+
+def problem_of(problem, classes, own):
+    """With `own` centroids a class."""
+    z, target, xi, *rest = problem
+    return z, target, make(len(z), own * classes, z.shape[1], dtype=xi.dtype)[2], *rest
+
+
+def check_every_part(run, dtype, separation, activation):
+    """One centroid of each class and three; classes that count alike, and not, the first not at all."""
+    for own in (1, 3):
+        prior = torch.rand(7, dtype=torch.float64)
+        prior[0] = 0
+        prior = (prior / prior.sum()).repeat(own) / own
+        problem = problem_of(make(13, 7, 36, ignore=True, dtype=dtype), 7, own)
+        for of in (None, prior):
+            check_parts(run, problem, separation, BOUNDS[dtype], activation=activation, own=own, prior=of)
+        check_parts_of_nan(run, dtype, separation, own)
+
+
 ARITHMETIC = dict.fromkeys((*HALF, torch.float32), torch.float32) | {torch.float64: torch.float64}
 BOUNDS = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 3e-6, torch.float16: 3e-6}
 
@@ -203,6 +344,16 @@ def test_operators(dtype, separation, activation, backend, interpreted):
         pytest.skip(LEFT)
     shapes = {"shapes": ((5, 4, 13),)} if interpreted else {}
     check_every_kind(_ops.operators(backend), dtype, separation, activation, **shapes)
+
+
+@every_backend
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@every_separation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_parts(dtype, separation, activation, backend, interpreted):
+    if interpreted and (activation == "softmax") != (dtype == torch.float64):
+        pytest.skip(LEFT)
+    check_every_part(_ops.operators(backend), dtype, separation, activation)
 
 
 def check_divergences(run, separation):
@@ -260,6 +411,7 @@ def check_large(run, shape, separation):
     problem = make(*shape, ignore=True, dtype=torch.float32)
     bound = BOUNDS[torch.float32] if shape[1] < 100 else 2e-5
     check_operators(run, problem, separation, bound)
+    check_parts(run, problem, separation, bound)
     check_gradient(run, problem, separation, bound)
 
 
