@@ -287,16 +287,20 @@ struct Ratio {
   double d_separation;     // d value / d G
 };
 
-constexpr double kSmallestRatio = 1e-100;  // of which a logarithm is taken
+// Of which a logarithm is taken. A sample with less is on its centroid: a sharpness under 1 would make a pull of what
+// rounding leaves of its gradient.
+constexpr double kSmallestRatio = 1e-100;
 
 NCMI_INLINE Ratio ratio(double concentration, double separation, const RatioOptions& by) {
   const double inverse = 1.0 / (separation + by.eps);
   const double value = concentration * inverse;
   if (by.sharpness == 0) return {value, inverse, -value * inverse};
-  const double r = value < kSmallestRatio ? kSmallestRatio : value;
+  const bool on_centroid = value < kSmallestRatio;
+  const double r = on_centroid ? kSmallestRatio : value;
   const double u = by.sharpness * ::log(r), e = ::exp(-fabs(u));
   const double share = (u < 0 ? e : 1.0) / (1.0 + e);  // r^sharpness / (1 + r^sharpness)
-  return {((u > 0 ? u : 0.0) + ::log1p(e)) / by.sharpness + (u - u), share * inverse / r, -share * inverse};
+  return {((u > 0 ? u : 0.0) + ::log1p(e)) / by.sharpness + (u - u), on_centroid ? 0.0 : share * inverse / r,
+          -share * inverse};
 }
 
 // ---------------------------------------------------------------------------------------------------------

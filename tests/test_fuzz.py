@@ -36,6 +36,7 @@ LEEWAY = 16
 DOUBLE = 8 * torch.finfo(torch.float64).eps  # the definition itself is no better
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+BY_SAMPLE = ("sample", "soft_margin")
 KINDS = ("normal", "unit", "constant rows", "equal rows", "one-hot")
 
 
@@ -117,7 +118,7 @@ cases = st.builds(
     weight=st.sampled_from((None, "random", "some zero", "zero")),
     class_prior=st.sampled_from((None, None, "random", "some zero")),
     ignored=st.sampled_from((None, None, "some", "all")),
-    ratio=st.sampled_from((("batch", "mean"), ("sample", "mean"), ("sample", "sum"), ("sample", "none"))),
+    ratio=st.sampled_from((("batch", "mean"), *((r, s) for r in BY_SAMPLE for s in ("mean", "sum", "none")))),
     options=st.fixed_dictionaries(
         {
             "temperature": st.sampled_from((1.0, 0.2, 0.01, 5.0)),
@@ -128,6 +129,7 @@ cases = st.builds(
             "centroids_per_class": st.sampled_from((1, 1, 1, 3)),
             "centroid_focus": st.sampled_from((0.0, 4.0)),
             "eps": st.sampled_from((1e-8, 1e-3, 1.0)),
+            "sharpness": st.sampled_from((4.0, 1.0, 0.7, 30.0)),
             "ignore_index": st.sampled_from((-100, 0, 1, 255)),
         }
     ),
@@ -309,7 +311,10 @@ def literal(
     w = torch.ones_like(a) if weight is None else weight[y]
     if ratio == "batch":
         return [(w @ a / w.sum()) / (w @ g / w.sum() + options["eps"])]
-    each = w * a / (g + options["eps"])
+    each = a / (g + options["eps"])
+    if ratio == "soft_margin":
+        each = F.softplus(options["sharpness"] * each.clamp(min=1e-100).log(), threshold=700) / options["sharpness"]
+    each = w * each
     return [of_all_rows(each) if reduction == "none" else each.sum() / (w.sum() if reduction == "mean" else 1)]
 
 
@@ -375,7 +380,9 @@ def check(case: Case) -> None:
             return [criterion(z, target)]
         if case.api == "ncmi_loss":
             return [ncmi_loss(z, target, xi, center=center, weight=weight, class_prior=prior, **options)]
-        others = {k: v for k, v in options.items() if k not in ("eps", "ignore_index", "ratio", "reduction")}
+        others = {
+            k: v for k, v in options.items() if k not in ("eps", "ignore_index", "ratio", "reduction", "sharpness")
+        }
         return list(ncmi_terms(z, target, xi, center=center, class_prior=prior, **others))
 
     actual = derivatives(call, z, parameter, repeat=True)
