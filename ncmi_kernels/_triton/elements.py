@@ -59,6 +59,7 @@ LONE = tl.constexpr(3)  # for the CPU; the rows that it tells are read here like
 PRIOR = tl.constexpr(8)
 WEIGHT_SUM = tl.constexpr(0)
 WEIGHTED_LOG_NORM = tl.constexpr(1)
+REFERENCE_SUM = tl.constexpr(2)
 
 CLASS_WEIGHTS = tl.constexpr(2)  # columns of `class_weights`, csrc/layout.h ClassWeights: other, base
 
