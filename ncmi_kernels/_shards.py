@@ -52,7 +52,7 @@ class Lookup(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """What is known of this process's centroids: their table, None without any, and their part of the sums."""
+    """What is known of this process's centroids: their table, None if it would be empty; their part of the sums."""
 
     table: _schema.Table | None
     sums: Tensor  # float64, [M + 1] or [3 M + 1]
@@ -145,7 +145,7 @@ class _Shards:
         sums = group.all_reduce(shard.sums.clone())
         reference, record = _of_all(sums, logits.shape[1], logits.dtype, options)
         lookup, present = Lookup.of(target, options.ignore_index, self.classes_per_process, group)
-        own_logits = lookup.fetch(by_class(logits, own), group).view(-1, logits.shape[1])
+        own_logits = lookup.fetch(by_class(logits.contiguous(), own), group).view(-1, logits.shape[1])
 
         def of_all(table: _schema.Table) -> _schema.Table:
             return table._replace(reference=reference, norms=torch.cat([table.norms[:-1], record[None]]))
@@ -230,8 +230,9 @@ class Shards(_Shards):
 class FocusShards(_Shards):
     """As :mod:`_focus`: each process weighs its own centroids, for the rows of all processes.
 
-    Between the processes go the rows, once; of each row a minimum, two sums, and the parts of its mixture. A row whose
-    class is elsewhere is here of one class more than there are, which has a prior of 0 and so no weight for any row.
+    Between the processes go, in a pass over the products, the rows and their statistics; of each row a minimum and two
+    sums; and where a gradient of the input is wanted, the parts of its mixture. A row whose class is elsewhere is here
+    of one class more than there are, which has a prior of 0 and so no weight for any row.
     """
 
     def shard_of(self, logits: Tensor, options: Options, backend: str, prior: Tensor) -> Shard:
@@ -282,19 +283,21 @@ class FocusShards(_Shards):
         table = self.Table(*own, here.log_activation, here.activation, here.norms, *products_take)
         mine = self._of_occurring(problem, lookup.target, own)
         own_terms = _focus.own_terms(input, mine)
-        products = _Part(input, problem._replace(table=table), own_terms, self)
-        of_all, found = products.reduced(wanted)
-        part = products.mine
-        rows = of_all._replace(
-            stats=of_all.stats[part],
-            coefficients=found.coefficients[part],
-            mixture=None if of_all.mixture is None else products.mixture_of_all(of_all.mixture),
-        )
+        products = _Part(input, problem._replace(table=table), own_terms, self, wanted[0])
+        of_all, found = products.reduced((products.with_mixture, wanted[1]))
+        part, mixture = products.mine, None
+        if of_all.mixture is not None:
+            mixture = products.mixture_of_all(of_all.mixture)
+        # Copies: a part of what all have would keep the whole.
+        stats, coefficients = of_all.stats[part].clone(), found.coefficients[part].clone()
+        rows = of_all._replace(stats=stats, coefficients=coefficients, mixture=mixture if wanted[0] else None)
         rows = _focus.with_own(rows, own_terms, mine, wanted[0])
         loss, means = found.loss.to(logits.dtype), found.means
         if options.reduction == "none":
             values = products.values[:, part].contiguous()
-            loss, means = loss[part], _plain.reduce(values, rows.stats, problem._replace(group=None)).means
+            loss, means = loss[part].clone(), _plain.reduce(values, stats, problem._replace(group=None)).means
+        if rows.weighted is not None or not wanted[1]:  # no pass over the products is to come
+            table = self.Table(*table[:7], *(each.new_empty(0) for each in products_take))
         of_batch: tuple[Any, ...] = *rows, own_logits, *lookup
         return _plain.Found(loss, means, self.Rows(*of_batch), table, problem.center)
 
@@ -313,7 +316,7 @@ class FocusShards(_Shards):
         of_rows = _focus.Rows(*rows[:7])
         if rows.weighted is None:
             coefficients, upstream = _focus.by_row(rows.coefficients, upstream, mine), None
-            products = _Part(input, problem, _focus.own_terms(input, mine), self)
+            products = _Part(input, problem, _focus.own_terms(input, mine), self, False)
             of_all = torch.cat(group.all_gather(coefficients))
             sums = products.run(False, lambda tile: of_all[tile])
             of_rows = of_rows._replace(coefficients=coefficients, class_weights=sums[3], weighted=sums[4])
@@ -351,8 +354,10 @@ class FocusShards(_Shards):
 class _Part(_focus.Products):
     """The rows of all processes and the centroids of this one."""
 
-    def __init__(self, input: Tensor, problem: Problem, own: _focus.Own, shards: FocusShards) -> None:
-        """`own`: of the rows here; `problem` has a FocusShards.Table."""
+    def __init__(
+        self, input: Tensor, problem: Problem, own: _focus.Own, shards: FocusShards, with_mixture: bool
+    ) -> None:
+        """`own`: of the rows here; `problem` has a FocusShards.Table. `with_mixture`: whether these rows need one."""
         options, group = problem.options, problem.group
         assert group is not None
         self.group = group
@@ -364,6 +369,14 @@ class _Part(_focus.Products):
         self.mine = slice(before, before + len(input))
         stats, values, target = torch.cat(every).split([own.stats.shape[1], 2, 1], dim=1)
         target, table = target[:, 0].long(), problem.table.of_shard()
+        # What one process alone wants, or has in another dtype (one without rows, say), all have to know.
+        narrow = torch.bfloat16, torch.float16
+        votes = group.all_reduce(
+            target.new_tensor([with_mixture, *(input.dtype is dtype for dtype in narrow)])
+        ).tolist()
+        self.with_mixture = votes[0] > 0
+        if group.size not in votes[1:]:
+            input = input.to(table.relative.dtype)
         input = torch.cat(group.all_gather(input.contiguous()))
         options = replace(options, ignore_index=NOBODY)
         problem = problem._replace(target=target, options=options, table=table, group=None, shards=None)

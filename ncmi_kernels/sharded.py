@@ -29,8 +29,8 @@ class ShardedNCMILoss(NCMILoss):
 
     Args:
         num_classes: C >= 2. Process r of N has the classes [r R, (r + 1) R) with R = ceil(C / N); the last ones may
-            have fewer or none. With `centroids_per_class` a multiple of N, as no class's rows are split (a class of
-            `class_prior` 0 changes no loss).
+            have fewer or none. With `centroids_per_class`, of which no class's may be split, a multiple of N (classes
+            with a `class_prior` of 0 change no loss).
         feature_dim: M >= 2; None for `num_classes`.
         device_mesh: a `torch.distributed.device_mesh.DeviceMesh` of one dimension. Its group is the `process_group`,
             its devices those of the parameters and buffers.
@@ -315,8 +315,9 @@ class ShardedNCMILoss(NCMILoss):
         key = state_of(local, *given), self.options, backend, logits._version, input.dtype
         shard: Shard | None = self._table.find(key)
         if shard is None:
-            wide = _problem.to_arithmetic_dtype(input, local, None, None)[1]
-            shard = self._way.shard_of(wide, self.options, backend, prior)
+            with torch.inference_mode(False):  # a graph is to save it
+                wide = _problem.to_arithmetic_dtype(input, local, None, None)[1]
+                shard = self._way.shard_of(wide, self.options, backend, prior)
             self._table.keep(key, shard, local, *memory_of(*given))
         return shard
 

@@ -77,6 +77,33 @@ def test_fixed_centroids_that_change():
     processes.run(2, check_edits)
 
 
+def check_unlike_processes():
+    """Each process has a batch, and wants of it, what it likes: one has no rows, in another dtype, and no gradient."""
+    rank = dist.get_rank()
+    for classes, options in ((8, {}), (8, {"separation_focus": 3.0}), (8, SEVERAL)):
+        sharded, plain = pair(classes, learn_centroids=False, center_momentum=None, **options)
+        features = torch.randn(5, M, generator=torch.Generator().manual_seed(0)).bfloat16()
+        target = torch.tensor([0, 7, 3, 5, 1])
+        with torch.inference_mode():  # what is kept of fixed centroids is for graphs as well
+            sharded(features[: 5 * (rank == 0)].float(), target[: 5 * (rank == 0)])
+        mine = features.clone().requires_grad_() if rank == 0 else torch.zeros(0, M)
+        loss = sharded(mine, target if rank == 0 else target[:0])
+        every = features.clone().requires_grad_()
+        expected = plain(every, target)
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+        if rank == 0:
+            loss.backward(), expected.backward()
+            close(mine.grad.float() / 2, every.grad.float(), 1e-2)
+        # The losses of no reduction are the process's own, to do with as it likes.
+        sharded.ratio, sharded.reduction = "sample", "none"
+        losses = sharded(mine, target if rank == 0 else target[:0])
+        losses *= 2
+
+
+def test_processes_that_are_unlike():
+    processes.run(2, check_unlike_processes)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Training, prediction, checkpoints
 # ------------------------------------------------------------------------------------------------------------
