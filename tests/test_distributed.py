@@ -6,6 +6,7 @@ import pickle
 import signal
 import time
 from datetime import timedelta
+from itertools import cycle
 from pathlib import Path
 
 import processes
@@ -117,18 +118,19 @@ def check_steps_of_shards():
 def check_steps_of_weighed_shards():
     size = dist.get_world_size()
     weight = torch.rand(13, generator=torch.Generator().manual_seed(2)) + 0.5
-    several = [(4, options) for options in SEVERAL] + [(8, options) for options in SEVERAL]
-    for rows in (256, 4):  # in a tile
-        _focus.tile_rows = lambda _, rows=rows: rows
-        for index, (classes, options) in enumerate([(n, o) for n in CLASSES[size] for o in WEIGHED] + several):
-            learn = (index + rows // 256) % 2 == 0
-            double = {**options, "learn_centroids": learn}
-            check_step("shards", classes, double, torch.float64, torch.float64, 1e-11)
-            single = {**options, "learn_centroids": not learn, "weight": weight[:classes]}
-            check_step("shards", classes, single, torch.float32, torch.float32, 5e-6)
-        for number in (0, 3):
-            check_step("shards", 8, {**SEVERAL[number], "center_momentum": None}, torch.float32, torch.bfloat16, 5e-6)
-            check_step("shards", 8, {**SEVERAL[number], "activation": "softmax"}, torch.float32, torch.float16, 5e-6)
+    cases = [*zip(cycle(CLASSES[size]), WEIGHED), *zip(cycle((4, 8, 4)), SEVERAL)]
+    for index, (classes, options) in enumerate(cases):
+        for rows in (256, 4):  # in a tile
+            _focus.tile_rows = lambda _, rows=rows: rows
+            options = {**options, "learn_centroids": (index // 2 + rows // 256) % 2 == 0}
+            if index % 2:
+                check_step("shards", classes, options, torch.float64, torch.float64, 1e-11)
+            else:
+                options["weight"] = weight[:classes]
+                check_step("shards", classes, options, torch.float32, torch.float32, 5e-6)
+    for number in (0, 3):
+        check_step("shards", 8, {**SEVERAL[number], "center_momentum": None}, torch.float32, torch.bfloat16, 5e-6)
+        check_step("shards", 8, {**SEVERAL[number], "activation": "softmax"}, torch.float32, torch.float16, 5e-6)
 
 
 @pytest.mark.parametrize(("kind", "size"), KINDS)
