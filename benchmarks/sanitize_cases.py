@@ -74,6 +74,14 @@ def run_case(
     known, last = (of_rows, reduced[1]), (options.centroid_to_sample, -100)
     totals = run.class_totals(*batch, *known, None, *last)
     results += [*reduced, totals, run.centroid_grad(*batch, logits, *stats, *known, None, *last, totals)]
+    # By parts of the centroids, of which here is one.
+    relative, distribution, level = run.focus_table(*stats, options.centroid_to_sample)
+    factor = distribution if options.centroid_to_sample else relative
+    product = run.focus_rows(*batch, *stats, of_rows, *last) @ factor.T
+    of_part, shared = (of_rows, y, stats[3], level), values.new_empty(3, rows)
+    shared[0] = run.focus_nearest(product, *of_part, *last)
+    run.focus_weights_(product, values[1], *of_part, 5.0, *last, 1, shared)
+    results += [product, shared]
     of_rows_alone = torch.rand(2, rows, columns).to(logits)
     results.append(run.input_grad(*batch, *stats, *known, None, *last, *of_rows_alone))
     for momentum, buffer in ((0.9, torch.zeros_like(logits)), (0.0, None)):
