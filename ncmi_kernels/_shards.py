@@ -318,7 +318,9 @@ class FocusShards(_Shards):
             products = _Part(input, problem, _focus.own_terms(input, mine), self, False)
             of_all = torch.cat(group.all_gather(coefficients))
             sums = products.run(False, lambda tile: of_all[tile])
-            of_rows = of_rows._replace(coefficients=coefficients, class_weights=sums[3], weighted=sums[4])
+            of_rows = of_rows._replace(
+                coefficients=coefficients, class_weights=sums.class_weights, weighted=sums.weighted
+            )
         assert of_rows.class_weights is not None
         assert of_rows.weighted is not None
         nothing = of_rows._replace(
