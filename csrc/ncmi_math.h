@@ -295,12 +295,11 @@ NCMI_INLINE Ratio ratio(double concentration, double separation, const RatioOpti
   const double inverse = 1.0 / (separation + by.eps);
   const double value = concentration * inverse;
   if (by.sharpness == 0) return {value, inverse, -value * inverse};
-  const bool on_centroid = value < kSmallestRatio;
-  const double r = on_centroid ? kSmallestRatio : value;
+  const double r = value < kSmallestRatio ? kSmallestRatio : value;
   const double u = by.sharpness * ::log(r), e = ::exp(-fabs(u));
-  const double share = (u < 0 ? e : 1.0) / (1.0 + e);  // r^sharpness / (1 + r^sharpness)
-  return {((u > 0 ? u : 0.0) + ::log1p(e)) / by.sharpness + (u - u), on_centroid ? 0.0 : share * inverse / r,
-          -share * inverse};
+  // r^sharpness / (1 + r^sharpness)
+  const double share = value < kSmallestRatio ? 0.0 : (u < 0 ? e : 1.0) / (1.0 + e);
+  return {((u > 0 ? u : 0.0) + ::log1p(e)) / by.sharpness + (u - u), share * inverse / r, -share * inverse};
 }
 
 // ---------------------------------------------------------------------------------------------------------

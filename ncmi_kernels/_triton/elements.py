@@ -434,10 +434,11 @@ def ratio_of(concentration, separation, eps, sharpness, SOFT: tl.constexpr):
         u = sharpness * tl.log(r)
         e = tl.exp(-tl.abs(u))
         share = tl.where(u < 0.0, e, 1.0) / (1.0 + e)
+        share = tl.where(value < 1e-100, 0.0, share)  # on its centroid: as in csrc/ncmi_math.h
         rounded = 1.0 + e
         log_one_plus = tl.where(rounded == 1.0, e, tl.log(rounded) * (e / (rounded - 1.0)))
         value = (tl.where(u > 0.0, u, 0.0) + log_one_plus) / sharpness + (u - u)  # NaN stays
-        by_concentration = tl.where(r == 1e-100, 0.0, share * inverse / r)  # on its centroid: as in csrc/ncmi_math.h
+        by_concentration = share * inverse / r
         by_separation = -(share * inverse)
     return value, by_concentration, by_separation
 
