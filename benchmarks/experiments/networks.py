@@ -70,7 +70,7 @@ class Residual(nn.Sequential):
 
 
 def resnet9(channels: int, outputs: int, width: int = 48) -> nn.Module:
-    """A residual network for CPUs: the side is halved after each of three convolutions, where the widths grow."""
+    """A residual network for CPUs: three convolutions with a halving of the side, for images of 15 pixels or more."""
 
     def layers(inputs: int, width: int, *pool: nn.Module) -> list[nn.Module]:
         convolution = nn.Conv2d(inputs, width, 3, padding=1, bias=False)
@@ -81,7 +81,8 @@ def resnet9(channels: int, outputs: int, width: int = 48) -> nn.Module:
 
     wide = 4 * width
     return nn.Sequential(
-        *layers(channels, 24),
+        nn.Conv2d(channels, 24, 2, bias=False),  # few channels and no normalisation, where there are most pixels
+        nn.ReLU(),
         *halved(24, width),
         *halved(width, wide),
         Residual(*layers(wide, wide)),
