@@ -4,8 +4,10 @@ import csv
 import dataclasses
 import importlib.util
 import io
+import os
 import pickle
 import runpy
+import shutil
 import struct
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import relative
+from PIL import Image
 from torch import nn
 
 from ncmi_kernels import NCMILoss, _backends, reference
@@ -26,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks" / "experiments"))
 
 import data
+import folders
 import gradients
 import images
 import networks
@@ -125,7 +129,7 @@ def test_cifar_100_refuses(tmp_path):
         ([], "not a file of CIFAR-100"),
         ({**good, b"x": Malicious()}, "names .*exec"),
         ({**good, b"data": good[b"data"][:3]}, "other data"),
-        ({**good, b"data": good[b"data"].astype(int)}, "other data"),
+        ({**good, b"data": good[b"data"].astype(int)}, "another array"),
         ({**good, b"data": good[b"data"].tolist()}, "other data"),
         ({**good, b"fine_labels": [0, 1, 2, 100]}, "other fine_labels"),
         ({**good, b"fine_labels": [0.0, 1.0, 2.0, 3.0]}, "other fine_labels"),
@@ -133,6 +137,131 @@ def test_cifar_100_refuses(tmp_path):
         (tmp_path / "train").write_bytes(python_3(content))
         with pytest.raises(ValueError, match=f"train: .*{message}"):
             images.load("cifar-100", tmp_path)
+
+
+def test_a_dtype_that_lies_is_no_pointer(tmp_path):
+    """Flags of 0 on dtype O would make NumPy take bytes of the file for objects."""
+
+    class Lie:
+        def __init__(self, made, state):
+            self.made, self.state = made, state
+
+        def __reduce__(self):
+            return (*self.made, self.state)
+
+    dtype = Lie((np.dtype, ("O8", False, True)), (3, "|", None, None, None, -1, -1, 0))
+    array = Lie(np.empty(0).__reduce__()[:2], (1, (1,), dtype, False, b"A" * 8))
+    good = cifar_content(1, 0)
+    for content in ({**good, b"fine_labels": [array]}, {**good, b"data": array}):
+        (tmp_path / "train").write_bytes(python_3(content))
+        with pytest.raises(ValueError, match=r"train: (got other fine_labels|.*another array)"):
+            images.load("cifar-100", tmp_path)
+
+
+@pytest.fixture(scope="module")
+def folders_of_images(tmp_path_factory):
+    """A hundred classes, two images to train and one to test of each, of one colour: its class and its number."""
+    directory = tmp_path_factory.mktemp("folders")
+    for part, count in (("train", 2), ("test", 1)):
+        for label in range(100):
+            (directory / part / f"class {label:02}").mkdir(parents=True)
+            for number in range(count):
+                path = directory / part / f"class {label:02}" / f"{number}.png"
+                Image.new("RGB", (32, 32), (label, number, 7)).save(path)
+    return directory
+
+
+@pytest.fixture
+def folder(folders_of_images, tmp_path):
+    shutil.copytree(folders_of_images, tmp_path / "images")
+    return tmp_path / "images"
+
+
+def test_folders_of_images(folder, monkeypatch):
+    Image.new("L", (32, 32), 5).save(folder / "train" / "class 05" / "grey.jpg")
+    (folder / "train" / "class 05" / ".DS_Store").write_bytes(b"")
+    found = images.load("cifar-100", folder)
+    assert (len(found.train_x), len(found.test_x)) == (201, 100)
+    assert torch.equal(found.test_x[:, 0, 3, 4].long(), found.test_y)
+    assert torch.equal(found.train_x[:, 0, 3, 4].long(), found.train_y)
+    assert found.test_x[0, 2].unique().tolist() == [7]
+    assert len(found.train_y[:50].unique()) > 25, "not in the order of the classes"
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "_pixels", None)  # from the cache nothing is decoded
+        again = images.load("cifar-100", folder)
+        assert torch.equal(again.train_x, found.train_x)
+        assert torch.equal(again.train_y, found.train_y)
+    path = folder / "test" / "class 09" / "0.png"
+    times = path.stat()
+    Image.new("RGB", (32, 32), (9, 1, 7)).save(path)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    changed = images.load("cifar-100", folder)
+    assert changed.test_x[changed.test_y == 9, 1].unique().tolist() == [1], "a changed file is read again"
+    (folder / "train" / "class 05" / "grey.jpg").unlink()
+    assert len(images.load("cifar-100", folder).train_x) == 200
+
+
+def test_the_cache(folder, tmp_path):
+    cache_dir = tmp_path / "cache"
+    with pytest.raises(OSError, match=r"images.pt: the cache cannot be written .* --cache-dir names another place"):
+        images.load("cifar-100", folder, cache_dir)
+    cache_dir.mkdir()
+    images.load("cifar-100", folder, cache_dir)
+    assert [path.name for path in cache_dir.iterdir()] == ["images.pt"]
+    assert not (folder / "images.pt").exists()
+    for content in (b"", (cache_dir / "images.pt").read_bytes()[:-100], pickle.dumps(Malicious())):
+        (cache_dir / "images.pt").write_bytes(content)
+        with pytest.raises(ValueError, match=r"images.pt: got no cache of images .* delete it"):
+            images.load("cifar-100", folder, cache_dir)
+
+
+def damaged(content):
+    at = content.index(b"IDAT") + 8
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+def png(*arguments):
+    file = io.BytesIO()
+    Image.new(*arguments).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-20]), r"0.png: got no whole image"),
+        (lambda path: path.write_bytes(damaged(path.read_bytes())), r"0.png: got no whole image"),
+        (lambda path: path.write_bytes(b""), r"0.png: got no whole image"),
+        (lambda path: path.write_bytes(b"GIF89a"), r"0.png: got no whole image"),
+        (lambda path: path.write_bytes(png("RGB", (32, 31))), r"0.png: got 32 x 31 pixels .* expected 32 x 32"),
+        (lambda path: path.write_bytes(png("I;16", (32, 32))), r"0.png: got 32 x 32 pixels of mode I;16"),
+        (lambda path: path.rename(path.with_suffix(".gif")), r"0.gif: expected nothing but PNG or JPEG"),
+        (lambda path: path.unlink(), r"class 03: got an empty folder, expected PNG or JPEG images"),
+        (lambda path: path.parent.rename(path.parent.parent / "other"), r"'class 03' in train only, expected the same"),
+        (lambda path: shutil.rmtree(path.parent), r"test: got 99 class folders, expected 100"),
+    ],
+)
+def test_folders_refuse(folder, change, message):
+    change(folder / "test" / "class 03" / "0.png")
+    with pytest.raises(ValueError, match=message):
+        images.load("cifar-100", folder)
+    assert not (folder / "images.pt").exists()
+
+
+def test_folders_without_test(folder):
+    shutil.rmtree(folder / "test")
+    with pytest.raises(FileNotFoundError, match=r"test: not there, expected the folders train/CLASS and test/CLASS"):
+        images.load("cifar-100", folder)
+
+
+def test_some_of_the_training_images(tmp_path):
+    write_cifar(tmp_path / "files")
+    whole, some = (images.load(f"cifar-100{of}:validation", tmp_path / "files") for of in ("", ":7"))
+    assert (len(whole.train_x), len(some.train_x)) == (20, 7)
+    assert torch.equal(some.test_x, whole.test_x)
+    for name, message in (("cifar-100:21:validation", "at most 20"), ("cifar-100:", ":N"), ("cifar-100:x", ":N")):
+        with pytest.raises(ValueError, match=message):
+            images.load(name, tmp_path / "files")
 
 
 def test_augmentation(monkeypatch):
@@ -193,7 +322,7 @@ def test_held_out():
 
 @pytest.mark.parametrize("name", networks.NETWORKS)
 def test_networks(name):
-    for shape in ((1, 8, 8), (3, 32, 32)):
+    for shape in ((1, 16, 15) if name.startswith("resnet9") else (1, 8, 8), (3, 32, 32)):
         network = networks.build(name, torch.zeros(1, *shape), 13)
         assert network(torch.randn(2, *shape)).shape == (2, 13)
     if name == "resnet18":
@@ -279,9 +408,9 @@ def test_the_papers_recipe(tmp_path):
     """ResNet-18 on files of CIFAR-100's format, with the preset that the paper gives."""
     write_cifar(tmp_path / "files")
     found = images.load("cifar-100", tmp_path / "files")
-    paper = plans.TASKS["cifar-100"].settings["NCMI, paper"]
+    paper = plans.PAPER_TASK.settings["NCMI, paper"]
     run = Run("test", "cifar-100", "resnet18", "paper", paper, 0, 200)
-    parts = training._build(run, found)
+    parts = training._build(run, found, "cpu")
     (centroids,) = parts["centroids"].param_groups
     assert torch.equal(parts["criterion"].centroid_logits, 10 * torch.eye(100, 512))
     assert (centroids["weight_decay"], centroids["start_step"]) == (0, 30)  # with one step an epoch here
@@ -368,12 +497,62 @@ def test_plans():
         assert {run.epochs for run in plan(usual, 1, 3, **others)} == {3}
         if experiment != "final":
             assert {run.dataset.partition(":")[0] for run in plan(["cifar-100"], 1, None)} == {"cifar-100"}
+    short = plans.TASKS["fashion-pairs"].budgets["short"]
     arms = [run.name.partition(":")[0] for run in searched]
     assert {arm: arms.count(arm) for arm in arms} == dict.fromkeys(plans.ARMS, plans.TRIALS)
-    assert plans.trials() == plans.trials()
-    assert {name for name, _ in plans.chosen(rows, "fashion-pairs").values()} == {f"{a}: trial 7" for a in plans.ARMS}
-    with pytest.raises(ValueError, match="search: 1 of 60 trials on fashion-pairs are missing"):
-        plans.chosen(rows[1:], "fashion-pairs")
+    assert plans.trials("fashion-pairs") == plans.trials("fashion-pairs")
+    assert {name for name, _ in plans.chosen(rows, "fashion-pairs", short).values()} == {
+        f"{a}: trial 7" for a in plans.ARMS
+    }
+    with pytest.raises(ValueError, match="search: 1 of 60 trials on fashion-pairs, 8 epochs, are missing"):
+        plans.chosen(rows[1:], "fashion-pairs", short)
+
+
+def test_budgets():
+    """Each arm has as many trials at each budget, however many are done; the choice is by the budget's own rows."""
+    runs = plans.search(["cifar-100"], 1, None, None, 3)
+    found = [(run.dataset, run.epochs) for run in runs]
+    places = [("cifar-100:10000:validation", 30), ("cifar-100:validation", 8), ("cifar-100:validation", 16)]
+    assert found == [place for place in places for _ in range(18)]
+    assert [run.name.partition(":")[0] for run in runs[:6]] == list(plans.CIFAR_ARMS)
+    assert len({run.key for run in runs}) == len(runs)
+    assert plans.trials("cifar-100", 3).items() <= plans.trials("cifar-100").items()
+    rows = rows_of(runs, lambda run: 90.0 if run.name.endswith(f"trial {run.epochs % 3}") else 50.0)
+    small, short = (plans.TASKS["cifar-100"].budgets[name] for name in ("10000-images", "short"))
+    assert {name[-1] for name, _ in plans.chosen(rows, "cifar-100", small, 3).values()} == {"0"}
+    assert {name[-1] for name, _ in plans.chosen(rows, "cifar-100", short, 3).values()} == {"2"}
+    final = plans.final(["cifar-100"], 1, None, rows, ["10000-images"], 3)
+    assert {(run.dataset, run.epochs) for run in final} == {("cifar-100:10000", 30)}
+    assert "cifar-100:10000, 30 epochs, NCMI, soft margin | 3 | 90.00" in report.search(rows)
+    with pytest.raises(ValueError, match=r"--budget: got 'long', expected of short for fashion-pairs"):
+        plans.search(["fashion-pairs"], 1, None, ["long"])
+
+
+@pytest.mark.parametrize("arm", plans.CIFAR_ARMS)
+def test_trials_train(arm, tmp_path):
+    write_cifar(tmp_path / "files")
+    setting = dataclasses.replace(plans.trials("cifar-100", 1)[f"{arm}: trial 0"], precision="float32")
+    run = Run("test", "cifar-100", "resnet9-32", arm, setting, 0, 1)
+    (row,) = training.train(run, images.load("cifar-100", tmp_path / "files"))
+    assert row.gamma > 0
+
+
+def test_bfloat16(digits, monkeypatch):
+    run = a_run("ce")
+    half = dataclasses.replace(run, setting=dataclasses.replace(run.setting, precision="bfloat16"))
+    monkeypatch.setattr(training, "check_precision", lambda *_: None)  # slow is fast enough here
+    (row,) = training.train(half, digits)
+    (whole,) = training.train(run, digits)
+    assert 80 < row.accuracy < 100
+    assert row.cmi != whole.cmi
+
+
+def test_precision_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match=r"precision: got 'half', expected one of float32, bfloat16"):
+        training.check_precision("half", "cpu")
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    with pytest.raises(RuntimeError, match=r"precision: got bfloat16, which cpu does not have"):
+        training.check_precision("bfloat16", "cpu")
 
 
 def test_command_line(tmp_path, capsys):

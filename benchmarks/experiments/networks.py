@@ -1,4 +1,4 @@
-"""The networks of the experiments: a small convolutional one for CPUs, a perceptron, and ResNet-18 for CIFAR."""
+"""The networks of the experiments: small convolutional ones for CPUs, a perceptron, ResNet-18 for CIFAR."""
 
 from collections.abc import Callable
 from functools import partial
@@ -61,10 +61,45 @@ def resnet18(channels: int, outputs: int) -> nn.Module:
     return network
 
 
+class Residual(nn.Sequential):
+    """Layers that keep the shape, and a shortcut around them."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, channels, H, W] to the same."""
+        return input + super().forward(input)
+
+
+def resnet9(channels: int, outputs: int, width: int = 48) -> nn.Module:
+    """A residual network for CPUs: three convolutions with a halving of the side, for images of 15 pixels or more."""
+
+    def layers(inputs: int, width: int, *pool: nn.Module) -> list[nn.Module]:
+        convolution = nn.Conv2d(inputs, width, 3, padding=1, bias=False)
+        return [convolution, *pool, nn.BatchNorm2d(width), nn.ReLU()]
+
+    def halved(inputs: int, width: int) -> list[nn.Module]:
+        return layers(inputs, width, nn.MaxPool2d(2))
+
+    wide = 4 * width
+    return nn.Sequential(
+        nn.Conv2d(channels, 24, 2, bias=False),  # few channels and no normalisation, where there are most pixels
+        nn.ReLU(),
+        *halved(24, width),
+        *halved(width, wide),
+        Residual(*layers(wide, wide)),
+        *halved(wide, wide),
+        Residual(*layers(wide, wide)),
+        nn.AdaptiveMaxPool2d(1),
+        nn.Flatten(),
+        nn.Linear(wide, outputs),
+    )
+
+
 NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
     "cnn": convolutional,
     **{f"cnn-{width}": partial(convolutional, width=width) for width in (4, 8, 16, 64)},
     "perceptron": perceptron,
+    "resnet9": resnet9,
+    **{f"resnet9-{width}": partial(resnet9, width=width) for width in (32, 64)},
     "resnet18": resnet18,
 }
 

@@ -13,12 +13,25 @@ PAIRS, FASHION, DIGITS, CIFAR = "fashion-pairs", "fashion-mnist", "digits", "cif
 FOCUS = {"separation_focus": 10.0}
 
 
+class Budget(NamedTuple):
+    """What a trial of the search may cost, and how long its choice is trained."""
+
+    epochs: int
+    images: int | None = None  # to train on; None for all
+    final: tuple[int, ...] = ()  # epochs; none for those of the trials
+
+    def dataset(self, name: str) -> str:
+        """The data set of that name, with so many images."""
+        return name if self.images is None else f"{name}:{self.images}"
+
+
 class Task(NamedTuple):
-    """How long a data set is trained by which network, and by which settings of each loss."""
+    """How long a data set is trained by which network, by which settings of each loss, and how these are searched."""
 
     network: str
     epochs: int
     settings: dict[str, Setting]
+    budgets: dict[str, Budget] = {"short": Budget(8, final=(8, 20))}  # noqa: RUF012
 
     @property
     def features(self) -> int | None:
@@ -56,16 +69,28 @@ TASKS = {
     DIGITS: Task("cnn", 6, _settings(0.1, 2.0, 0.1, 32, batch_size=64)),
     FASHION: Task("cnn", 8, _settings(0.2, 1.0, 0.1, 32)),
     PAIRS: Task("cnn", 8, _settings(0.2, 1.0, 1.0)),
+    # Two CPU cores can afford it, and rates are from few runs by hand. ResNet-18 is in `paper`.
     CIFAR: Task(
-        "resnet18",
-        200,
+        "resnet9",
+        16,
         {
-            "cross-entropy": Setting("ce", 0.1, milestones=MILESTONES),
-            "NCMI, paper": PAPER,
-            "NCMI, focus": Setting("ncmi", 1.0, options=FOCUS, centroid_lr=1.0),
+            "cross-entropy": Setting("ce", 0.2, options={"label_smoothing": 0.1}, precision="bfloat16"),
+            "NCMI": Setting("ncmi", 0.3, precision="bfloat16"),
+            "NCMI, focus": Setting("ncmi", 0.3, options=FOCUS, centroid_lr=0.3, precision="bfloat16"),
         },
+        {"10000-images": Budget(30, 10_000), "short": Budget(8), "long": Budget(16)},
     ),
 }
+# For a GPU.
+PAPER_TASK = Task(
+    "resnet18",
+    200,
+    {
+        "cross-entropy": Setting("ce", 0.1, milestones=MILESTONES),
+        "NCMI, paper": PAPER,
+        "NCMI, focus": Setting("ncmi", 1.0, options=FOCUS, centroid_lr=1.0),
+    },
+)
 
 
 def _runs(
@@ -73,14 +98,15 @@ def _runs(
     datasets: Iterable[str],
     seeds: int,
     epochs: int | None,
-    settings_of: Callable[[Task], dict[str, Setting]],
+    settings_of: Callable[[Task], dict[str, Setting]] = lambda task: task.settings,
+    tasks: dict[str, Task] = TASKS,
     **changed: Any,
 ) -> list[Run]:
     """By data set, seed and setting; `changed` are fields of a run that are not its task's."""
     runs = [
         Run(experiment, dataset, task.network, name, setting, seed, epochs or task.epochs)
         for dataset in datasets
-        for task in (TASKS[dataset],)
+        for task in (tasks[dataset],)
         for seed in range(seeds)
         for name, setting in settings_of(task).items()
     ]
@@ -100,6 +126,11 @@ def compare(datasets: Iterable[str], seeds: int, epochs: int | None) -> list[Run
         return {**task.settings, "NCMI, focus, fixed": fixed}
 
     return _runs("compare", datasets, seeds, epochs, settings)
+
+
+def paper(datasets: Iterable[str], seeds: int, epochs: int | None) -> list[Run]:
+    """The recipe of the paper, with ResNet-18 and 200 epochs, and the losses beside it."""
+    return _runs("paper", datasets, seeds, epochs, tasks=dict.fromkeys(datasets, PAPER_TASK))
 
 
 def variants(base: Setting, centroid_lr: float) -> dict[str, Setting]:
@@ -195,8 +226,7 @@ def checkpoints(datasets: Iterable[str], seeds: int, epochs: int | None) -> list
 # ------------------------------------------------------------------------------------------------------------
 
 TRIALS = 20
-SEARCH_EPOCHS = 8
-FINAL_EPOCHS = (8, 20)
+FINAL_EPOCHS = TASKS[PAIRS].budgets["short"].final
 
 
 def _cross_entropy_trial(draw: random.Random) -> Setting:
@@ -228,55 +258,141 @@ def _log_uniform(draw: random.Random, low: float, high: float) -> float:
     return float(f"{low * (high / low) ** draw.random():.2g}")
 
 
-ARMS: dict[str, Callable[[random.Random], Setting]] = {
+def _cifar_entropy(draw: random.Random, smoothing: tuple[float, ...]) -> Setting:
+    setting = Setting("ce", _log_uniform(draw, 0.05, 1.0), draw.choice((2e-4, 5e-4, 1e-3)), precision="bfloat16")
+    return dataclasses.replace(setting, options={"label_smoothing": draw.choice(smoothing)})
+
+
+def _cifar_ncmi(draw: random.Random, centroid_lrs: tuple[float, ...], **choices: tuple[Any, ...]) -> Setting:
+    return Setting(
+        "ncmi",
+        _log_uniform(draw, 0.05, 1.0),
+        draw.choice((2e-4, 5e-4, 1e-3)),
+        features=draw.choice((100, 192)),
+        options={"temperature": draw.choice((0.3, 1.0))} | {name: draw.choice(of) for name, of in choices.items()},
+        centroid_lr=draw.choice(centroid_lrs),
+        centroid_scale=draw.choice((4.0, 10.0)),
+        precision="bfloat16",
+    )
+
+
+Arms = dict[str, Callable[[random.Random], Setting]]
+ARMS: Arms = {
     "cross-entropy": _cross_entropy_trial,
     "NCMI, equal weights": lambda draw: _ncmi_trial(draw, (0.0,)),
     "NCMI, focus": lambda draw: _ncmi_trial(draw, (3.0, 10.0, 30.0)),
 }
 
 
-def trials() -> dict[str, Setting]:
-    """All settings of the search by name, always the same ones; as many for each arm."""
-    found = {}
-    for arm, draw_setting in ARMS.items():
-        draw = random.Random(0)
-        for trial in range(TRIALS):
-            found[f"{arm}: trial {trial}"] = draw_setting(draw)
-    return found
+_RATIOS, _LEARNT, _FOCI = ("batch", "sample"), (0.1, 0.3, 1.0), (3.0, 10.0, 30.0)
+CIFAR_ARMS: Arms = {
+    "cross-entropy": lambda draw: _cifar_entropy(draw, (0.0,)),
+    "cross-entropy, smoothed": lambda draw: _cifar_entropy(draw, (0.05, 0.1, 0.2)),
+    "NCMI, equal weights": lambda draw: _cifar_ncmi(draw, (0.0, *_LEARNT), ratio=_RATIOS),
+    "NCMI, focus": lambda draw: _cifar_ncmi(draw, (0.0, *_LEARNT), ratio=_RATIOS, separation_focus=_FOCI),
+    "NCMI, soft margin": lambda draw: _cifar_ncmi(
+        draw,
+        (0.0, *_LEARNT),
+        ratio=("soft_margin",),
+        sharpness=(2.0, 4.0, 8.0),
+        separation_focus=(0.0, *_FOCI),
+    ),
+    "NCMI, several centroids": lambda draw: _cifar_ncmi(
+        draw,
+        _LEARNT,
+        ratio=_RATIOS,
+        centroids_per_class=(2, 4),
+        centroid_focus=(2.0, 4.0, 8.0),
+        separation_focus=(0.0, *_FOCI),
+    ),
+}
 
 
-def search(datasets: Iterable[str], seeds: int, epochs: int | None) -> list[Run]:
-    """The trials, by the validation part of the data set."""
-    return _validated(_runs("search", datasets, seeds, epochs or SEARCH_EPOCHS, lambda task: trials()))
+def arms_of(dataset: str) -> Arms:
+    """What the search compares on a data set."""
+    return CIFAR_ARMS if dataset == CIFAR else ARMS
 
 
-def chosen(rows: Iterable[dict[str, str]], dataset: str) -> dict[str, tuple[str, Setting]]:
+def trials(dataset: str, count: int = TRIALS) -> dict[str, Setting]:
+    """The settings of the search by name, always the same ones: the first `count` of each arm."""
+    drawn = {arm: (random.Random(0), draw) for arm, draw in arms_of(dataset).items()}
+    # One of each arm at a time, so that a search that is stopped has given all of them as many.
+    return {
+        f"{arm}: trial {trial}": draw_setting(draw)
+        for trial in range(count)
+        for arm, (draw, draw_setting) in drawn.items()
+    }
+
+
+def _budgets(dataset: str, names: Iterable[str] | None) -> list[Budget]:
+    budgets = TASKS[dataset].budgets
+    if unknown := [name for name in names or () if name not in budgets]:
+        raise ValueError(f"--budget: got {unknown[0]!r}, expected of {', '.join(budgets)} for {dataset}")
+    return [budgets[name] for name in names or budgets]
+
+
+def search(
+    datasets: Iterable[str], seeds: int, epochs: int | None, budgets: Iterable[str] | None = None, count: int = TRIALS
+) -> list[Run]:
+    """The trials at each budget, by the validation part of the data set.
+
+    Raises:
+        ValueError: a data set has no budget of such a name.
+    """
+    runs: list[Run] = []
+    for dataset in datasets:
+        for budget in _budgets(dataset, budgets):
+            settings, name = trials(dataset, count), budget.dataset(dataset)
+            found = _runs("search", [dataset], seeds, epochs or budget.epochs, lambda _, found=settings: found)  # type: ignore[misc]
+            runs += [dataclasses.replace(run, dataset=name) for run in found]
+    return _validated(runs)
+
+
+def chosen(
+    rows: Iterable[dict[str, str]], dataset: str, budget: Budget, count: int = TRIALS
+) -> dict[str, tuple[str, Setting]]:
     """By arm, the trial of the highest validation accuracy (mean over seeds), from the rows of the CSV file.
 
     Raises:
-        ValueError: the search has not been run on this data set, or not to its end.
+        ValueError: the search has not been run on this data set at this budget, or not to its end.
     """
     found: dict[str, list[float]] = {}
+    where = ("search", budget.dataset(dataset) + VALIDATION, TASKS[dataset].network, str(budget.epochs))
     for row in rows:
-        if row["experiment"] == "search" and row["dataset"] == dataset + VALIDATION:
+        if tuple(row[name] for name in ("experiment", "dataset", "network", "epochs")) == where:
             found.setdefault(row["setting"], []).append(float(row["accuracy"]))
-    every = trials()
+    every = trials(dataset, count)
     if missing := [name for name in every if name not in found]:
-        raise ValueError(f"search: {len(missing)} of {len(every)} trials on {dataset} are missing; run `search` first")
+        raise ValueError(
+            f"search: {len(missing)} of {len(every)} trials on {budget.dataset(dataset)}, {budget.epochs} epochs, are "
+            "missing; run `search` first"
+        )
     best = {}
-    for arm in ARMS:
+    for arm in arms_of(dataset):
         names = [name for name in every if name.startswith(f"{arm}: ")]
         name = max(names, key=lambda name: sum(found[name]) / len(found[name]))
         best[arm] = name, every[name]
     return best
 
 
-def final(datasets: Iterable[str], seeds: int, epochs: int | None, rows: Iterable[dict[str, str]]) -> list[Run]:
-    """The chosen trial of each arm, and the documented recipe, trained on all training images, for the test set."""
+def final(
+    datasets: Iterable[str],
+    seeds: int,
+    epochs: int | None,
+    rows: Iterable[dict[str, str]],
+    budgets: Iterable[str] | None = None,
+    count: int = TRIALS,
+) -> list[Run]:
+    """The chosen trial of each arm, and the documented recipe, trained on all training images, for the test set.
+
+    Of a budget of fewer images, on as many of all.
+    """
     rows, runs = list(rows), []
     for dataset in datasets:
-        settings = {f"{arm}: chosen": setting for arm, (_, setting) in chosen(rows, dataset).items()}
-        settings["NCMI, focus: recipe"] = TASKS[dataset].settings["NCMI, focus"]
-        for length in (epochs,) if epochs else FINAL_EPOCHS:
-            runs += _runs("final", [dataset], seeds, length, lambda task, settings=settings: settings)  # type: ignore[misc]
+        for budget in _budgets(dataset, budgets):
+            settings = {f"{arm}: chosen": s for arm, (_, s) in chosen(rows, dataset, budget, count).items()}
+            settings["NCMI, focus: recipe"] = TASKS[dataset].settings["NCMI, focus"]
+            for length in (epochs,) if epochs else budget.final or (budget.epochs,):
+                found = _runs("final", [dataset], seeds, length, lambda _, found=settings: found)  # type: ignore[misc]
+                runs += [dataclasses.replace(run, dataset=budget.dataset(dataset)) for run in found]
     return runs

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import demo
+from images import VALIDATION
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
-from plans import ARMS, BATCH_SIZES, FINAL_EPOCHS, trials
+from plans import BATCH_SIZES, FINAL_EPOCHS, PAIRS, arms_of, trials
 from records import markdown
 from scipy.stats import spearmanr
 from training import STEP
@@ -164,29 +165,36 @@ def _rank(pairs: list[tuple[float, float]]) -> float:
 def search(rows: list[Row]) -> str:
     """Experiment 5: the best trial of each arm and the median of all, on the validation part."""
     lines = []
-    for arm, group in _by_arm(rows).items():
-        ranked = sorted(group, key=lambda row: -float(row["accuracy"]))
-        best = trials()[ranked[0]["setting"]]
-        options = {**best.options, "centroid_lr": best.centroid_lr, "scale": best.centroid_scale, "M": best.features}
-        shown = [f"lr {best.lr:g}", f"weight decay {best.weight_decay:g}"]
-        shown += [f"{name} {value}" for name, value in options.items() if value not in (None, 0.0)]
-        middle = statistics.median(float(row["accuracy"]) for row in group)
-        lines.append([arm, str(len(group)), f"{float(ranked[0]['accuracy']):.2f}", f"{middle:.2f}", ", ".join(shown)])
-    return markdown(("arm", "trials", "best, %", "median, %", "the best one"), lines)
+    for (dataset, epochs), searched in grouped(_in_order(of(rows, "search")), "dataset", "epochs").items():
+        name = dataset.removesuffix(VALIDATION)
+        base = name.partition(":")[0]
+        for arm, group in _by_arm(searched, base).items():
+            every = trials(base, 1 + max(int(row["setting"].rpartition(" ")[2]) for row in group))
+            ranked = sorted(group, key=lambda row: -float(row["accuracy"]))
+            best = every[ranked[0]["setting"]]
+            options = {**best.options, "centroid_lr": best.centroid_lr, "scale": best.centroid_scale}
+            shown = [f"lr {best.lr:g}", f"weight decay {best.weight_decay:g}"]
+            options["M"] = best.features
+            shown += [f"{key} {value}" for key, value in options.items() if value not in (None, 0.0)]
+            middle = statistics.median(float(row["accuracy"]) for row in group)
+            cells = [f"{name}, {epochs} epochs, {arm}", str(len(group)), f"{float(ranked[0]['accuracy']):.2f}"]
+            lines.append([*cells, f"{middle:.2f}", ", ".join(shown)])
+    return markdown(("data, arm", "trials", "best, %", "median, %", "the best one"), lines)
 
 
-def _by_arm(rows: list[Row]) -> dict[str, list[Row]]:
-    found = {arm: [row for row in of(rows, "search") if row["setting"].startswith(f"{arm}: ")] for arm in ARMS}
+def _by_arm(rows: list[Row], dataset: str) -> dict[str, list[Row]]:
+    found = {arm: [row for row in rows if row["setting"].startswith(f"{arm}: ")] for arm in arms_of(dataset)}
     return {arm: group for arm, group in found.items() if group}
 
 
 def final(rows: list[Row]) -> str:
     """Experiment 5: the choice of each arm on the test set."""
-    groups = grouped(_in_order(of(rows, "final")), "setting", "epochs")
+    groups = grouped(_in_order(of(rows, "final")), "dataset", "setting", "epochs")
     lines = [
-        [f"{setting}, {epochs} epochs", _seeds(group), *_measures(group)] for (setting, epochs), group in groups.items()
+        [f"{dataset}, {setting}, {epochs} epochs", _seeds(group), *_measures(group)]
+        for (dataset, setting, epochs), group in groups.items()
     ]
-    return markdown(("arm, epochs", "seeds", *MEASURES), lines)
+    return markdown(("data, arm, epochs", "seeds", *MEASURES), lines)
 
 
 def _loss_order(name: str) -> tuple[int, str]:
@@ -278,9 +286,10 @@ def draw_checkpoints(rows: list[Row]) -> Figure:
 
 
 def draw_search(rows: list[Row]) -> Figure:
-    """Validation accuracy of all trials of each arm in order; and test accuracy of the choice over the epochs."""
+    """On fashion-pairs: validation accuracy of each arm's trials, test accuracy of the choice over the epochs."""
+    rows = [row for row in rows if row["dataset"] in (PAIRS, PAIRS + VALIDATION)]
     figure, (left, right) = _panels(2)
-    for (arm, group), color, marker in zip(_by_arm(rows).items(), COLORS, MARKERS, strict=False):
+    for (arm, group), color, marker in zip(_by_arm(of(rows, "search"), PAIRS).items(), COLORS, MARKERS, strict=False):
         accuracies = sorted((float(row["accuracy"]) for row in group), reverse=True)
         left.plot(range(1, len(group) + 1), accuracies, color=color, marker=marker, markersize=4, label=arm)
         chosen = grouped(of(rows, "final"), "setting", "epochs")

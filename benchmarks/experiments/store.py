@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import images
 import torch
@@ -47,27 +48,37 @@ def missing(runs: list[Run], rows: list[dict[str, str]]) -> list[Run]:
     return [run for run in runs if run.key not in done]
 
 
+class Place(NamedTuple):
+    """Where the runs find their data, keep their state and train."""
+
+    data_dir: Path | None = None
+    cache_dir: Path | None = None
+    work_dir: Path | None = None
+    device: str = "cpu"
+
+
 @cache
-def load_images(name: str, directory: Path | None) -> images.Images:
+def load_images(name: str, place: Place) -> images.Images:
     """`images.load`, once in a process."""
-    return images.load(name, directory)
+    return images.load(name, place.data_dir, place.cache_dir)
 
 
-def _train(run: Run, directory: Path | None, work: Path | None) -> list[Row]:
-    file = work and work / ("-".join(run.key).replace(" ", "_").replace("/", "_") + ".pt")
-    return train(run, load_images(run.dataset, directory), file)
+def _train(run: Run, place: Place) -> list[Row]:
+    name = "-".join(run.key).replace(" ", "_").replace("/", "_").replace(":", "_")
+    file = place.work_dir and place.work_dir / f"{name}.pt"
+    return train(run, load_images(run.dataset, place), file, device=place.device)
 
 
-def results(runs: list[Run], jobs: int, directory: Path | None, work: Path | None) -> Iterator[tuple[Run, list[Row]]]:
+def results(runs: list[Run], jobs: int, place: Place) -> Iterator[tuple[Run, list[Row]]]:
     """Train the networks, so many at a time, each on one thread; one after the other on all of them for one job."""
     if jobs == 1:
         for run in runs:
-            yield run, _train(run, directory, work)
+            yield run, _train(run, place)
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=partial(torch.set_num_threads, 1))
     try:
-        futures = {pool.submit(_train, run, directory, work): run for run in runs}
+        futures = {pool.submit(_train, run, place): run for run in runs}
         for future in as_completed(futures):
             yield futures[future], future.result()
     finally:

@@ -21,6 +21,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from ncmi_kernels import CentroidSGD, NCMILoss
 
+PRECISIONS = ("float32", "bfloat16")
 LOSSES = ("ce", "ncmi", "supcon")
 SAMPLE = 10_000  # of the training images: for the class means and the training accuracy
 EVALUATION_BATCH = 1000
@@ -43,6 +44,7 @@ class Setting:
         centroid_lr: 0 for fixed centroids; it does not go with the batch size. Joint training with the network.
         centroid_scale: the length of the initial centroid logits, where it is not NCMILoss's own.
         milestones: divide the rate by 5 at these epochs, without warm-up, in the place of the cosine.
+        precision: of `PRECISIONS`; bfloat16 is torch.autocast's, of the network alone.
         centroid_sgd: arguments of CentroidSGD for steps that alternate, in the place of `centroid_lr`; `start_epoch` in
             the place of `start_step`.
     """
@@ -57,6 +59,7 @@ class Setting:
     centroid_scale: float | None = None
     milestones: tuple[int, ...] = ()
     centroid_sgd: dict[str, Any] | None = None
+    precision: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ def train(
     work: Path | None = None,
     on_epoch: Callable[[], object] = lambda: None,
     on_end: Callable[[nn.Module, nn.Module], object] = lambda network, criterion: None,
+    device: str = "cpu",
 ) -> list[Row]:
     """Train a network and measure it.
 
@@ -117,12 +121,18 @@ def train(
             if it had the same setting; removed at the end. None to keep nothing.
         on_epoch: called after each epoch.
         on_end: called with the trained network and the criterion, both in evaluation mode.
+        device: that trains; what is measured of the outputs is measured on the CPU.
 
     Returns:
         One row; with checkpoints, one for each of them.
+
+    Raises:
+        RuntimeError: the setting is of bfloat16 and the device has none.
     """
+    check_precision(run.setting.precision, device)
     torch.manual_seed(run.seed)
-    parts = _build(run, images)
+    images = images.to(device)
+    parts = _build(run, images, device)
     network, criterion, optimizer = parts["network"], parts["criterion"], parts["optimizer"]
     centroid_optimizer = parts.get("centroids")
     steps = math.ceil(len(images.train_x) / run.setting.batch_size)
@@ -138,8 +148,12 @@ def train(
         for step, batch in enumerate(torch.randperm(len(images.train_x)).split(run.setting.batch_size)):
             if len(batch) == 1:
                 continue  # which batch normalisation cannot take
+            batch = batch.to(device)
             target = images.train_y[batch]
-            outputs = network(_see(images, images.train_x[batch], augment=True))
+            seen = _see(images, images.train_x[batch], augment=True)
+            with _autocast(run.setting, device):
+                outputs = network(seen)
+            outputs = outputs.float()
             loss = criterion(outputs, target)
             optimizer.zero_grad()
             loss.backward()
@@ -166,11 +180,11 @@ def train(
     return rows
 
 
-def _build(run: Run, images: Images) -> dict[str, Any]:
+def _build(run: Run, images: Images, device: str) -> dict[str, Any]:
     setting = run.setting
     features = setting.features or images.classes
     example = _see(images, images.train_x[:1], augment=False)
-    network = build(run.network, example, features).train()
+    network = build(run.network, example.cpu(), features).to(device).train()
     groups = [{"params": list(network.parameters()), "lr": setting.lr * setting.batch_size / 128}]
     groups[0]["weight_decay"] = setting.weight_decay
     parts: dict[str, Any] = {"network": network}
@@ -186,6 +200,7 @@ def _build(run: Run, images: Images) -> dict[str, Any]:
         if setting.centroid_scale is not None:
             with torch.no_grad():
                 criterion.centroid_logits.copy_(setting.centroid_scale * F.normalize(criterion.centroid_logits, dim=1))
+        criterion.to(device)
         if learn:
             groups.append({"params": [criterion.centroid_logits], "lr": setting.centroid_lr, "weight_decay": 0.0})
         if setting.centroid_sgd is not None:
@@ -209,6 +224,7 @@ def _schedule(run: Run, steps: int) -> Callable[[int], float]:
 
 def _save(path: Path, parts: dict[str, Any], state: dict[str, Any]) -> None:
     state["rng"] = torch.get_rng_state()
+    state["cuda_rng"] = torch.cuda.get_rng_state_all()
     state["parts"] = {name: part.state_dict() for name, part in parts.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = path.with_suffix(".new")
@@ -217,13 +233,33 @@ def _save(path: Path, parts: dict[str, Any], state: dict[str, Any]) -> None:
 
 
 def _restore(path: Path, parts: dict[str, Any], start: dict[str, Any]) -> dict[str, Any]:
-    state: dict[str, Any] = torch.load(path)
+    state: dict[str, Any] = torch.load(path, map_location="cpu")
     if state.get("run") != start["run"]:  # the plan has changed since; the names are the same
         return start
     for name, part in parts.items():
         part.load_state_dict(state["parts"][name])
     torch.set_rng_state(state["rng"])
+    torch.cuda.set_rng_state_all(state["cuda_rng"])
     return state
+
+
+def check_precision(precision: str, device: str) -> None:
+    """Refuse bfloat16 where it would not run, or many times slower than float32.
+
+    Raises:
+        ValueError: another precision.
+        RuntimeError: no bfloat16.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: got {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    if precision == "bfloat16":
+        cuda = torch.device(device).type == "cuda"
+        if not (torch.cuda.is_bf16_supported() if cuda else torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+            raise RuntimeError(f"precision: got bfloat16, which {device} does not have, expected --precision float32")
+
+
+def _autocast(setting: Setting, device: str) -> torch.autocast:
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=setting.precision == "bfloat16")
 
 
 def _see(images: Images, x: Tensor, *, augment: bool) -> Tensor:
@@ -238,12 +274,14 @@ def _see(images: Images, x: Tensor, *, augment: bool) -> Tensor:
 def _row(run: Run, name: str, network: nn.Module, criterion: nn.Module, images: Images, seconds: float) -> Row:
     """Measure a network; leaves it in evaluation mode."""
     network.eval(), criterion.eval()
-    known, known_y = outputs_of(network, images, images.train_x[:SAMPLE]), images.train_y[:SAMPLE]
-    outputs = outputs_of(network, images, images.test_x)
-    score = _scorer(criterion, known, known_y, images.classes)
+    with _autocast(run.setting, images.train_x.device.type):
+        known, outputs = (outputs_of(network, images, x).cpu() for x in (images.train_x[:SAMPLE], images.test_x))
+    known_y, test_y = images.train_y[:SAMPLE].cpu(), images.test_y.cpu()
+    device = images.train_x.device
+    score = _scorer(criterion.cpu(), known, known_y, images.classes)
     scores = score(outputs)
-    cmi, gamma = concentration_and_separation(outputs, images.test_y, images.classes)
-    return Row(
+    cmi, gamma = concentration_and_separation(outputs, test_y, images.classes)
+    row = Row(
         run.experiment,
         run.dataset,
         run.network,
@@ -252,19 +290,21 @@ def _row(run: Run, name: str, network: nn.Module, criterion: nn.Module, images: 
         run.seed,
         run.epochs,
         _accuracy(score(known), known_y),
-        _accuracy(scores, images.test_y),
+        _accuracy(scores, test_y),
         cmi,
         gamma,
         cmi / gamma,
-        calibration_error(scores, images.test_y),
+        calibration_error(scores, test_y),
         seconds,
     )
+    criterion.to(device)
+    return row
 
 
 @torch.no_grad()
 def outputs_of(network: nn.Module, images: Images, x: Tensor) -> Tensor:
     """What an evaluated network makes of images [N, channels, H, W]: [N, M]."""
-    return torch.cat([network(_see(images, part, augment=False)) for part in x.split(EVALUATION_BATCH)])
+    return torch.cat([network(_see(images, part, augment=False)).float() for part in x.split(EVALUATION_BATCH)])
 
 
 def _scorer(criterion: nn.Module, known: Tensor, known_y: Tensor, classes: int) -> Callable[[Tensor], Tensor]:
