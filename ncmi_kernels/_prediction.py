@@ -20,7 +20,7 @@ class Predictor(nn.Module):
     center_momentum: float | None
     centroid_logits: nn.Parameter
     center: Tensor
-    class_means: Tensor | None
+    class_means: Tensor
 
     def centroids(self) -> Tensor:
         """The centroids [C K, M] as distributions: each row sums to one. Differentiable."""
@@ -64,7 +64,10 @@ class Predictor(nn.Module):
         missing = log_q[:, 0].isneginf()
         log_q = log_q.masked_fill(missing[:, None], 0).to(torch.promote_types(log_p.dtype, log_q.dtype))
         p = log_p.to(log_q.dtype).exp()
-        shared = log_q.sum(dim=0) / (~missing).sum().clamp(min=1)
+        present = (~missing).sum()
+        if class_means:
+            check_fitted(present)
+        shared = log_q.sum(dim=0) / present.clamp(min=1)
         with reference.no_autocast(features.device):
             relative, common = p @ (log_q - shared).T, p @ shared
         relative = relative.masked_fill(missing, -torch.inf)
@@ -145,8 +148,6 @@ class Predictor(nn.Module):
         dtype = torch.promote_types(self.centroid_logits.dtype, torch.float32)
         if not class_means:
             return reference.log_activation(self._own(self.centroid_logits).to(dtype), self.options.activation)
-        if self.class_means is None:
-            raise RuntimeError("class_means: not fitted yet, expected a call of fit_class_means first")
         expected = (self.num_classes, self.feature_dim)
         if self.class_means.shape != expected:
             raise ValueError(f"class_means: got shape {tuple(self.class_means.shape)}, expected {expected}")
@@ -154,12 +155,6 @@ class Predictor(nn.Module):
         means = self._own(self.class_means).to(dtype)
         missing = means.sum(dim=1, keepdim=True) == 0
         return means.clamp(min=torch.finfo(dtype).tiny).log().masked_fill(missing, -torch.inf)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.class_means is None:
-            # Software that loads by key, such as torch.distributed.checkpoint, asks a new module for its keys.
-            destination[prefix + "class_means"] = self._unfitted()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         logits = state_dict.get(prefix + "centroid_logits")
@@ -171,21 +166,13 @@ class Predictor(nn.Module):
                     f"centroids_per_class: got {saved} in the state_dict, {tuple(logits.shape)} centroid_logits for "
                     f"{self.num_classes} classes, expected {self.options.centroids_per_class}"
                 )
-        before = self.class_means
-        if before is None and prefix + "class_means" in state_dict:
-            self.class_means = self._unfitted()  # for what follows to fill
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if self.class_means is not None and not self._is_fitted(self.class_means):
-            self.class_means = None
 
-    def _unfitted(self) -> Tensor:
-        """What stands for class means that are not fitted in a state_dict: those of no samples."""
-        logits: Tensor = self.centroid_logits
-        if self.options.centroids_per_class > 1:
-            logits = logits[: self.num_classes]
-        return torch.zeros_like(logits, requires_grad=False)
 
-    def _is_fitted(self, class_means: Tensor) -> bool:
-        if class_means.is_meta or not concrete(class_means):
-            return False
-        return bool(class_means.any())
+def check_fitted(present: Tensor) -> None:
+    """Raise RuntimeError where the class means are those of no class."""
+    message = "class_means: not fitted yet, expected a call of fit_class_means first"
+    if present.device.type != "cpu" or not concrete(present):
+        torch._assert_async(present > 0, message)
+    elif not present:
+        raise RuntimeError(message)

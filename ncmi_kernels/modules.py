@@ -74,10 +74,12 @@ class NCMILoss(Centering):
             one-hot rows, or for M < C K random directions of length 10 (from torch's global generator).
         center: buffer [M]. In training mode each forward moves it before it is used: the first batch sets it to
             its mean, later ones to `center_momentum * center + (1 - center_momentum) * mean`. A batch whose mean
-            is not finite leaves it alone, and so does a forward pass that torch.utils.checkpoint repeats.
+            is not finite leaves it alone. So does a forward pass that torch.utils.checkpoint repeats, and one with
+            gradients disabled (`torch.no_grad`, `torch.inference_mode`), as evaluation loops have them: to move it
+            there, call the criterion within `torch.enable_grad()`.
         last_terms: CMI and Gamma of the last batch. In training mode, but for compiled calls, a `DivergenceWarning`
             comes once if the loss of a batch is not finite or Gamma falls under 10 `eps`.
-        class_means: buffer [C, M], the mean distribution of each class, once `fit_class_means` was called.
+        class_means: buffer [C, M], the mean distribution of each class; zeros until `fit_class_means` is called.
 
     Note:
         Accumulating gradients: with ratio "sample" the mean of the losses of k micro-batches is the loss of the
@@ -85,9 +87,10 @@ class NCMILoss(Centering):
         weight of the whole batch). With ratio "batch" it is a mean of k ratios, which is not the ratio of the whole
         batch: each micro-batch is held to its own concentration and separation. The centre moves at each one.
 
-        torch.utils.checkpoint around the criterion: use_reentrant=True takes the centre as it is in the backward
-        pass, so nothing may move it between a forward pass and its backward pass; use_reentrant=False needs no care,
-        but with backend "reference" the same.
+        torch.utils.checkpoint around the criterion: use_reentrant=True, which disables gradients first, moves the
+        centre in the backward pass. So the gradient is right, but the loss is that at the centre before the batch.
+        use_reentrant=False needs no care, but with backend "reference" nothing may move the centre between a forward
+        pass and its backward pass.
 
         Transforms of torch.func need `eval()` (or center_momentum=None) and raise a RuntimeError otherwise.
 
@@ -101,7 +104,8 @@ class NCMILoss(Centering):
         in one batch. The gradients are multiplied by the number of processes: averaged, as DistributedDataParallel
         does, they are those of one process with all rows. `DistributedDataParallel(criterion)` does it for learnt
         centroids. With reduction "none" only the centre is shared: the losses and their gradients are those of the
-        process's own rows, not multiplied. In eval mode nothing is communicated, as in SyncBatchNorm. A process that
+        process's own rows, not multiplied. In eval mode nothing is communicated, as in SyncBatchNorm. Gradients are
+        enabled on all processes or on none. A process that
         fails or hangs is torch.distributed's error in the others, after its timeout. Double backward, forward mode and
         torch.func are refused. Deep copies share the group; a state_dict does not contain it; pickling raises
         RuntimeError.
@@ -123,6 +127,8 @@ class NCMILoss(Centering):
 
     weight: Tensor | None
     class_prior: Tensor | None
+    # DistributedDataParallel(criterion) would send them from process 0 at every forward pass.
+    _ddp_params_and_buffers_to_ignore = ("class_means",)
 
     def __init__(
         self,
@@ -192,7 +198,8 @@ class NCMILoss(Centering):
                 _problem.check_constant(name, vector)
                 vector = vector.detach().to(device=self.center.device, dtype=dtype, copy=True)
             self.register_buffer(name, vector)
-        self.register_buffer("class_means", None)
+        # There from the start: software that loads by key asks a new module for its keys.
+        self.register_buffer("class_means", self._new_class_means(device, dtype))
         self._table = Memo()  # of fixed centroids
         self._prior = Memo()  # as the loss takes it
         self._last_terms: Tensor | None = None
@@ -208,7 +215,7 @@ class NCMILoss(Centering):
             self._reset_centroids()
             self.center.zero_()
             self.num_batches_tracked.zero_()
-        self.class_means = None
+            self.class_means.zero_()
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of features [B, M] (or [M], [B, M, d1, ...]) for targets [B] (or [], [B, d1, ...])."""
@@ -370,6 +377,9 @@ class NCMILoss(Centering):
     def _new_centroids(self, device: Any, dtype: torch.dtype) -> Tensor:
         rows = self.num_classes * self.options.centroids_per_class
         return torch.empty(rows, self.feature_dim, device=device, dtype=dtype)
+
+    def _new_class_means(self, device: Any, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(self.num_classes, self.feature_dim, device=device, dtype=dtype)
 
     def _reset_centroids(self) -> None:
         if self.feature_dim >= len(self.centroid_logits):
