@@ -204,6 +204,7 @@ class NCMILoss(Centering):
         self._prior = Memo()  # as the loss takes it
         self._last_terms: Tensor | None = None
         self._keeps_rows = False  # for steps of the centroids
+        self._last_batch: tuple[Tensor, Tensor] | None = None  # in training mode, for steps that are given none
         self._last_result = Memo()  # with its rows
         self._watch = Watch()
         self._class_prior(self.center)
@@ -253,6 +254,8 @@ class NCMILoss(Centering):
         means = found.means
         if means is None or transforming() or forward_mode() or jit_tracing():
             return  # the tensors would outlive the transform
+        if self._keeps_rows and self.training and not torch.compiler.is_exporting():
+            self._last_batch = input.detach(), target
         if not concrete(means):
             if not torch.compiler.is_exporting():
                 self._last_terms = means
@@ -516,7 +519,7 @@ class NCMILoss(Centering):
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last_terms": None, "_watch": Watch()}
+        return {**self.__dict__, "_last_terms": None, "_last_batch": None, "_watch": Watch()}
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self._forget()
