@@ -1,5 +1,6 @@
 """The criterion: centroids, priors, what is kept of them, the steps that they take."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -94,9 +95,15 @@ class NCMILoss(Centering):
 
         Transforms of torch.func need `eval()` (or center_momentum=None) and raise a RuntimeError otherwise.
 
+        Mixup and cutmix: with ratio "sample" or "soft_margin" `target` may be class probabilities of at most two
+        classes a sample, [B, C], [C] or [B, C, d1, ...] of a floating dtype, not differentiated. The loss of a sample
+        is the sum of those of its classes, by their probabilities; of one-hot rows it is that of the indices. Costs
+        what twice as many samples do. In `last_terms` both classes count alike. Not for `CentroidSGD` and
+        `ShardedNCMILoss`, and with a `process_group` for reduction "none" only.
+
     Shape:
-        input [B, M], [M] or [B, M, d1, ...]; target [B], [] or [B, d1, ...]; output a scalar, or target's shape
-        for reduction "none".
+        input [B, M], [M] or [B, M, d1, ...]; target [B], [] or [B, d1, ...]; output a scalar, or for reduction "none"
+        a loss for each sample, of the shape of class indices.
 
     With a `process_group`, as in training under DistributedDataParallel:
         Every process calls the criterion, on a batch that may be smaller than the others' or empty. In training mode
@@ -219,7 +226,15 @@ class NCMILoss(Centering):
             self.class_means.zero_()
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of features [B, M] (or [M], [B, M, d1, ...]) for targets [B] (or [], [B, d1, ...])."""
+        """The loss of features [B, M] (or [M], [B, M, d1, ...]) for targets [B] (or [], [B, d1, ...]).
+
+        Targets of mixup and cutmix, class probabilities [B, C] (or [C], [B, C, d1, ...]): see the class.
+        """
+        options, shares = self.options, None
+        if _problem.is_mixed(input, target):
+            shape = input.shape
+            input, target, shares = self._mixed(input, target)
+            options = replace(options, reduction="none")
         logits = self._whole_centroids()
         _problem.check_batch(input, target, logits)
         center, weight, prior = self._buffers_for(logits)
@@ -230,14 +245,49 @@ class NCMILoss(Centering):
             self._table.forget()  # fused optimisers move no version counter
         else:
             table = self._fixed_table(input, logits, backend)
-        group = self._group if self.training and self.options.reduction != "none" else None
-        problem = problem_of(input, target, logits, center, weight, self.options, backend, table, group, update, prior)
+        group = self._group if self.training and options.reduction != "none" else None
+        problem = problem_of(input, target, logits, center, weight, options, backend, table, group, update, prior)
         found = _loss.loss(*problem, with_rows=self._keeps_rows)
         if moved is not None:
             self._commit_center(moved)
         self._keep(found, input, target, backend, group)
         loss = found.loss
-        return loss.reshape(target.shape) if self.options.reduction == "none" else loss
+        if shares is not None:
+            return self._by_shares(loss, target, shares, shape)
+        return loss.reshape(target.shape) if options.reduction == "none" else loss
+
+    def _mixed(self, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Samples of two classes as twice as many of one: features [2 N, M], classes [2 N] and their shares [2 N]."""
+        if self.options.batch_ratio:
+            raise RuntimeError(
+                f"target: got dtype {target.dtype} with ratio='batch', expected torch.int64 class indices: the ratio "
+                "of a batch is not linear in class probabilities, as ratio='sample' and 'soft_margin' are"
+            )
+        ignored, reduction = self.options.ignore_index, self.options.reduction
+        if 0 <= ignored < self.num_classes:
+            raise ValueError(f"ignore_index: got the class {ignored} with class probabilities, expected none of them")
+        if self._group is not None and reduction != "none":
+            raise RuntimeError(
+                f"target: got class probabilities with a process_group and reduction {reduction!r}, expected "
+                "reduction='none' and its mean"
+            )
+        if self._keeps_rows and self.training:
+            raise RuntimeError(
+                "target: got class probabilities with a CentroidSGD, which takes class indices; expected "
+                "criterion.parameters() in an optimiser, or fixed centroids"
+            )
+        rows, classes, shares = _problem.mixed(input, target, self.num_classes, self.feature_dim)
+        return torch.cat([rows, rows]), classes, shares
+
+    def _by_shares(self, losses: Tensor, classes: Tensor, shares: Tensor, shape: torch.Size) -> Tensor:
+        """The loss of mixed features of a shape, reduced, from those [2 N] of either class."""
+        shares = shares.to(losses.dtype)
+        each = (shares * losses).view(2, -1).sum(dim=0)
+        if self.options.reduction == "none":
+            return each.reshape(shape[:1] + shape[2:] if len(shape) > 1 else ())
+        if self.options.reduction == "sum":
+            return each.sum()
+        return each.sum() / (shares if self.weight is None else shares * self.weight[classes]).sum()
 
     @property
     def last_terms(self) -> BatchTerms | None:

@@ -36,6 +36,7 @@ NAMES = """
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -114,6 +115,7 @@ def test_every_part_has_its_code():
         "Several processes",
         "Very many classes",
         "Half precision, compiling, transforms",
+        "Mixup and cutmix",
         "Stopping and going on",
         "Lightning",
         "Hugging Face",
@@ -150,6 +152,17 @@ def test_on_one_device(tmp_path):
     assert found["criterion"].last_terms.cmi < start
     assert path.stat().st_size > 0
     assert found["loss"].dtype == torch.float32
+
+
+@pytest.mark.usefixtures("_threads")
+def test_mixup():
+    found = run("Mixup and cutmix")
+    criterion, network, mixed, target = (found[name] for name in ("criterion", "network", "mixed", "target"))
+    share, features = found["share"], network.eval()(mixed)
+    one, other = criterion.eval()(features, target), criterion(features, target.flip(0))
+    labels = torch.nn.functional.one_hot(target, 100)
+    loss = criterion(features, share * labels + (1 - share) * labels.flip(0))
+    torch.testing.assert_close(loss, share * one + (1 - share) * other)
 
 
 def test_metric():
