@@ -85,6 +85,8 @@ class NCMILoss(Centering):
         last_terms: CMI and Gamma of the last batch. In training mode, but for compiled calls, a `DivergenceWarning`
             comes once if the loss of a batch is not finite or Gamma falls under 10 `eps`.
         class_means: buffer [C, M], the mean distribution of each class; zeros until `fit_class_means` is called.
+        scores_temperature: buffer [2], of the scores by centroids and by class means; zeros until `fit_temperature` is
+            called for either.
 
     Note:
         Accumulating gradients: with ratio "sample" the mean of the losses of k micro-batches is the loss of the
@@ -211,6 +213,7 @@ class NCMILoss(Centering):
             self.register_buffer(name, vector)
         # There from the start: software that loads by key asks a new module for its keys.
         self.register_buffer("class_means", self._new_class_means(device, dtype))
+        self.register_buffer("scores_temperature", torch.zeros(2, device=device, dtype=dtype))
         self._table = Memo()  # of fixed centroids
         self._prior = Memo()  # as the loss takes it
         self._last_terms: Tensor | None = None
@@ -283,12 +286,13 @@ class NCMILoss(Centering):
         self.class_means.copy_(means)
 
     def reset_parameters(self) -> None:
-        """Set the centroids and the centre to their initial values and forget the class means."""
+        """Set the centroids and the centre to their initial values and forget what was fitted."""
         with torch.no_grad():
             self._reset_centroids()
             self.center.zero_()
             self.num_batches_tracked.zero_()
             self.class_means.zero_()
+            self.scores_temperature.zero_()
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of features [B, M] (or [M], [B, M, d1, ...]) for targets [B] (or [], [B, d1, ...]).

@@ -53,7 +53,8 @@ class ShardedNCMILoss(NCMILoss):
         processes. With reduction "none" each process has the losses of its own rows, and their gradient by `input` is
         not multiplied.
 
-    Every method that takes features, `centroids` aside, is a collective: all processes call it equally often, whatever
+    `scores`, `probabilities` and `fit_temperature` raise RuntimeError: [B, C] is what the sharding avoids. Every other
+    method that takes features, `centroids` aside, is a collective: all processes call it equally often, whatever
     their batches hold.
 
     Raises:
@@ -195,12 +196,8 @@ class ShardedNCMILoss(NCMILoss):
         centroids = reference.log_activation(local, self.options.activation).exp()
         return self._as_dtensor(centroids, self.options.centroids_per_class)
 
-    def scores(self, features: Tensor, *, class_means: bool = False) -> Tensor:
-        """Refused: [B, C] is what the sharding avoids.
-
-        Raises:
-            RuntimeError: always; `predict` gives the class of the highest score.
-        """
+    def _relative_scores(self, features: Tensor, class_means: bool) -> tuple[Tensor, Tensor]:
+        """Refused, and with it `scores`, `probabilities` and `fit_temperature`: [B, C] is what the sharding avoids."""
         raise RuntimeError("scores: got centroids on several processes, expected predict(features) in its place")
 
     @torch.no_grad()

@@ -124,6 +124,18 @@ def test_class_means_that_do_not_fit_are_refused(fitted):
         criterion.predict(torch.randn(2, 3), class_means=True)
 
 
+def test_state_dict_from_before_there_were_temperatures():
+    criterion, other = trained(fitted=True), trained(seed=1)
+    for each in (criterion, other):
+        each.fit_temperature(*batch(columns=3))
+    state = {name: value for name, value in criterion.state_dict().items() if name != "scores_temperature"}
+    nn.ModuleDict({"criterion": other}).load_state_dict({f"criterion.{name}": value for name, value in state.items()})
+    exactly(other.scores_temperature, torch.zeros(2))
+    assert "scores_temperature" not in state
+    with pytest.raises(RuntimeError, match="temperature: not fitted yet"):
+        other.probabilities(batch(columns=3)[0])
+
+
 def test_class_means_fitted_in_inference_mode_are_an_ordinary_buffer():
     criterion = NCMILoss(C, M)
     with torch.inference_mode():

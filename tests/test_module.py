@@ -41,7 +41,13 @@ def test_defaults():
     }
     assert {name: getattr(criterion, name) for name in defaults} == defaults
     assert [name for name, p in criterion.named_parameters() if p.requires_grad] == ["centroid_logits"]
-    assert set(criterion.state_dict()) == {"centroid_logits", "center", "num_batches_tracked", "class_means"}
+    assert set(criterion.state_dict()) == {
+        "centroid_logits",
+        "center",
+        "num_batches_tracked",
+        "class_means",
+        "scores_temperature",
+    }
     exactly(criterion.center, torch.zeros(C))
     exactly(criterion.class_means, torch.zeros(C, C))
     exactly(criterion.num_batches_tracked, torch.tensor(0))
