@@ -11,8 +11,15 @@ from ncmi_kernels._modes import jit_tracing, transforming
 from ncmi_kernels._prediction import Predictor
 from ncmi_kernels._problem import CenterUpdate
 
-# At least 0 inside a backward pass, where a forward pass is one that torch.utils.checkpoint repeats.
-_graph_task = torch._C._current_graph_task_id
+
+def _repeated() -> bool:
+    """Whether torch.utils.checkpoint repeats a forward pass that has moved the centre: this is a backward pass.
+
+    With use_reentrant=True the first one had gradients disabled, and moved nothing.
+    """
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() < 0:
+        return False
+    return bool(torch._C._current_autograd_node().name() != "CheckpointFunctionBackward")
 
 
 class _Moved(NamedTuple):
@@ -48,7 +55,7 @@ class Centering(Predictor):
         momentum = self._center_momentum
         if center is None or momentum is None:
             return None, None, None
-        if not self.training:
+        if not (self.training and torch.is_grad_enabled()):
             # The graph keeps the centre, and a batch in training mode may move it before the backward pass.
             graph = torch.is_grad_enabled() and (input.requires_grad or logits.requires_grad)
             return center.clone() if graph else center, None, None
@@ -57,9 +64,9 @@ class Centering(Predictor):
                 "training: got True inside a torch.func transform, expected criterion.eval() or center_momentum=None: "
                 "a transform cannot move the running centre"
             )
-        compiling = torch.compiler.is_compiling()
-        if not compiling and _graph_task() >= 0:
+        if _repeated():
             return center, None, None
+        compiling = torch.compiler.is_compiling()
         dtype, batches = center.dtype, self._tensor("num_batches_tracked")
         if (
             backend != "reference"

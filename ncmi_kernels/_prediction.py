@@ -20,7 +20,8 @@ class Predictor(nn.Module):
     center_momentum: float | None
     centroid_logits: nn.Parameter
     center: Tensor
-    class_means: Tensor | None
+    class_means: Tensor
+    scores_temperature: Tensor
 
     def centroids(self) -> Tensor:
         """The centroids [C K, M] as distributions: each row sums to one. Differentiable."""
@@ -54,6 +55,73 @@ class Predictor(nn.Module):
         highest = self._relative_scores(features, class_means)[0].argmax(dim=1)
         return highest.reshape(self._check_features(features))
 
+    @torch.no_grad()
+    def probabilities(self, features: Tensor, *, class_means: bool = False) -> Tensor:
+        """Probabilities of the classes: softmax of the scores over the temperature of `fit_temperature`.
+
+        The scores themselves differ by next to nothing: without a temperature all classes would be as likely.
+
+        Args:
+            features: as of `scores`.
+            class_means: as of `scores`; each of the two has a temperature of its own.
+
+        Returns:
+            [B, C], [C] or [B, C, d1, ...], of sum 1; float32 or float64. 0 for a class without a mean.
+
+        Raises:
+            RuntimeError: no temperature was fitted for these scores.
+            TypeError, ValueError, RuntimeError: as of `scores`.
+        """
+        temperature = self.scores_temperature[int(class_means)]
+        _check(
+            temperature > 0,
+            f"temperature: not fitted yet, expected a call of fit_temperature(class_means={class_means})",
+        )
+        relative, _ = self._relative_scores(features, class_means)
+        p = (relative / temperature).softmax(dim=1).reshape(*self._check_features(features), self.num_classes)
+        return p.movedim(-1, min(1, features.dim() - 1))
+
+    @torch.no_grad()
+    def fit_temperature(self, features: Tensor, target: Tensor, *, class_means: bool = False) -> Tensor:
+        """Fit the temperature of `probabilities`: that which makes the targets likeliest (arXiv 1706.04599).
+
+        Call it after training, and after `fit_class_means`, on samples that the network was not trained on. The
+        predictions stay. Part of the state_dict. Between exp(-7) and exp(7) times the mean standard deviation of the
+        scores of a sample: at the lower end where all targets have the highest score.
+
+        Args:
+            features: as of `scores`, of all samples at once.
+            target: as of `forward`; samples of `ignore_index` are skipped.
+            class_means: as of `scores`.
+
+        Returns:
+            The temperature, a scalar.
+
+        Raises:
+            ValueError: no sample counts.
+            TypeError, ValueError, IndexError, RuntimeError: as of `scores` and :func:`ncmi_loss`.
+        """
+        _problem.check_batch(features, target, self.centroid_logits)
+        rows, classes = _problem.flatten(features, target)
+        _problem.check_range(classes, self.num_classes, self.options.ignore_index)
+        kept = classes != self.options.ignore_index
+        if not kept.any():
+            raise ValueError("target: got no sample that counts, expected one at least")
+        scores = self._relative_scores(rows[kept], class_means)[0].double()
+        missing = scores.isneginf()
+        scores = scores.masked_fill(missing, scores.masked_fill(missing, torch.inf).min())
+        spread = scores.std(dim=1).mean().clamp(min=torch.finfo(torch.float32).tiny)
+        scores = (scores - scores.amax(dim=1, keepdim=True)) / spread
+        own = scores.gather(1, classes[kept, None])
+        # The likelihood is concave in 1 / temperature: bisection of its slope finds the only maximum.
+        low, high = spread.new_tensor(-7.0), spread.new_tensor(7.0)
+        for _ in range(50):
+            middle = (low + high) / 2
+            slope = ((middle.exp() * scores).softmax(dim=1) * scores - own / self.num_classes).sum()
+            low, high = torch.where(slope < 0, middle, low), torch.where(slope < 0, high, middle)
+        self.scores_temperature[int(class_means)] = spread / high.exp()
+        return self.scores_temperature[int(class_means)].clone()
+
     def _relative_scores(self, features: Tensor, class_means: bool) -> tuple[Tensor, Tensor]:
         """Scores [B, C] less what all classes of a sample share, and that [B].
 
@@ -64,7 +132,10 @@ class Predictor(nn.Module):
         missing = log_q[:, 0].isneginf()
         log_q = log_q.masked_fill(missing[:, None], 0).to(torch.promote_types(log_p.dtype, log_q.dtype))
         p = log_p.to(log_q.dtype).exp()
-        shared = log_q.sum(dim=0) / (~missing).sum().clamp(min=1)
+        present = (~missing).sum()
+        if class_means:
+            check_fitted(present)
+        shared = log_q.sum(dim=0) / present.clamp(min=1)
         with reference.no_autocast(features.device):
             relative, common = p @ (log_q - shared).T, p @ shared
         relative = relative.masked_fill(missing, -torch.inf)
@@ -145,8 +216,6 @@ class Predictor(nn.Module):
         dtype = torch.promote_types(self.centroid_logits.dtype, torch.float32)
         if not class_means:
             return reference.log_activation(self._own(self.centroid_logits).to(dtype), self.options.activation)
-        if self.class_means is None:
-            raise RuntimeError("class_means: not fitted yet, expected a call of fit_class_means first")
         expected = (self.num_classes, self.feature_dim)
         if self.class_means.shape != expected:
             raise ValueError(f"class_means: got shape {tuple(self.class_means.shape)}, expected {expected}")
@@ -154,12 +223,6 @@ class Predictor(nn.Module):
         means = self._own(self.class_means).to(dtype)
         missing = means.sum(dim=1, keepdim=True) == 0
         return means.clamp(min=torch.finfo(dtype).tiny).log().masked_fill(missing, -torch.inf)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.class_means is None:
-            # Software that loads by key, such as torch.distributed.checkpoint, asks a new module for its keys.
-            destination[prefix + "class_means"] = self._unfitted()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         logits = state_dict.get(prefix + "centroid_logits")
@@ -171,21 +234,19 @@ class Predictor(nn.Module):
                     f"centroids_per_class: got {saved} in the state_dict, {tuple(logits.shape)} centroid_logits for "
                     f"{self.num_classes} classes, expected {self.options.centroids_per_class}"
                 )
-        before = self.class_means
-        if before is None and prefix + "class_means" in state_dict:
-            self.class_means = self._unfitted()  # for what follows to fill
+        if logits is not None:  # those saved earlier have no temperature
+            state_dict.setdefault(prefix + "scores_temperature", torch.zeros_like(self.scores_temperature))
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if self.class_means is not None and not self._is_fitted(self.class_means):
-            self.class_means = None
 
-    def _unfitted(self) -> Tensor:
-        """What stands for class means that are not fitted in a state_dict: those of no samples."""
-        logits: Tensor = self.centroid_logits
-        if self.options.centroids_per_class > 1:
-            logits = logits[: self.num_classes]
-        return torch.zeros_like(logits, requires_grad=False)
 
-    def _is_fitted(self, class_means: Tensor) -> bool:
-        if class_means.is_meta or not concrete(class_means):
-            return False
-        return bool(class_means.any())
+def check_fitted(present: Tensor) -> None:
+    """Raise RuntimeError where the class means are those of no class."""
+    _check(present > 0, "class_means: not fitted yet, expected a call of fit_class_means first")
+
+
+def _check(condition: Tensor, message: str) -> None:
+    """Raise RuntimeError unless a condition holds; on other devices than the CPU by a device-side assertion."""
+    if condition.device.type != "cpu" or not concrete(condition):
+        torch._assert_async(condition, message)
+    elif not condition:
+        raise RuntimeError(message)

@@ -175,6 +175,49 @@ def check_target(target: Tensor) -> None:
         )
 
 
+def is_mixed(input: Tensor, target: Tensor) -> bool:
+    """Whether a target is class probabilities: floating, and with a dimension of classes."""
+    if not isinstance(target, Tensor) or not target.is_floating_point():
+        return False
+    return isinstance(input, Tensor) and target.dim() == input.dim()
+
+
+def mixed(input: Tensor, target: Tensor, classes: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Samples of two classes each, from class probabilities [N, C]: features [N, M], classes [2 N], shares [2 N].
+
+    First all of the larger share, then the others, whose share may be 0.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: a shape or dtype does not fit; or a row has more than two classes, a
+            negative number, or another sum than 1 (on other devices than the CPU: a device-side assertion).
+    """
+    check_floating("input", input)
+    check_floating("target", target)
+    check_device("target", target, input)
+    check_constant("target", target)
+    shape = input.shape
+    if not shape or shape[min(len(shape) - 1, 1)] != columns:
+        raise ValueError(f"input: got shape {tuple(shape)}, expected [B, M], [M] or [B, M, d1, ...] with M = {columns}")
+    expected = (*shape[:1], classes, *shape[2:]) if len(shape) > 1 else (classes,)
+    if target.shape != expected:
+        raise ValueError(
+            f"target: got class probabilities {tuple(target.shape)}, expected {expected} for input {tuple(shape)}"
+        )
+    probabilities = flatten_features(target.detach())
+    shares, indices = probabilities.topk(2, dim=1)
+    tolerance = max(1e-4, 4 * torch.finfo(target.dtype).eps)
+    rest = probabilities.double().abs().sum(dim=1) - shares.double().sum(dim=1)
+    wrong = _unwrapped(~((rest <= tolerance) & ((shares.double().sum(dim=1) - 1).abs() <= tolerance)))
+    wanted = "expected at most two classes in a row, of sum 1, as mixup and cutmix make without label smoothing"
+    if wrong.device.type != "cpu" or not concrete(wrong):
+        torch._assert_async(~wrong.any(), f"target: got other class probabilities; {wanted}")
+    elif wrong.any():
+        row = int(wrong.flatten().nonzero()[0])
+        first, second = (round(share, 4) for share in _unwrapped(shares).reshape(-1, 2)[row].tolist())
+        raise ValueError(f"target: the largest class probabilities of row {row} are {first} and {second}, {wanted}")
+    return flatten_features(input), indices.t().flatten(), shares.t().flatten()
+
+
 def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
     """Raise RuntimeError unless both tensors are on one device."""
     if tensor.device != like.device:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ncmi_kernels import _problem, reference
-from ncmi_kernels._options import Options, check_count
+from ncmi_kernels._options import Options, check_choice, check_count
 
 try:
     from torchmetrics import Metric
@@ -27,6 +27,7 @@ except ImportError as error:
         f"torchmetrics: got {error}, expected the package that NCMIMetric needs: pip install torchmetrics"
     ) from error
 
+VALUES = ("cmi", "gamma", "ncmi")
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -63,11 +64,13 @@ class NCMIMetric(Metric):
         class_prior: [C], how often each class occurs, numbers >= 0 of sum 1; None for 1 / C. It is copied to the device
             of the metric, and never part of its state_dict.
         ignore_index: samples with this target count for nothing.
+        value: "cmi", "gamma" or "ncmi", for `compute` to return that alone: what Lightning's `self.log` and
+            `torchmetrics.MetricTracker` expect. None for all three.
         **kwargs: those of every `torchmetrics.Metric`, such as `process_group` and `sync_on_compute`.
 
     Shape:
         features [B, M], [M] or [B, M, d1, ...], floating; target [B], [] or [B, d1, ...], int64 or uint8; `compute`
-        returns {"cmi", "gamma", "ncmi"}, float64 scalars.
+        returns {"cmi", "gamma", "ncmi"}, float64 scalars, or the one of them that `value` names.
 
     Raises:
         ImportError: torchmetrics is not installed.
@@ -88,7 +91,6 @@ class NCMIMetric(Metric):
     """
 
     is_differentiable = False
-    higher_is_better = False
     full_state_update = False
     plot_lower_bound = 0.0
 
@@ -109,9 +111,13 @@ class NCMIMetric(Metric):
         center: Tensor | None = None,
         class_prior: Tensor | None = None,
         ignore_index: int = -100,
+        value: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if value is not None:
+            check_choice("value", value, VALUES)
+        self.value = value
         self.options = Options(temperature, l2_normalize, activation, separation, ignore_index=ignore_index)
         self.num_classes = check_count("num_classes", num_classes, least=2)
         self.feature_dim = num_classes if feature_dim is None else check_count("feature_dim", feature_dim, least=2)
@@ -132,6 +138,11 @@ class NCMIMetric(Metric):
         if class_prior is not None:
             class_prior = _problem.prior_of(class_prior, self.num_classes, class_prior).to(moments.device, copy=True)
         self.register_buffer("class_prior", class_prior, persistent=False)
+
+    @property
+    def higher_is_better(self) -> bool:  # type: ignore[override]
+        """Of the separation alone."""
+        return self.value == "gamma"
 
     def update(self, features: Tensor, target: Tensor) -> None:
         """Add samples.
@@ -164,8 +175,8 @@ class NCMIMetric(Metric):
         if self.options.centroid_to_sample:
             self.log_p = self.log_p.index_add(0, target, log_p + math.log(self.feature_dim))
 
-    def compute(self) -> dict[str, Tensor]:
-        """{"cmi", "gamma", "ncmi"} of the samples so far, of all processes: float64 scalars."""
+    def compute(self) -> Any:
+        """{"cmi", "gamma", "ncmi"} of the samples so far, of all processes: float64 scalars; or that of `value`."""
         count, spread, total_p = self.moments[:, 0], self.moments[:, 1], self.moments[:, 2:]
         present = count > 0
         prior = present.double() if self.class_prior is None else self.class_prior * present
@@ -189,10 +200,13 @@ class NCMIMetric(Metric):
             separation = (whole - prior) * spread + count * between
         samples = count.sum()
         cmi, gamma = spread.sum() / samples, separation.sum() / samples
-        return {"cmi": cmi, "gamma": gamma, "ncmi": cmi / gamma}
+        values = dict(zip(VALUES, (cmi, gamma, cmi / gamma), strict=True))
+        return values if self.value is None else values[self.value]
 
     def plot(
-        self, val: dict[str, Tensor] | Sequence[dict[str, Tensor]] | None = None, ax: Any = None
+        self,
+        val: dict[str, Tensor] | Tensor | Sequence[dict[str, Tensor]] | Sequence[Tensor] | None = None,
+        ax: Any = None,
     ) -> tuple[Any, Any]:
         """Draw values by matplotlib, as every metric of torchmetrics does.
 

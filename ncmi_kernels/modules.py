@@ -1,6 +1,8 @@
 """The criterion: centroids, priors, what is kept of them, the steps that they take."""
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,9 @@ from ncmi_kernels._plain import Found
 from ncmi_kernels._problem import problem_of
 from ncmi_kernels._schema import SGD
 from ncmi_kernels._watch import Watch
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # of typing from Python 3.11 on
 
 INITIAL_LOGIT = 10.0
 
@@ -74,10 +79,14 @@ class NCMILoss(Centering):
             one-hot rows, or for M < C K random directions of length 10 (from torch's global generator).
         center: buffer [M]. In training mode each forward moves it before it is used: the first batch sets it to
             its mean, later ones to `center_momentum * center + (1 - center_momentum) * mean`. A batch whose mean
-            is not finite leaves it alone, and so does a forward pass that torch.utils.checkpoint repeats.
+            is not finite leaves it alone. So does a forward pass that torch.utils.checkpoint repeats, and one with
+            gradients disabled (`torch.no_grad`, `torch.inference_mode`), as evaluation loops have them: to move it
+            there, call the criterion within `torch.enable_grad()`.
         last_terms: CMI and Gamma of the last batch. In training mode, but for compiled calls, a `DivergenceWarning`
             comes once if the loss of a batch is not finite or Gamma falls under 10 `eps`.
-        class_means: buffer [C, M], the mean distribution of each class, once `fit_class_means` was called.
+        class_means: buffer [C, M], the mean distribution of each class; zeros until `fit_class_means` is called.
+        scores_temperature: buffer [2], of the scores by centroids and by class means; zeros until `fit_temperature` is
+            called for either.
 
     Note:
         Accumulating gradients: with ratio "sample" the mean of the losses of k micro-batches is the loss of the
@@ -85,15 +94,22 @@ class NCMILoss(Centering):
         weight of the whole batch). With ratio "batch" it is a mean of k ratios, which is not the ratio of the whole
         batch: each micro-batch is held to its own concentration and separation. The centre moves at each one.
 
-        torch.utils.checkpoint around the criterion: use_reentrant=True takes the centre as it is in the backward
-        pass, so nothing may move it between a forward pass and its backward pass; use_reentrant=False needs no care,
-        but with backend "reference" the same.
+        torch.utils.checkpoint around the criterion: use_reentrant=True, which disables gradients first, moves the
+        centre in the backward pass. So the gradient is right, but the loss is that at the centre before the batch.
+        use_reentrant=False needs no care, but with backend "reference" nothing may move the centre between a forward
+        pass and its backward pass.
 
         Transforms of torch.func need `eval()` (or center_momentum=None) and raise a RuntimeError otherwise.
 
+        Mixup and cutmix: with ratio "sample" or "soft_margin" `target` may be class probabilities of at most two
+        classes a sample, [B, C], [C] or [B, C, d1, ...] of a floating dtype, not differentiated. The loss of a sample
+        is the sum of those of its classes, by their probabilities; of one-hot rows it is that of the indices. Costs
+        what twice as many samples do. In `last_terms` both classes count alike. Not for `CentroidSGD` and
+        `ShardedNCMILoss`, and with a `process_group` for reduction "none" only.
+
     Shape:
-        input [B, M], [M] or [B, M, d1, ...]; target [B], [] or [B, d1, ...]; output a scalar, or target's shape
-        for reduction "none".
+        input [B, M], [M] or [B, M, d1, ...]; target [B], [] or [B, d1, ...]; output a scalar, or for reduction "none"
+        a loss for each sample, of the shape of class indices.
 
     With a `process_group`, as in training under DistributedDataParallel:
         Every process calls the criterion, on a batch that may be smaller than the others' or empty. In training mode
@@ -101,7 +117,8 @@ class NCMILoss(Centering):
         in one batch. The gradients are multiplied by the number of processes: averaged, as DistributedDataParallel
         does, they are those of one process with all rows. `DistributedDataParallel(criterion)` does it for learnt
         centroids. With reduction "none" only the centre is shared: the losses and their gradients are those of the
-        process's own rows, not multiplied. In eval mode nothing is communicated, as in SyncBatchNorm. A process that
+        process's own rows, not multiplied. In eval mode nothing is communicated, as in SyncBatchNorm. Gradients are
+        enabled on all processes or on none. A process that
         fails or hangs is torch.distributed's error in the others, after its timeout. Double backward, forward mode and
         torch.func are refused. Deep copies share the group; a state_dict does not contain it; pickling raises
         RuntimeError.
@@ -123,6 +140,8 @@ class NCMILoss(Centering):
 
     weight: Tensor | None
     class_prior: Tensor | None
+    # DistributedDataParallel(criterion) would send them from process 0 at every forward pass.
+    _ddp_params_and_buffers_to_ignore = ("class_means",)
 
     def __init__(
         self,
@@ -192,26 +211,99 @@ class NCMILoss(Centering):
                 _problem.check_constant(name, vector)
                 vector = vector.detach().to(device=self.center.device, dtype=dtype, copy=True)
             self.register_buffer(name, vector)
-        self.register_buffer("class_means", None)
+        # There from the start: software that loads by key asks a new module for its keys.
+        self.register_buffer("class_means", self._new_class_means(device, dtype))
+        self.register_buffer("scores_temperature", torch.zeros(2, device=device, dtype=dtype))
         self._table = Memo()  # of fixed centroids
         self._prior = Memo()  # as the loss takes it
         self._last_terms: Tensor | None = None
         self._keeps_rows = False  # for steps of the centroids
+        self._last_batch: tuple[Tensor, Tensor] | None = None  # in training mode, for steps that are given none
         self._last_result = Memo()  # with its rows
         self._watch = Watch()
         self._class_prior(self.center)
         self.reset_parameters()
 
+    @classmethod
+    def from_authors(cls, num_classes: int, feature_dim: int | None = None, **options: Any) -> "Self":
+        """A criterion with the settings of the authors' best run on CIFAR-100 (github.com/Linfeng-Ye/NCMI).
+
+        `separation="centroid_to_sample"`, `ratio="sample"`, `temperature=0.2`, `center_momentum=0.999999` (the default
+        of their script is 0.9999), and fixed centroids, as theirs in effect are. They train the network by SGD with a
+        rate of 0.1 and momentum 0.9. The defaults of this class trained better in shorter runs.
+
+        Args:
+            num_classes: as of the class, as all others are.
+            feature_dim: M >= C for their initial centroids, one-hot rows.
+            options: in place of the authors'.
+
+        Raises:
+            TypeError, ValueError: as of the class.
+
+        Example:
+            >>> from ncmi_kernels import NCMILoss
+            >>> NCMILoss.from_authors(num_classes=100, feature_dim=512)
+            NCMILoss(num_classes=100, feature_dim=512, temperature=0.2, separation='centroid_to_sample', ratio='sample')
+        """
+        settings: dict[str, Any] = {
+            "temperature": 0.2,
+            "center_momentum": 0.999999,
+            "separation": "centroid_to_sample",
+            "ratio": "sample",
+            "learn_centroids": False,
+        }
+        return cls(num_classes, feature_dim, **settings | options)
+
+    @torch.no_grad()
+    def load_authors_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take the centre and the class means of a checkpoint of the authors' code, for `predict(class_means=True)`.
+
+        What they save of the centroids are the class means that they evaluate with, as distributions; those of the
+        loss are not in it. Their evaluation forms them of features of L1 length one, by a slip, and compares them with
+        features of L2 length one: predictions are theirs, and `fit_class_means` gives the better ones of the paper.
+
+        Args:
+            checkpoint: what `torch.load` gives of it; "center_dict" and "centroid" are used.
+
+        Raises:
+            ValueError: these are missing or do not fit. Nothing has changed then.
+        """
+        try:
+            center = checkpoint["center_dict"]["Center"].flatten()
+            means = checkpoint["centroid"]["centroids"]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                "checkpoint: got none of the authors' code, expected one with ['center_dict']['Center'] and "
+                f"['centroid']['centroids'] ({error!r})"
+            ) from error
+        if center.shape != self.center.shape or means.shape != self.class_means.shape:
+            raise ValueError(
+                f"checkpoint: got a centre {tuple(center.shape)} and centroids {tuple(means.shape)}, expected "
+                f"{tuple(self.center.shape)} and {tuple(self.class_means.shape)}"
+            )
+        self.center.copy_(center)
+        self.num_batches_tracked.fill_(1)
+        self.class_means.copy_(means)
+
     def reset_parameters(self) -> None:
-        """Set the centroids and the centre to their initial values and forget the class means."""
+        """Set the centroids and the centre to their initial values and forget what was fitted."""
         with torch.no_grad():
             self._reset_centroids()
             self.center.zero_()
             self.num_batches_tracked.zero_()
-        self.class_means = None
+            self.class_means.zero_()
+            self.scores_temperature.zero_()
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of features [B, M] (or [M], [B, M, d1, ...]) for targets [B] (or [], [B, d1, ...])."""
+        """The loss of features [B, M] (or [M], [B, M, d1, ...]) for targets [B] (or [], [B, d1, ...]).
+
+        Targets of mixup and cutmix, class probabilities [B, C] (or [C], [B, C, d1, ...]): see the class.
+        """
+        options, shares = self.options, None
+        if _problem.is_mixed(input, target):
+            shape = input.shape
+            input, target, shares = self._mixed(input, target)
+            options = replace(options, reduction="none")
         logits = self._whole_centroids()
         _problem.check_batch(input, target, logits)
         center, weight, prior = self._buffers_for(logits)
@@ -222,14 +314,49 @@ class NCMILoss(Centering):
             self._table.forget()  # fused optimisers move no version counter
         else:
             table = self._fixed_table(input, logits, backend)
-        group = self._group if self.training and self.options.reduction != "none" else None
-        problem = problem_of(input, target, logits, center, weight, self.options, backend, table, group, update, prior)
+        group = self._group if self.training and options.reduction != "none" else None
+        problem = problem_of(input, target, logits, center, weight, options, backend, table, group, update, prior)
         found = _loss.loss(*problem, with_rows=self._keeps_rows)
         if moved is not None:
             self._commit_center(moved)
         self._keep(found, input, target, backend, group)
         loss = found.loss
-        return loss.reshape(target.shape) if self.options.reduction == "none" else loss
+        if shares is not None:
+            return self._by_shares(loss, target, shares, shape)
+        return loss.reshape(target.shape) if options.reduction == "none" else loss
+
+    def _mixed(self, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Samples of two classes as twice as many of one: features [2 N, M], classes [2 N] and their shares [2 N]."""
+        if self.options.batch_ratio:
+            raise RuntimeError(
+                f"target: got dtype {target.dtype} with ratio='batch', expected torch.int64 class indices: the ratio "
+                "of a batch is not linear in class probabilities, as ratio='sample' and 'soft_margin' are"
+            )
+        ignored, reduction = self.options.ignore_index, self.options.reduction
+        if 0 <= ignored < self.num_classes:
+            raise ValueError(f"ignore_index: got the class {ignored} with class probabilities, expected none of them")
+        if self._group is not None and reduction != "none":
+            raise RuntimeError(
+                f"target: got class probabilities with a process_group and reduction {reduction!r}, expected "
+                "reduction='none' and its mean"
+            )
+        if self._keeps_rows and self.training:
+            raise RuntimeError(
+                "target: got class probabilities with a CentroidSGD, which takes class indices; expected "
+                "criterion.parameters() in an optimiser, or fixed centroids"
+            )
+        rows, classes, shares = _problem.mixed(input, target, self.num_classes, self.feature_dim)
+        return torch.cat([rows, rows]), classes, shares
+
+    def _by_shares(self, losses: Tensor, classes: Tensor, shares: Tensor, shape: torch.Size) -> Tensor:
+        """The loss of mixed features of a shape, reduced, from those [2 N] of either class."""
+        shares = shares.to(losses.dtype)
+        each = (shares * losses).view(2, -1).sum(dim=0)
+        if self.options.reduction == "none":
+            return each.reshape(shape[:1] + shape[2:] if len(shape) > 1 else ())
+        if self.options.reduction == "sum":
+            return each.sum()
+        return each.sum() / (shares if self.weight is None else shares * self.weight[classes]).sum()
 
     @property
     def last_terms(self) -> BatchTerms | None:
@@ -246,6 +373,8 @@ class NCMILoss(Centering):
         means = found.means
         if means is None or transforming() or forward_mode() or jit_tracing():
             return  # the tensors would outlive the transform
+        if self._keeps_rows and self.training and not torch.compiler.is_exporting():
+            self._last_batch = input.detach(), target
         if not concrete(means):
             if not torch.compiler.is_exporting():
                 self._last_terms = means
@@ -370,6 +499,9 @@ class NCMILoss(Centering):
     def _new_centroids(self, device: Any, dtype: torch.dtype) -> Tensor:
         rows = self.num_classes * self.options.centroids_per_class
         return torch.empty(rows, self.feature_dim, device=device, dtype=dtype)
+
+    def _new_class_means(self, device: Any, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(self.num_classes, self.feature_dim, device=device, dtype=dtype)
 
     def _reset_centroids(self) -> None:
         if self.feature_dim >= len(self.centroid_logits):
@@ -506,7 +638,7 @@ class NCMILoss(Centering):
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last_terms": None, "_watch": Watch()}
+        return {**self.__dict__, "_last_terms": None, "_last_batch": None, "_watch": Watch()}
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self._forget()

@@ -1,5 +1,6 @@
 """The optimiser of the centroids: the other half of alternating training."""
 
+from collections.abc import Callable
 from numbers import Integral
 from typing import Any
 
@@ -66,6 +67,8 @@ class CentroidSGD(torch.optim.Optimizer):
     """
 
     criterion: NCMILoss
+    # For torch.amp.GradScaler.step: there is no gradient to unscale, and what overflowed moves nothing anyway.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -145,15 +148,30 @@ class CentroidSGD(torch.optim.Optimizer):
         return {**super().__getstate__(), "criterion": self.criterion}
 
     @torch.no_grad()
-    def step(self, features: Tensor, target: Tensor) -> None:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self,
+        features: Tensor | None = None,
+        target: Tensor | None = None,
+        *,
+        closure: Callable[[], Any] | None = None,
+    ) -> Any:
         """Move the centroids against the gradient of the loss of a batch.
+
+        Without a batch, as frameworks call `step`, it is that of the criterion's last forward pass in training mode:
+        of accumulated gradients the last micro-batch. A batch is kept from one such pass to the next.
 
         Args:
             features: [B, M], [M] or [B, M, d1, ...], as given to the criterion; their graph is not used.
             target: [B], [] or [B, d1, ...], class indices.
+            closure: called first, with gradients enabled, as that of any optimiser.
+
+        Returns:
+            What the closure returned, or None.
 
         Raises:
-            RuntimeError: `criterion.centroid_logits` was replaced by another parameter.
+            TypeError: one of `features` and `target` without the other.
+            RuntimeError: `criterion.centroid_logits` was replaced by another parameter; or there is no batch, neither
+                given nor from a forward pass since this optimiser was made (or the criterion was copied).
             TypeError, ValueError, IndexError, RuntimeError: as :func:`ncmi_loss`; the centroids have not moved then.
         """
         (group,) = self.param_groups
@@ -161,6 +179,20 @@ class CentroidSGD(torch.optim.Optimizer):
         if logits is not self.criterion.centroid_logits:
             raise RuntimeError("criterion: its centroid_logits is another parameter now, expected a new CentroidSGD")
         self.criterion._check_one_loss()
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        if features is None and target is None:
+            if self.criterion._last_batch is None:
+                raise RuntimeError(
+                    "features: got none, and the criterion has had no forward pass in training mode since this "
+                    "optimiser was made; expected one before step(), or step(features, target)"
+                )
+            features, target = self.criterion._last_batch
+        if features is None or target is None:
+            missing = "features" if features is None else "target"
+            raise TypeError(f"{missing}: got None, expected step(features, target) with both, or neither")
         state = self.state[logits]
         count = state.get("step", 0)
         check_batch(features, target, logits)
@@ -181,3 +213,4 @@ class CentroidSGD(torch.optim.Optimizer):
             if buffer is not None:
                 state["momentum_buffer"] = buffer
         state["step"] = count + 1
+        return result

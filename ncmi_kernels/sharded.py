@@ -11,6 +11,7 @@ from torch import Tensor
 from ncmi_kernels import _backends, _loss, _problem, reference
 from ncmi_kernels._group import Group
 from ncmi_kernels._memo import memory_of, state_of
+from ncmi_kernels._prediction import check_fitted
 from ncmi_kernels._problem import Problem, problem_of
 from ncmi_kernels._shards import NOBODY, FocusShards, Lookup, Shard, Shards
 from ncmi_kernels.modules import INITIAL_LOGIT, NCMILoss
@@ -42,7 +43,7 @@ class ShardedNCMILoss(NCMILoss):
             the same for every N; random directions come from torch's global generator of process 0.
         center: buffer [M], whole on every process.
         weight, class_prior: buffers [C], likewise, and the same on every process.
-        class_means: buffer, a DTensor like `centroid_logits`, once `fit_class_means` was called.
+        class_means: buffer [C, M], a DTensor shared out as `centroid_logits` is.
 
     Loss and gradients:
         As in `NCMILoss(process_group=...)`: the loss is the same on every process, and the gradient of `input` is
@@ -52,7 +53,8 @@ class ShardedNCMILoss(NCMILoss):
         processes. With reduction "none" each process has the losses of its own rows, and their gradient by `input` is
         not multiplied.
 
-    Every method that takes features, `centroids` aside, is a collective: all processes call it equally often, whatever
+    `scores`, `probabilities` and `fit_temperature` raise RuntimeError: [B, C] is what the sharding avoids. Every other
+    method that takes features, `centroids` aside, is a collective: all processes call it equally often, whatever
     their batches hold.
 
     Raises:
@@ -147,9 +149,8 @@ class ShardedNCMILoss(NCMILoss):
             local, self.device_mesh, [Shard(0)], run_check=False, shape=shape, stride=(self.feature_dim, 1)
         )
 
-    def _unfitted(self) -> Tensor:
-        local = self._own(self.centroid_logits)
-        return self._as_dtensor(local.new_zeros(self._num_classes_here, self.feature_dim), 1)
+    def _new_class_means(self, device: Any, dtype: torch.dtype) -> Tensor:
+        return self._as_dtensor(torch.zeros(self._num_classes_here, self.feature_dim, device=device, dtype=dtype), 1)
 
     def _reset_centroids(self) -> None:
         local, first = self._own(self.centroid_logits), self._first_class * self.options.centroids_per_class
@@ -195,12 +196,8 @@ class ShardedNCMILoss(NCMILoss):
         centroids = reference.log_activation(local, self.options.activation).exp()
         return self._as_dtensor(centroids, self.options.centroids_per_class)
 
-    def scores(self, features: Tensor, *, class_means: bool = False) -> Tensor:
-        """Refused: [B, C] is what the sharding avoids.
-
-        Raises:
-            RuntimeError: always; `predict` gives the class of the highest score.
-        """
+    def _relative_scores(self, features: Tensor, class_means: bool) -> tuple[Tensor, Tensor]:
+        """Refused, and with it `scores`, `probabilities` and `fit_temperature`: [B, C] is what the sharding avoids."""
         raise RuntimeError("scores: got centroids on several processes, expected predict(features) in its place")
 
     @torch.no_grad()
@@ -213,6 +210,8 @@ class ShardedNCMILoss(NCMILoss):
         log_q = log_q.masked_fill(missing[:, None], 0).to(torch.promote_types(p.dtype, log_q.dtype))
         # As in NCMILoss: what all classes share is left out, as it would round the differences between them.
         sums = group.all_reduce(torch.cat([log_q.sum(dim=0, dtype=torch.float64), (~missing).sum(dim=0, keepdim=True)]))
+        if class_means:
+            check_fitted(sums[-1])
         relative = (log_q - sums[:-1] / sums[-1].clamp(min=1)).to(log_q.dtype)
 
         # Every process scores all features against its own classes, and sends the best back: score and class.
@@ -260,10 +259,6 @@ class ShardedNCMILoss(NCMILoss):
 
     def _own(self, table: Tensor) -> Tensor:
         return _to_local(table).detach()
-
-    def _is_fitted(self, class_means: Tensor) -> bool:
-        # A process without rows cannot tell.
-        return bool(self._processes.all_reduce(self._own(class_means).any().double()))
 
     def _backend_for(self, input: Tensor, target: Tensor) -> str:
         """The backend that runs; raises unless these arguments and settings can be computed."""

@@ -45,7 +45,7 @@ def assert_same(criterion, other):
         exactly(other.center, criterion.center)
         exactly(other.num_batches_tracked, criterion.num_batches_tracked)
     input, _ = batch(10, columns=3)
-    for class_means in (False, True)[: 1 + (criterion.class_means is not None)]:
+    for class_means in (False, True)[: 1 + bool(criterion.class_means.any())]:
         exactly(other.scores(input, class_means=class_means), criterion.scores(input, class_means=class_means))
 
 
@@ -63,7 +63,7 @@ def test_state_dict_round_trip_during_training(backend, learnt, fitted, into):
     assert not torch.equal(other.centroid_logits, criterion.centroid_logits)
     keys = other.load_state_dict(torch.load(file, weights_only=True), strict=True)
     assert keys.missing_keys == keys.unexpected_keys == []
-    assert (other.class_means is not None) == fitted
+    assert bool(other.class_means.any()) == fitted
     assert_same(criterion, other)
 
 
@@ -111,18 +111,29 @@ def test_class_means_stay_where_nothing_is_said_of_them():
 @pytest.mark.parametrize("fitted", [True, False])
 def test_class_means_that_do_not_fit_are_refused(fitted):
     criterion = trained(fitted=fitted)
-    before = None if criterion.class_means is None else criterion.class_means.clone()
+    before = criterion.class_means.clone()
     other = NCMILoss(C + 1, 3)
     other.fit_class_means([(torch.randn(20, 3), torch.arange(20) % C)])
     shape = {**criterion.state_dict(), "class_means": torch.rand(3, 2)}
     for state in (other.state_dict(), shape):
         with pytest.raises(RuntimeError, match="size mismatch for class_means"):
             criterion.load_state_dict(state)
-        exactly(criterion.class_means, before) if fitted else None
-        assert (criterion.class_means is None) != fitted
+        exactly(criterion.class_means, before)
     criterion.class_means = torch.rand(3, 2)
     with pytest.raises(ValueError, match=r"class_means: got shape \(3, 2\), expected \(4, 3\)"):
         criterion.predict(torch.randn(2, 3), class_means=True)
+
+
+def test_state_dict_from_before_there_were_temperatures():
+    criterion, other = trained(fitted=True), trained(seed=1)
+    for each in (criterion, other):
+        each.fit_temperature(*batch(columns=3))
+    state = {name: value for name, value in criterion.state_dict().items() if name != "scores_temperature"}
+    nn.ModuleDict({"criterion": other}).load_state_dict({f"criterion.{name}": value for name, value in state.items()})
+    exactly(other.scores_temperature, torch.zeros(2))
+    assert "scores_temperature" not in state
+    with pytest.raises(RuntimeError, match="temperature: not fitted yet"):
+        other.probabilities(batch(columns=3)[0])
 
 
 def test_class_means_fitted_in_inference_mode_are_an_ordinary_buffer():

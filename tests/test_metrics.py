@@ -18,7 +18,7 @@ from torch import nn
 if find_spec("torchmetrics") is None:
     pytest.skip("NCMIMetric needs torchmetrics", allow_module_level=True)
 
-from torchmetrics import MetricCollection
+from torchmetrics import MetricCollection, MetricTracker
 from torchmetrics.classification import MulticlassAccuracy
 
 from ncmi_kernels.metrics import NCMIMetric
@@ -419,6 +419,23 @@ def test_plot(separation):
     matplotlib.pyplot.close("all")
 
 
+@pytest.mark.parametrize("value", ["cmi", "gamma", "ncmi"])
+def test_one_value(value):
+    """A scalar, as MetricTracker takes it; of the separation more is better."""
+    whole, tracker = NCMIMetric(3), MetricTracker(NCMIMetric(3, value=value))
+    history = []
+    for epoch in range(3):
+        whole.reset(), tracker.increment()
+        features, target = torch.randn(20, 3), torch.arange(20) % 3
+        features[torch.arange(20), target] += epoch
+        whole.update(features, target), tracker.update(features, target)
+        history.append(whole.compute()[value])
+        assert torch.equal(tracker.compute(), history[-1])
+    assert tracker.maximize == (value == "gamma")
+    best = max if value == "gamma" else min
+    assert tracker.best_metric() == best(history)
+
+
 @pytest.mark.gpu
 def test_on_a_gpu(separation):
     parts, expected = batches(separation)
@@ -475,6 +492,7 @@ def test_two_processes(tmp_path):
     ("changes", "exception", "message"),
     [
         ({"num_classes": 1}, ValueError, "num_classes: got 1, expected an integer >= 2"),
+        ({"value": "accuracy"}, ValueError, "value: got 'accuracy', expected one of 'cmi', 'gamma', 'ncmi'"),
         ({"num_classes": 3.0}, TypeError, "num_classes: got 3.0, expected an integer >= 2"),
         ({"feature_dim": 1}, ValueError, "feature_dim: got 1, expected an integer >= 2"),
         ({"feature_dim": True}, TypeError, "feature_dim: got True, expected an integer >= 2"),

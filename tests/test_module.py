@@ -35,15 +35,21 @@ def test_defaults():
         "reduction": "mean",
         "eps": 1e-8,
         "backend": None,
-        "class_means": None,
         "num_classes": C,
         "feature_dim": C,
         "training": True,
     }
     assert {name: getattr(criterion, name) for name in defaults} == defaults
     assert [name for name, p in criterion.named_parameters() if p.requires_grad] == ["centroid_logits"]
-    assert set(criterion.state_dict()) == {"centroid_logits", "center", "num_batches_tracked", "class_means"}
+    assert set(criterion.state_dict()) == {
+        "centroid_logits",
+        "center",
+        "num_batches_tracked",
+        "class_means",
+        "scores_temperature",
+    }
     exactly(criterion.center, torch.zeros(C))
+    exactly(criterion.class_means, torch.zeros(C, C))
     exactly(criterion.num_batches_tracked, torch.tensor(0))
 
 
@@ -188,6 +194,24 @@ def test_edits_before_the_backward_pass_of_the_function(edited, ratio, focus):
     for loss in losses:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
+
+
+@pytest.mark.parametrize("disabled", [torch.no_grad, torch.inference_mode])
+@every_way
+def test_the_centre_stays_where_gradients_are_disabled(way, disabled):
+    """An evaluation loop that forgot eval() has the loss of one that did not."""
+    criterion = NCMILoss(C, M, **WAYS[way], center_momentum=0.5)
+    criterion(*batch())
+    before = copy.deepcopy(dict(criterion.state_dict()))
+    input, target = batch(1)
+    with disabled():
+        exactly(criterion(input, target), criterion.eval()(input, target))
+        exactly(dict(criterion.state_dict()), before)
+        criterion.train()
+        with torch.inference_mode(False), torch.enable_grad():
+            criterion(*batch(1))
+    exactly(criterion.num_batches_tracked, torch.tensor(2))
+    assert not torch.equal(criterion.center, before["center"])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

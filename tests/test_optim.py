@@ -394,3 +394,69 @@ def test_the_graph_of_the_features_is_left_alone():
     assert features.grad is None
     assert criterion.centroid_logits.grad is None
     assert not criterion.centroid_logits.requires_grad
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("setting", ["defaults", "by sample", "focus", "several"])
+def test_a_step_without_a_batch_takes_that_of_the_last_forward_pass(setting, compiled):
+    criterion, other = pair(**SETTINGS[setting], center_momentum=0.5)
+    optimizer, of_other = CentroidSGD(criterion, 30.0, 0.9), CentroidSGD(other, 30.0, 0.9)
+    forward = torch.compile(criterion, backend="aot_eager", fullgraph=True) if compiled else criterion
+    weight = torch.ones(M, requires_grad=True)
+    for features, target in batches(3):
+        before = criterion.centroid_logits.clone()
+        forward(features * weight, target).backward()
+        criterion.eval()(features + 1, target.flip(0))  # a validation between is not what it learns from
+        criterion.train()
+        assert optimizer.step() is None
+        other(features, target)
+        of_other.step(features, target)
+        assert not torch.equal(criterion.centroid_logits, before)
+        assert relative(criterion.centroid_logits, other.centroid_logits) < 1e-6
+
+
+def test_a_step_without_a_batch_that_there_is_not():
+    criterion, _ = pair()
+    criterion(*next(batches(1)))
+    optimizer = CentroidSGD(criterion, 30.0)
+    for make in (lambda: optimizer, lambda: CentroidSGD(copy.deepcopy(criterion), 30.0)):
+        with pytest.raises(
+            RuntimeError, match=r"features: got none, .*expected one before step\(\), or step\(features"
+        ):
+            make().step()
+        criterion(*next(batches(1)))
+    with pytest.raises(TypeError, match="target: got None, expected step"):
+        optimizer.step(next(batches(1))[0])
+    with pytest.raises(TypeError, match="features: got None, expected step"):
+        optimizer.step(target=torch.zeros(3))
+
+
+def test_a_closure_is_called_with_gradients_enabled_before_the_step():
+    criterion, other = pair()
+    optimizer = CentroidSGD(criterion, 30.0)
+    features, target = next(batches(1))
+
+    def closure():
+        loss = criterion(features.requires_grad_(), target)
+        loss.backward()
+        return loss
+
+    loss = optimizer.step(closure=closure)
+    assert torch.equal(loss, other(features, target))
+    CentroidSGD(other, 30.0).step(features, target)
+    assert torch.equal(criterion.centroid_logits, other.centroid_logits)
+
+
+def test_a_gradient_scaler_calls_step():
+    criterion, other = pair()
+    network, scaler = nn.Linear(3, M), torch.amp.GradScaler("cpu")
+    optimizers = torch.optim.SGD(network.parameters(), 0.1), CentroidSGD(criterion, 30.0)
+    x, target = torch.randn(B, 3), torch.randint(C, (B,))
+    features = network(x)
+    scaler.scale(criterion(features, target)).backward()
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+    scaler.update()
+    other(features, target)
+    CentroidSGD(other, 30.0).step(features, target)
+    assert torch.equal(criterion.centroid_logits, other.centroid_logits)

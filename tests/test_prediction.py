@@ -1,9 +1,11 @@
 """Prediction: scores, classes, and the means of the classes."""
 
 import copy
+import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from criteria import C, M, activated, batch, distribution, exactly
 
 from ncmi_kernels import NCMILoss
@@ -159,3 +161,60 @@ def test_class_means_fitted_again():
     assert not torch.equal(criterion.class_means, first)
     exactly(criterion.class_means, fresh.class_means)
     exactly(criterion.scores(features, class_means=True), fresh.scores(features, class_means=True))
+
+
+def likelihood(scores, target, temperature):
+    return -F.cross_entropy(scores.double() / temperature, target).item()
+
+
+@pytest.mark.parametrize("class_means", [False, True])
+def test_a_temperature_makes_the_targets_likeliest(class_means):
+    criterion = NCMILoss(C, M, dtype=torch.float64)
+    features, target = batch(1, 400, dtype=torch.float64)
+    features[torch.arange(400), target] += 1.0
+    criterion.fit_class_means([(features, target)])
+    features, target = batch(2, 400, dtype=torch.float64)
+    features[torch.arange(400), target] += 1.0
+    scores = criterion.scores(features, class_means=class_means)
+    with pytest.raises(RuntimeError, match=rf"temperature: not fitted yet.*fit_temperature\(class_means={class_means}"):
+        criterion.probabilities(features, class_means=class_means)
+    ignored = torch.cat([features, features[:9] * torch.nan]), torch.cat([target, target[:9] * 0 - 100])
+    temperature = criterion.fit_temperature(*ignored, class_means=class_means).item()
+    best = likelihood(scores, target, temperature)
+    assert best > likelihood(scores, target, temperature * 1.01)
+    assert best > likelihood(scores, target, temperature / 1.01)
+    assert best > -math.log(C) + 0.1 > likelihood(scores, target, 1.0)  # scores alone say next to nothing
+    p = criterion.probabilities(features, class_means=class_means)
+    torch.testing.assert_close(p, (scores / temperature).softmax(dim=1))
+    exactly(p.argmax(dim=1), criterion.predict(features, class_means=class_means))
+    # Calibrated: as sure as it is right.
+    right = (p.argmax(dim=1) == target).double().mean()
+    assert (p.amax(dim=1).mean() - right).abs() < 0.05
+    with pytest.raises(RuntimeError, match="not fitted yet"):
+        criterion.probabilities(features, class_means=not class_means)
+
+
+def test_probabilities_of_any_shape_and_of_a_class_without_a_mean():
+    criterion = NCMILoss(C, M)
+    features, target = batch(1, 24)
+    criterion.fit_class_means([(features, target % 3)])
+    criterion.fit_temperature(features, target, class_means=True)
+    p = criterion.probabilities(features, class_means=True)
+    exactly(p[:, 3], torch.zeros(24))
+    torch.testing.assert_close(p.sum(dim=1), torch.ones(24))
+    pixels = features.view(4, 6, M).movedim(-1, 1)
+    exactly(criterion.probabilities(pixels, class_means=True), p.view(4, 6, C).movedim(-1, 1))
+    torch.testing.assert_close(criterion.probabilities(features[0], class_means=True), p[0])
+
+
+def test_temperatures_at_the_ends():
+    criterion = NCMILoss(C, M)
+    features = 5 * torch.eye(M)[:C]
+    assert criterion.fit_temperature(features, torch.arange(C)) > 0  # every sample right
+    torch.testing.assert_close(criterion.probabilities(features), torch.eye(C))
+    with pytest.raises(ValueError, match="target: got no sample that counts"):
+        criterion.fit_temperature(features, torch.full((C,), -100))
+    alike = torch.ones(C, M)
+    criterion.fit_temperature(alike, torch.arange(C))
+    p = criterion.probabilities(alike)
+    assert (p - 1 / C).abs().max() < 2 * math.exp(-7) / C * (C - 1)  # at the highest temperature

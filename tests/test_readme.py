@@ -5,11 +5,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from ncmi_kernels import _backends
+from ncmi_kernels import NCMILoss, _backends
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -35,6 +36,7 @@ NAMES = """
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -113,8 +115,10 @@ def test_every_part_has_its_code():
         "Several processes",
         "Very many classes",
         "Half precision, compiling, transforms",
+        "Mixup and cutmix",
         "Stopping and going on",
         "Lightning",
+        "Hugging Face",
         "NCMI as a metric",
     }
     assert set(BLOCKS) == expected
@@ -150,12 +154,53 @@ def test_on_one_device(tmp_path):
     assert found["loss"].dtype == torch.float32
 
 
+@pytest.mark.usefixtures("_threads")
+def test_mixup():
+    found = run("Mixup and cutmix")
+    criterion, network, mixed, target = (found[name] for name in ("criterion", "network", "mixed", "target"))
+    share, features = found["share"], network.eval()(mixed)
+    one, other = criterion.eval()(features, target), criterion(features, target.flip(0))
+    labels = torch.nn.functional.one_hot(target, 100)
+    loss = criterion(features, share * labels + (1 - share) * labels.flip(0))
+    torch.testing.assert_close(loss, share * one + (1 - share) * other)
+
+
 def test_metric():
     pytest.importorskip("torchmetrics")
     namespace = {}
     exec(NAMES.format(classes=100, features=100) + "from ncmi_kernels import NCMIMetric", namespace)
     exec(BLOCKS["NCMI as a metric"], namespace)
     assert namespace["metric"].compute()["ncmi"] > 0
+
+
+def test_a_pretrained_backbone_without_a_criterion():
+    """What from_pretrained does: every tensor anew, by its key, then _init_weights for each module."""
+
+    class PreTrainedModel(torch.nn.Module):
+        def __init__(self, config):
+            super().__init__()
+
+        def _init_weights(self, module):
+            pass
+
+        def post_init(self):
+            pass
+
+    config = SimpleNamespace(num_labels=4, hidden_size=6)
+    auto_model = SimpleNamespace(from_config=lambda config: torch.nn.Linear(2, config.hidden_size))
+    names = {"PreTrainedModel": PreTrainedModel, "AutoModel": auto_model, "NCMILoss": NCMILoss}
+    exec(BLOCKS["Hugging Face"], names)
+    with torch.device("meta"):
+        model = names["Classifier"](config)
+    for key, value in model.state_dict().items():
+        module = model.get_submodule(key.rpartition(".")[0])
+        memory = torch.full_like(value, 7, device="cpu")
+        parameter = key.rpartition(".")[2] in module._parameters
+        setattr(module, key.rpartition(".")[2], torch.nn.Parameter(memory) if parameter else memory)
+    model.apply(model._init_weights)
+    fresh = NCMILoss(4, 6).state_dict()
+    assert fresh.keys() == model.criterion.state_dict().keys()
+    assert all(torch.equal(value, fresh[name]) for name, value in model.criterion.state_dict().items())
 
 
 SCRIPT = """

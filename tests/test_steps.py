@@ -95,7 +95,7 @@ def test_a_gradient_scaler_skips_what_overflows_and_recovers(ratio):
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @every_ratio
 def test_a_checkpoint_around_the_criterion(ratio, backend, reentrant):
-    """Its forward pass runs twice, and moves the centre once."""
+    """Its forward pass runs twice, and moves the centre once: where gradients are enabled."""
     (network, criterion, wanted, _), (network_2, criterion_2, wanted_2, _) = step_pair(ratio, True)
     criterion.backend = criterion_2.backend = backend
     for number in range(3):
@@ -106,8 +106,11 @@ def test_a_checkpoint_around_the_criterion(ratio, backend, reentrant):
             repeats.append(None)
             return criterion(network(x), y)
 
-        loss, expected = checkpoint(forward, x, use_reentrant=reentrant), criterion_2(network_2(x), y)
-        exactly(loss, expected)
+        loss = checkpoint(forward, x, use_reentrant=reentrant)
+        before = criterion_2.eval()(network_2(x), y)
+        expected = criterion_2.train()(network_2(x), y)
+        exactly(loss, before if reentrant else expected)
+        assert criterion.num_batches_tracked == number + (not reentrant)
         loss.backward()
         assert len(repeats) == 2
         exactly([p.grad for p in wanted], list(grad(expected, wanted_2)))
