@@ -59,6 +59,7 @@ LONE = tl.constexpr(3)  # for the CPU; the rows that it tells are read here like
 PRIOR = tl.constexpr(8)
 WEIGHT_SUM = tl.constexpr(0)
 WEIGHTED_LOG_NORM = tl.constexpr(1)
+REFERENCE_SUM = tl.constexpr(2)
 
 CLASS_WEIGHTS = tl.constexpr(2)  # columns of `class_weights`, csrc/layout.h ClassWeights: other, base
 
@@ -152,16 +153,17 @@ def _fast_log2(u):
 def near_zero(y):
     """T = 2 sigma - 1 and log 2 sigma at f = 2 y, |f| <= 1.
 
-    T = tanh y and log 2 sigma = y - log cosh y, from minimax polynomials in y^2 with relative errors under 2e-8: both
-    are small with small errors, so the pair is consistent without being made so.
+    T = tanh y and log 2 sigma = y - log cosh y, from minimax polynomials in y^2 with relative errors under 5e-8: both
+    are small with small errors, so the pair is consistent without being made so. Divergences are of the order y^2 of
+    log cosh y, so its 1/2 is exact.
     """
     w = y * y
     t = 0.0172414882 * w - 0.0530454929
     t = t * w + 0.133258789
     t = t * w - 0.333331439
-    c = -0.00566055892 * w + 0.0220276752
-    c = c * w - 0.0833201598
-    c = c * w + 0.499999758
+    c = -0.00580790453 * w + 0.0220917389
+    c = c * w - 0.0833280832
+    c = c * w + 0.5
     return t * (y * w) + y, y - c * w
 
 

@@ -22,6 +22,7 @@ from ncmi_kernels._triton.elements import (
     OWN_PRIOR,
     PRIOR,
     RECORD,
+    REFERENCE_SUM,
     ROW_KIND,
     SCALE,
     SHIFT,
@@ -79,12 +80,16 @@ def _add_stretch(
 ):  # fmt: skip
     """Adds a stretch of rows, element by element: of NEAR twice a, and of `norm` 2 a - 1, small with a small rounding.
 
+    `total` of NEAR is without REFERENCE_SUM.
+
     Past the last column f = 0 and the centroids' numbers are 0; log 2 sigma(0) is 0 as well.
     """
     if KIND == NEAR:
         excess, log = near_zero(x * (0.5 * scale)[:, None])
         weight = 1.0 + excess
         norm += excess
+        # A reference of nearly one number in all columns, taken from logarithms of one size, would round alike in all.
+        d_all = log
     else:
         if not EVEN:
             x = tl.where(inside[None, :], x, shift[:, None])
@@ -92,20 +97,22 @@ def _add_stretch(
         if not EVEN:
             weight = tl.where(inside[None, :], weight, 0.0)
         norm += neighbours(weight, VEC)
+        d_all = log - reference
     d_own = log - own_log
-    d_all = log - reference
     own += weight * d_own
     if CENTROID_TO_SAMPLE:
         total += q_mean * d_all
         own_cross += own_activation * d_own
     else:
         total += weight * d_all
+        if KIND == NEAR:
+            total -= excess * reference
     return norm, own, total, own_cross
 
 
 @triton.jit
 def _row_sums(
-    norm, own, total, own_cross, M: tl.constexpr, KIND: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr,
+    norm, own, total, own_cross, norms, classes, M: tl.constexpr, KIND: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr,
     VEC: tl.constexpr,
 ):  # fmt: skip
     """Of whole rows, float64: sum a, sum a (log a - log a_y), sum a (log a - reference) or sum q_mean (log a -
@@ -129,15 +136,17 @@ def _row_sums(
         cross_sum = total_sum
     if KIND == NEAR:
         norm_sum = 0.5 * M + 0.5 * excess.to(tl.float64)
+        reference_sum = tl.load(norms + classes * RECORD + REFERENCE_SUM)
+        total_sum -= reference_sum if CENTROID_TO_SAMPLE else 0.5 * reference_sum
     return norm_sum, half * own_sum.to(tl.float64), total_sum, cross_sum
 
 
 @triton.jit
 def _sum_rows(
-    xs, input, center, log_activation, activation, reference, row, live, y, scale, shift, unit_stride, column_stride,
-    M: tl.constexpr, ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr,
-    CENTROID_TO_SAMPLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRETCHES: tl.constexpr,
-    VEC: tl.constexpr,
+    xs, input, center, log_activation, activation, reference, norms, classes, row, live, y, scale, shift, unit_stride,
+    column_stride, M: tl.constexpr, ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr, KIND: tl.constexpr,
+    FAST: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    STRETCHES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """`_row_sums` of whole rows, from `xs` where they are held on chip."""
     dtype: tl.constexpr = log_activation.dtype.element_ty
@@ -169,7 +178,7 @@ def _sum_rows(
                 norm, own, total, own_cross, x, scale, shift, own_log, own_activation, compared, q_mean, inside, KIND,
                 FAST, CENTROID_TO_SAMPLE, EVEN, VEC,
             )  # fmt: skip
-    return _row_sums(norm, own, total, own_cross, M, KIND, CENTROID_TO_SAMPLE, VEC)
+    return _row_sums(norm, own, total, own_cross, norms, classes, M, KIND, CENTROID_TO_SAMPLE, VEC)
 
 
 @triton.jit(
@@ -306,8 +315,9 @@ def terms_kernel(
     for AS in tl.static_range(LEAST, MOST + 1):
         if kind == AS:
             norm, own, total, own_cross = _sum_rows(
-                xs, input, center, log_activation, activation, reference, row, live, y, scale, shift, unit_stride,
-                column_stride, M, ALIGN, CONTIGUOUS, AS, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, VEC,
+                xs, input, center, log_activation, activation, reference, norms, classes, row, live, y, scale, shift,
+                unit_stride, column_stride, M, ALIGN, CONTIGUOUS, AS, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS,
+                STRETCHES, VEC,
             )  # fmt: skip
 
     written = row < B
