@@ -82,7 +82,7 @@ def centroid_sums_kernel(
             excess, log = near_zero(x * (0.5 * scale)[:, None])
             value = 0.5 + 0.5 * excess.to(tl.float64)  # with the rounding of what is small in it
         else:
-            value, log, _, _ = activate_as(x, scale[:, None], shift[:, None], kind, FAST)
+            value, log, _slope, _value_slope = activate_as(x, scale[:, None], shift[:, None], kind, FAST)
             value = value.to(tl.float64)
         if own_sums is not None:
             own_sum += (own * inverse_norm)[:, None] * value
