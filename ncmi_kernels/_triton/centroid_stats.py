@@ -184,21 +184,20 @@ def centroid_constants_kernel(
         log = tl.load(reference + k, mask=k < M, other=0.0).to(tl.float64)
         if CENTROID_TO_SAMPLE:
             w = tl.load(reference + M + k, mask=k < M, other=0.0).to(tl.float64)
-            constant += tl.load(weighted + k, mask=k < M, other=0.0)
+            constant += tl.load(weighted + k, mask=k < M, other=0.0) - w * left
             compared += w * log
         else:
             w = tl.where(k < M, tl.exp(log - top), 0.0)
             compared += log
+            lost += w * left
         total += w
-        lost += w * left
     weight_sum = tl.sum(total, axis=0)
-    lost_sum = tl.sum(lost, axis=0)
     constant_sum = tl.sum(constant, axis=0)
     if not CENTROID_TO_SAMPLE:
-        lost_sum = lost_sum / weight_sum
+        constant_sum -= tl.sum(lost, axis=0) / weight_sum
         weight_sum = weight_sum * 0.0 + 1.0
     column = tl.arange(0, RECORD_BLOCK)
-    record = tl.where(column == WEIGHTED_LOG_NORM, constant_sum - lost_sum, 0.0)
+    record = tl.where(column == WEIGHTED_LOG_NORM, constant_sum, 0.0)
     record = tl.where(column == WEIGHT_SUM, weight_sum, record)
     record = tl.where(column == REFERENCE_SUM, tl.sum(compared, axis=0), record)
     tl.store(norms + classes * RECORD + column, record, mask=column < RECORD)

@@ -403,8 +403,15 @@ def neighbours(value, VEC: tl.constexpr):
 
 
 @triton.jit
-def terms_of(norm, own, total, own_cross, own_log_norm, own_prior, norms, classes, CENTROID_TO_SAMPLE: tl.constexpr):
-    """A, G, 1 / S and the means under p: KL divergences as differences of logarithms, then of log-normalisers."""
+def terms_of(
+    kind, norm, own, total, own_cross, own_log_norm, own_prior, norms, classes, CENTROID_TO_SAMPLE: tl.constexpr
+):  # fmt: skip
+    """A, G, 1 / S and the means under p: KL divergences as differences of logarithms, then of log-normalisers.
+
+    `total` of rows of NEAR is without the sum of the reference.
+    """
+    reference_sum = tl.load(norms + classes * RECORD + REFERENCE_SUM)
+    total -= tl.where(kind == NEAR, reference_sum if CENTROID_TO_SAMPLE else 0.5 * reference_sum, 0.0)
     log_norm = tl.log(norm)
     inverse_norm = 1.0 / norm
     own_mean = own * inverse_norm

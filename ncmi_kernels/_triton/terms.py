@@ -22,7 +22,6 @@ from ncmi_kernels._triton.elements import (
     OWN_PRIOR,
     PRIOR,
     RECORD,
-    REFERENCE_SUM,
     ROW_KIND,
     SCALE,
     SHIFT,
@@ -80,7 +79,7 @@ def _add_stretch(
 ):  # fmt: skip
     """Adds a stretch of rows, element by element: of NEAR twice a, and of `norm` 2 a - 1, small with a small rounding.
 
-    `total` of NEAR is without REFERENCE_SUM.
+    `total` of NEAR is without the sum of the reference: terms_of subtracts it.
 
     Past the last column f = 0 and the centroids' numbers are 0; log 2 sigma(0) is 0 as well.
     """
@@ -104,15 +103,13 @@ def _add_stretch(
         total += q_mean * d_all
         own_cross += own_activation * d_own
     else:
-        total += weight * d_all
-        if KIND == NEAR:
-            total -= excess * reference
+        total += weight * d_all - excess * reference if KIND == NEAR else weight * d_all
     return norm, own, total, own_cross
 
 
 @triton.jit
 def _row_sums(
-    norm, own, total, own_cross, norms, classes, M: tl.constexpr, KIND: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr,
+    norm, own, total, own_cross, M: tl.constexpr, KIND: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr,
     VEC: tl.constexpr,
 ):  # fmt: skip
     """Of whole rows, float64: sum a, sum a (log a - log a_y), sum a (log a - reference) or sum q_mean (log a -
@@ -136,17 +133,15 @@ def _row_sums(
         cross_sum = total_sum
     if KIND == NEAR:
         norm_sum = 0.5 * M + 0.5 * excess.to(tl.float64)
-        reference_sum = tl.load(norms + classes * RECORD + REFERENCE_SUM)
-        total_sum -= reference_sum if CENTROID_TO_SAMPLE else 0.5 * reference_sum
     return norm_sum, half * own_sum.to(tl.float64), total_sum, cross_sum
 
 
 @triton.jit
 def _sum_rows(
-    xs, input, center, log_activation, activation, reference, norms, classes, row, live, y, scale, shift, unit_stride,
-    column_stride, M: tl.constexpr, ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr, KIND: tl.constexpr,
-    FAST: tl.constexpr, CENTROID_TO_SAMPLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    STRETCHES: tl.constexpr, VEC: tl.constexpr,
+    xs, input, center, log_activation, activation, reference, row, live, y, scale, shift, unit_stride, column_stride,
+    M: tl.constexpr, ALIGN: tl.constexpr, CONTIGUOUS: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr,
+    CENTROID_TO_SAMPLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRETCHES: tl.constexpr,
+    VEC: tl.constexpr,
 ):  # fmt: skip
     """`_row_sums` of whole rows, from `xs` where they are held on chip."""
     dtype: tl.constexpr = log_activation.dtype.element_ty
@@ -178,7 +173,7 @@ def _sum_rows(
                 norm, own, total, own_cross, x, scale, shift, own_log, own_activation, compared, q_mean, inside, KIND,
                 FAST, CENTROID_TO_SAMPLE, EVEN, VEC,
             )  # fmt: skip
-    return _row_sums(norm, own, total, own_cross, norms, classes, M, KIND, CENTROID_TO_SAMPLE, VEC)
+    return _row_sums(norm, own, total, own_cross, M, KIND, CENTROID_TO_SAMPLE, VEC)
 
 
 @triton.jit(
@@ -315,9 +310,8 @@ def terms_kernel(
     for AS in tl.static_range(LEAST, MOST + 1):
         if kind == AS:
             norm, own, total, own_cross = _sum_rows(
-                xs, input, center, log_activation, activation, reference, norms, classes, row, live, y, scale, shift,
-                unit_stride, column_stride, M, ALIGN, CONTIGUOUS, AS, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS,
-                STRETCHES, VEC,
+                xs, input, center, log_activation, activation, reference, row, live, y, scale, shift, unit_stride,
+                column_stride, M, ALIGN, CONTIGUOUS, AS, FAST, CENTROID_TO_SAMPLE, ROWS, COLUMNS, STRETCHES, VEC,
             )  # fmt: skip
 
     written = row < B
@@ -337,7 +331,7 @@ def terms_kernel(
         own_log_norm = tl.load(norms + y * RECORD + LOG_NORM)
         own_prior = tl.load(norms + y * RECORD + PRIOR)
         concentration, separation, inverse_norm, own_mean, all_mean = terms_of(
-            norm, own, total, own_cross, own_log_norm, own_prior, norms, classes, CENTROID_TO_SAMPLE
+            kind, norm, own, total, own_cross, own_log_norm, own_prior, norms, classes, CENTROID_TO_SAMPLE
         )
         factor = tl.load(weight + y).to(tl.float64) if weight is not None else zero + 1.0
         if NORMALIZED:
