@@ -10,8 +10,9 @@ template <class T>
 struct FocusTableArgs {
   Centroids<T> centroids;
   T* relative;      // [C, M] log q less what the classes share
-  T* distribution;  // [C, M] q; centroid_to_sample only
-  double* level;    // [2, C] the sum of relative over the columns, for centroid_to_sample weighed by q; and prior
+  T* distribution;  // [C, M] q less its mean over the classes; centroid_to_sample only
+  double* level;    // [2, C] the sum of relative over the columns, for centroid_to_sample weighed by q, before rounding;
+                    // and prior
 };
 
 // What matrix products take of the rows.
@@ -65,7 +66,7 @@ struct FocusSumsArgs {
 
 // A row in a matrix product with the centroids: p = share (base + x). Where sigma is a, x is 2 sigma - 1: only what is
 // small, and its rounding, meets the product. What the base comes to is summed apart, in double. For
-// centroid_to_sample x is a logarithm and stands for itself.
+// centroid_to_sample x is a logarithm and stands for itself; there of q only what its mean leaves meets the product.
 struct InProduct {
   double base, share;
 };
@@ -105,8 +106,10 @@ struct Divergence {
   static constexpr double kSmallest = 1.17549435e-38;  // that others are measured by
 };
 
-NCMI_INLINE Divergence divergence_of(const RowStats& row, double relative_log_norm, bool centroid_to_sample) {
-  if (centroid_to_sample) return {0.0, 1.0, -1.0};
+NCMI_INLINE Divergence divergence_of(const RowStats& row, const AllStats& all, double relative_log_norm,
+                                     bool centroid_to_sample) {
+  if (centroid_to_sample)  // of the row and the mean q; all_mean is by the sum of a
+    return {all.weight_sum * relative_log_norm - row.all_mean / row.inverse_norm, 1.0, -1.0};
   const InProduct p = in_product(row, false);
   return {row.all_mean - relative_log_norm, -p.share * p.base, -p.share};
 }

@@ -72,7 +72,8 @@ constexpr int64_t kClassStats = sizeof(ClassStats) / sizeof(double);
 struct AllStats {
   double weight_sum;         // sum_k q_mean_k as rounded (1 for sample_to_centroid)
   double weighted_log_norm;  // the mean log_norm, weighted as `reference` is, less what rounding that lost
-  double unused[7];
+  double reference_sum;      // sum_k reference_k, for centroid_to_sample of q_mean_k reference_k, as rounded
+  double unused[6];
 };
 static_assert(sizeof(AllStats) == sizeof(ClassStats), "one tensor holds both");
 

@@ -64,6 +64,13 @@ NCMI_INLINE Activation<T> activate(T x, T scale, T shift) {
   }
 }
 
+// a, of that activation at x, in double: near, with the rounding of what is small in it.
+template <Kind kind, class T>
+NCMI_INLINE double wide_value(const Activation<T>& a, [[maybe_unused]] T x, [[maybe_unused]] T scale) {
+  if constexpr (is_near(kind)) return 0.5 + 0.5 * double(near<kind>(x * scale).excess);
+  return double(a.value);
+}
+
 // Calls f with the kind as a template argument.
 #if defined(__CUDACC__)
 #pragma nv_exec_check_disable  // f may be of the device alone

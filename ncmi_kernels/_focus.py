@@ -49,7 +49,7 @@ class Table(NamedTuple):
     reference: Tensor  # [2, M]
     norms: Tensor  # [R + 1, 9] float64
     relative: Tensor  # [R, M], log q less what the classes share
-    distribution: Tensor  # [R, M] q, or [0, M] for sample_to_centroid
+    distribution: Tensor  # [R, M] q less its mean over the classes, or [0, M] for sample_to_centroid
     class_level: Tensor  # [2, R] float64
 
 
@@ -218,7 +218,7 @@ class Products:
         """Of the classes by their weights, [rows, M]: what the operator input_grad takes as row_reference."""
         table = self.problem.table
         if self.problem.options.centroid_to_sample:
-            return torch.mm(weights, table.distribution, out=out)
+            return torch.addmm(table.reference[1], weights, table.distribution, out=out)
         return torch.addmm(table.reference[0], weights, table.relative, out=out)
 
     def reduced(self, wanted: tuple[bool, bool]) -> tuple[Rows, _plain.Reduced]:

@@ -129,9 +129,9 @@ SCHEMAS = {
     # softmax_v(log prior_v - focus D_iv / min_u D_iu) over those of the other classes. They come of matrix products,
     # one tile of rows after another. Centroid r is one of class r modulo C. Between these products, with R centroids:
     #
-    # The centroids in products: relative [R, M], log q less what all share; distribution [R, M], q, or [0, M] for
-    # sample_to_centroid; class_level [2, R] float64, first the sum of relative over the columns, for centroid_to_sample
-    # that of q relative, and then prior.
+    # The centroids in products: relative [R, M], log q less what all share; distribution [R, M], q less its mean
+    # reference[1], or [0, M] for sample_to_centroid; class_level [2, R] float64, first the sum of relative over the
+    # columns, for centroid_to_sample that of q relative, before rounding, and then prior.
     "focus_table": f"({_TABLE}, bool centroid_to_sample) -> (Tensor relative, Tensor distribution, Tensor class_level)",
     #
     # The rows in products, [B, M]: x of p = share (base + x), by numbers share and base that a backend forms of `rows`.

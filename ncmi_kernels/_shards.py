@@ -88,15 +88,16 @@ def _of_all(means: Tensor, columns: int, dtype: torch.dtype, options: Options) -
         norm = torch.where(q > 0, q_norm / q, 0)
         weight = q.to(dtype).double()
         constant, weight_sum = (weight * norm).sum(), weight.sum()
-        by = weight
+        by, reference_sum = weight, (weight * exact.to(dtype)).sum()
     else:
         exact, constant = means[:-1], means[-1]
         by = exact.to(dtype).double().softmax(dim=0)
         weight, weight_sum = torch.zeros_like(by), torch.ones_like(constant)
+        reference_sum = exact.to(dtype).double().sum()
     # What rounding loses enters the mean under p; under the mean centroid instead it goes into the constant.
     lost = (by * (exact - exact.to(dtype).double())).sum()
     record = torch.zeros(_schema.CLASS_STATS, dtype=torch.float64, device=means.device)
-    record[0], record[1] = weight_sum, constant - lost
+    record[:3] = torch.stack([weight_sum, constant - lost, reference_sum])
     return torch.stack([exact, weight]).to(dtype), record
 
 
@@ -420,5 +421,5 @@ class _Part(_focus.Products):
         """That of the rows here, of all centroids."""
         rows, processes = self.sizes[self.group.rank], self.group.size
         parts = self.group.all_to_all(part, self.sizes, [rows] * processes)
-        mixture = parts.view(processes, rows, part.shape[1]).sum(dim=0)
-        return mixture if self.problem.options.centroid_to_sample else mixture + self.problem.table.reference[0]
+        common = self.problem.table.reference[int(self.problem.options.centroid_to_sample)]
+        return parts.view(processes, rows, part.shape[1]).sum(dim=0) + common

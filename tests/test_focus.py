@@ -10,7 +10,19 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import relative
-from problems import REDUCTIONS, SEPARATIONS, Options, check, evaluate, every_backend, every_separation, make
+from problems import (
+    LEFT,
+    REDUCTIONS,
+    SEPARATIONS,
+    Options,
+    check,
+    evaluate,
+    every_backend,
+    every_ratio,
+    every_separation,
+    make,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ncmi_kernels import _focus, ncmi_loss, ncmi_terms, reference
 
@@ -104,6 +116,66 @@ def test_closer_to_float64_than_autograd(separation, backend, interpreted):
         ]
         for kernels, autograd in zip(*errors, strict=True):
             assert kernels < autograd / 3
+
+
+def in_the_authors_regime(rows, classes, columns):
+    """Unit features and one-hot centroids: p and q differ by a percent, and so much the more do roundings count."""
+    z, target, _, _, _ = make(rows, classes, columns, dtype=torch.float32)
+    return z, target, 10 * torch.eye(classes, columns), z.mean(dim=0), None
+
+
+def largest_errors(actual, exact):
+    """By the largest number of each tensor."""
+    return [((a.double() - e).abs().max() / e.abs().max()).item() for a, e in zip(actual, exact, strict=True)]
+
+
+@every_backend
+@every_separation
+@every_ratio
+@pytest.mark.parametrize("shape", [(64, 10, 32), (128, 100, 512), (256, 1000, 1000)])
+@pytest.mark.parametrize("regime", ["authors", "dense"])
+def test_errors_of_float32(regime, shape, ratio, separation, backend, interpreted):
+    if interpreted:
+        if shape[0] != 128 or (ratio == "batch") != (separation == SEPARATIONS[0]):
+            pytest.skip(LEFT)
+        shape = 16, 20, 512
+    authors = regime == "authors"
+    problem = in_the_authors_regime(*shape) if authors else make(*shape, center=True, dtype=torch.float32)
+    options = Options(l2_normalize=authors, separation=separation, ratio=ratio, separation_focus=10.0)
+    loss, *grads = largest_errors(evaluate(problem, options, backend), evaluate(problem, options, "float64"))
+    assert loss <= 2e-7
+    assert max(grads) <= 1.5e-6
+
+
+class TensorFloat32(TorchDispatchMode):
+    """Matrix products as with `torch.set_float32_matmul_precision("high")` on a GPU: of operands with 11 bits."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.products += 1
+            args = (*args[:-2], *map(self.rounded, args[-2:]))
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def rounded(x):
+        bits = x.contiguous().view(torch.int32)
+        return ((bits + 0xFFF + (bits >> 13 & 1)) & ~0x1FFF).view(torch.float32)  # to the nearest even
+
+
+@every_separation
+@every_ratio
+def test_products_in_tensor_float_32(ratio, separation):
+    """No large part meets a product: 11 bits of a small one are enough. Of p and q themselves 5e-4 would be lost."""
+    problem = in_the_authors_regime(256, 1000, 1000)
+    options = Options(l2_normalize=True, separation=separation, ratio=ratio, separation_focus=10.0)
+    with TensorFloat32() as mode:
+        actual = evaluate(problem, options, "cpu")
+    assert mode.products == 3
+    assert max(largest_errors(actual, evaluate(problem, options, "float64"))) <= 1e-5
 
 
 @every_backend

@@ -13,7 +13,7 @@ from conftest import relative
 from problems import ACTIVATIONS, HALF, LEFT, every_backend, every_separation, make
 
 from ncmi_kernels import _ops, reference
-from ncmi_kernels._schema import ALL_MEAN, INVERSE_NORM, MEAN_LOG_NORM, OWN_PRIOR, PRIOR
+from ncmi_kernels._schema import ALL_MEAN, CLASS_LOG_NORM, INVERSE_NORM, MEAN_LOG_NORM, OWN_PRIOR, PRIOR
 
 FOCUS = 5.0
 
@@ -75,10 +75,12 @@ def check_operators(run, problem, separation, bound, **options):
     relative_q = its.relative.double()
     shared = (relative_q - its.log_q).mean(dim=0)  # the same in each class
     assert (relative_q - shared - its.log_q).norm() < bound * its.log_q.norm()
-    level = relative_q
+    log_activation, activation, compared, norms = (t.double() for t in its.table)
+    above_mean = norms[:-1, CLASS_LOG_NORM] - norms[-1, MEAN_LOG_NORM]
+    level = (log_activation - compared[0]) - above_mean[:, None]
     if c2s:
-        assert relative(its.distribution, its.log_q.exp()) < bound
-        level = level * its.distribution.double()
+        assert relative(its.distribution.double() + compared[1], its.log_q.exp()) < bound
+        level = level * activation * (-norms[:-1, CLASS_LOG_NORM]).exp()[:, None]
     else:
         assert its.distribution.shape == (0, problem[0].shape[1])
     assert (its.level[0] - level.sum(dim=1)).abs().max() < 1e-13 * level.abs().sum(dim=1).max()
@@ -361,11 +363,12 @@ def check_divergences(run, separation):
     problem = make(6, 5, 9, dtype=torch.float32)
     its = Operands(run, problem, separation)
     target, level = problem[1], its.level
-    product = torch.zeros(6, 5) if separation == "centroid_to_sample" else torch.full((6, 5), 1e3)
+    c2s = separation == "centroid_to_sample"
+    product = torch.zeros(6, 5) if c2s else torch.full((6, 5), 1e3)
     product[torch.arange(6), target] = math.nan  # that of the own class is not looked at
     product[1, (target[1] + 1) % 5] = math.nan
     product[2] = math.nan
-    level = torch.stack((-torch.ones_like(level[0]), level[1]))
+    level = torch.stack((torch.full_like(level[0], -1e3 if c2s else -1), level[1]))
     separated = torch.empty(6, dtype=torch.float64)
     run.focus_weights_(product, separated, its.stats.clone(), target, its.table[3], level, FOCUS, *its.last)
     assert separated[1:3].isnan().all()

@@ -48,7 +48,7 @@ struct AddRow {
       NCMI_SIMD()
       for (int64_t k = 0; k < n; ++k) {
         const Activation<T> a = activate<kind>(x[k], s, shift);
-        if constexpr (with_own) own[k] += own_share * double(a.value);
+        if constexpr (with_own) own[k] += own_share * wide_value<kind>(a, x[k], s);
         if constexpr (centroid_to_sample) {
           if constexpr (with_own) own_log[k] += by_log * double(a.log);
           total[k] += by_log * double(a.log);
@@ -85,7 +85,7 @@ struct FinishClass {
       for (int64_t k = begin; k < begin + m; ++k) {
         const Activation<T> a = activate<as>(x[k], s, shift);
         const double p_sum = own[k] + (excess_base + double(own_excess[k]));
-        grad[k] = T(p_sum - own_sum * (double(a.value) * inverse_norm));
+        grad[k] = T(p_sum - own_sum * (wide_value<as>(a, x[k], s) * inverse_norm));
         if constexpr (centroid_to_sample)
           own_separation[k] = T(own_log[k] - other_sum * double(a.log));
       }

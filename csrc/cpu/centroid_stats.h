@@ -13,9 +13,8 @@ double activate_row(const T* __restrict x, int64_t n, T shift, T* __restrict val
                     double* __restrict sums, const Ahead& ahead) {
   Lanes<double> norm;
   int64_t near_columns = 0;  // whose excess is summed: sigma = (1 + excess) / 2
-  double excess_sum = 0;
+  Lanes<double> excess;
   for (int64_t first = 0; first < n; first += kBlock) {
-    Lanes<T> excess;  // small, so its sum need not be double
     for_logits<kind>(x + first, min(kBlock, n - first), [&]<Kind as>(int64_t at, int64_t m)
                                                             __attribute__((always_inline)) {
       const int64_t k = first + at;
@@ -26,7 +25,7 @@ double activate_row(const T* __restrict x, int64_t n, T shift, T* __restrict val
       for (int64_t j = 0; j < m; ++j) {
         if constexpr (is_near(as)) {
           const NearActivation a = near<as>(x[k + j] * s);
-          excess.lane[j] += a.excess;
+          excess.lane[j] += double(a.excess);
           if constexpr (with_value) value[k + j] = T(0.5) + T(0.5) * a.excess;
           log[k + j] = a.log;
           if constexpr (with_sums) sums[k + j] += prior * double(a.log);
@@ -35,7 +34,7 @@ double activate_row(const T* __restrict x, int64_t n, T shift, T* __restrict val
           T in_norm = a.value;
           if constexpr (as == Kind::kNsfMostlyNear) {
             in_norm = is_small(x[k + j]) ? T(0.5) : a.value;
-            excess.lane[j] += is_small(x[k + j]) ? near<Kind::kNsfNear>(x[k + j] * T(0.5)).excess : T(0);
+            excess.lane[j] += is_small(x[k + j]) ? double(near<Kind::kNsfNear>(x[k + j] * T(0.5)).excess) : 0.0;
           }
           norm.lane[j] += double(in_norm);
           if constexpr (with_value) value[k + j] = a.value;
@@ -44,9 +43,8 @@ double activate_row(const T* __restrict x, int64_t n, T shift, T* __restrict val
         }
       }
     });
-    excess_sum += excess.total();
   }
-  return norm.total() + 0.5 * (double(near_columns) + excess_sum);
+  return norm.total() + 0.5 * (double(near_columns) + excess.total());
 }
 
 // Adds a class to the sums of its chunk, while its row is in cache: for centroid_to_sample q, q log a and q log_norm,

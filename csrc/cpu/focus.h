@@ -15,7 +15,8 @@ NCMI_INLINE void for_wide(int64_t size, const F& f) {
 }
 
 // A row of the table as it meets the rows of features: log q less what the classes share, and its sum over the columns;
-// for centroid_to_sample also q, and the sum of its products with the former.
+// for centroid_to_sample also q less its mean, and the sum of the products of q with the former. The sums are of what is
+// not rounded: columns that are equal round alike.
 template <class T>
 void focus_table(const FocusTableArgs<T>& args, int64_t class_begin, int64_t class_end) {
   const Centroids<T>& q = args.centroids;
@@ -24,19 +25,22 @@ void focus_table(const FocusTableArgs<T>& args, int64_t class_begin, int64_t cla
   for (int64_t c = class_begin; c < class_end; ++c) {
     const T* __restrict log = q.log_activation + c * n;
     T* __restrict relative = args.relative + c * n;
-    const T above_mean = T(q.of[c].log_norm - q.all().weighted_log_norm);
+    const double above_mean = q.of[c].log_norm - q.all().weighted_log_norm;
     Lanes<double> sum;
     if (q.centroid_to_sample) {
       const T* __restrict activation = q.activation + c * n;
+      const T* __restrict q_mean = q.reference + n;
       T* __restrict distribution = args.distribution + c * n;
-      const T inverse_norm = T(exp(-q.of[c].log_norm));
+      const double inverse_norm = exp(-q.of[c].log_norm);
       for_wide(n, [&](int64_t first, int64_t m) __attribute__((always_inline)) {
         NCMI_SIMD()
         for (int64_t j = 0; j < m; ++j) {
           const int64_t k = first + j;
-          relative[k] = (log[k] - reference[k]) - above_mean;
-          distribution[k] = activation[k] * inverse_norm;
-          sum.lane[j] += double(distribution[k]) * double(relative[k]);
+          const double value = (double(log[k]) - double(reference[k])) - above_mean;
+          const double share = double(activation[k]) * inverse_norm;
+          relative[k] = T(value);
+          distribution[k] = T(share - double(q_mean[k]));
+          sum.lane[j] += share * value;
         }
       });
     } else {
@@ -44,8 +48,9 @@ void focus_table(const FocusTableArgs<T>& args, int64_t class_begin, int64_t cla
         NCMI_SIMD()
         for (int64_t j = 0; j < m; ++j) {
           const int64_t k = first + j;
-          relative[k] = (log[k] - reference[k]) - above_mean;
-          sum.lane[j] += double(relative[k]);
+          const double value = (double(log[k]) - double(reference[k])) - above_mean;
+          relative[k] = T(value);
+          sum.lane[j] += value;
         }
       });
     }
@@ -156,7 +161,8 @@ void focus_nearest(const FocusNearestArgs<T>& args, int64_t row_begin, int64_t r
     const int64_t y = of.target[i];
     if (y == of.target.ignore_index) continue;
     const RowStats& row = of.stats[i];
-    const Divergence divergence = divergence_of(row, relative_log_norm(*of.all, row), of.centroid_to_sample);
+    const double log_norm = relative_log_norm(*of.all, row);
+    const Divergence divergence = divergence_of(row, *of.all, log_norm, of.centroid_to_sample);
     args.nearest[i] = double(nearest_of<false>(of, y, divergence, of.values + i * of.centroids));
   }
 }
@@ -181,7 +187,7 @@ void focus_weights(const FocusWeightsArgs<T>& args, int64_t row_begin, int64_t r
     }
     RowStats& row = of.stats[i];
     const double log_norm = relative_log_norm(*of.all, row);
-    T nearest = nearest_of<true>(of, y, divergence_of(row, log_norm, of.centroid_to_sample), values);
+    T nearest = nearest_of<true>(of, y, divergence_of(row, *of.all, log_norm, of.centroid_to_sample), values);
     if (args.shared) nearest = T(args.shared[i]);
     const WeightSums sums = weigh(of, y, args.focus, nearest, values);
     if (args.shared) {

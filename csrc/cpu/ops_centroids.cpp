@@ -55,12 +55,13 @@ class StatsOf {
     const int64_t columns = args_.columns;
     const T* compared = args_.reference;
     const T* q_mean = compared + columns;
-    double weight_sum = 0, lost = 0, constant = 0;
+    double weight_sum = 0, lost = 0, constant = 0, reference_sum = 0;
     if (args_.centroid_to_sample) {
       for (int64_t k = 0; k < columns; ++k) {
         weight_sum += double(q_mean[k]);
         lost += double(q_mean[k]) * args_.residual[k];
         constant += args_.weighted_log_norm[k];
+        reference_sum += double(q_mean[k]) * double(compared[k]);
       }
     } else {
       const double largest = double(*std::max_element(compared, compared + columns));
@@ -69,6 +70,7 @@ class StatsOf {
         const double w = std::exp(double(compared[k]) - largest);
         total += w;
         lost += w * args_.residual[k];
+        reference_sum += double(compared[k]);
       }
       weight_sum = 1;
       lost /= total;
@@ -76,7 +78,10 @@ class StatsOf {
                                  [](double sum, const ClassStats& c) { return sum + c.prior * c.log_norm; });
     }
     *reinterpret_cast<AllStats*>(args_.of + args_.classes) = {
-        .weight_sum = weight_sum, .weighted_log_norm = constant - lost, .unused = {}};
+        .weight_sum = weight_sum,
+        .weighted_log_norm = constant - lost,
+        .reference_sum = reference_sum,
+        .unused = {}};
   }
 
   Vector<double> workspace_;

@@ -15,9 +15,11 @@ struct Row {
   const T* own_activation;  // a(xi_y); centroid_to_sample only
   const T* reference;       // what log a is compared with, for all classes at once
   const T* q_mean;          // mean of q over classes; centroid_to_sample only
+  double reference_sum;     // AllStats
 
   Row from(int64_t k) const {
-    return {x + k, own_log + k, own_activation ? own_activation + k : nullptr, reference + k, q_mean + k};
+    return {x + k, own_log + k, own_activation ? own_activation + k : nullptr, reference + k, q_mean + k,
+            reference_sum};
   }
 };
 
@@ -51,7 +53,7 @@ class OwnRows {
 
  private:
   Row<T> row(const T* x, const T* log, const T* activation) const {
-    return {x, log, activation, q_.reference, q_.reference + q_.columns};
+    return {x, log, activation, q_.reference, q_.reference + q_.columns, q_.all().reference_sum};
   }
 
   const Centroids<T>& q_;
@@ -79,14 +81,14 @@ struct Tail {
       mask[k] = begin + k < n ? T(1) : T(0);
     }
   }
-  Row<T> row() const { return {x, own_log, own_activation, reference, q_mean}; }
+  Row<T> row() const { return {x, own_log, own_activation, reference, q_mean, 0}; }
 };
 
 template <Kind kind, bool centroid_to_sample, class T>
 struct RowLanes {
   Lanes<double> norm;       // but near: of the excess, below
   Lanes<T> excess;          // of 2 sigma - 1, small, so its sum need not be double
-  Lanes<T> own, all, own_cross;
+  Lanes<T> own, all, own_cross;  // near: all without what AllStats has of `reference`
 
   // Adds `n` <= kWide columns. With `masked`, those where `mask` is 0 count for nothing.
   template <bool masked>
@@ -98,10 +100,11 @@ struct RowLanes {
     const T* __restrict q_mean = row.q_mean;
     NCMI_SIMD()
     for (int64_t k = 0; k < n; ++k) {
-      T weight, log;  // near: twice a
+      T weight, log, t;  // near: twice a, and t = 2 a - 1
       if constexpr (is_near(kind)) {
         const NearActivation a = near<kind>(x[k] * s);
-        excess.lane[k] += masked ? a.excess * mask[k] : a.excess;
+        t = masked ? a.excess * mask[k] : a.excess;
+        excess.lane[k] += t;
         weight = T(1) + a.excess;
         log = a.log;
       } else {
@@ -111,13 +114,16 @@ struct RowLanes {
         log = a.log;
       }
       if constexpr (masked) weight *= mask[k];
-      const T d_own = log - own_log[k], d_all = log - reference[k];
+      const T d_own = log - own_log[k];
+      // A reference of nearly one number in all columns, taken from logarithms of one size, would round alike in all.
+      const T d_all = is_near(kind) ? log : log - reference[k];
       own.lane[k] += weight * d_own;
       if constexpr (centroid_to_sample) {
         all.lane[k] += (masked ? q_mean[k] * mask[k] : q_mean[k]) * d_all;
         own_cross.lane[k] += (masked ? own_activation[k] * mask[k] : own_activation[k]) * d_own;
       } else {
         all.lane[k] += weight * d_all;
+        if constexpr (is_near(kind)) all.lane[k] -= t * reference[k];
       }
     }
   }
@@ -138,7 +144,10 @@ struct RowLanes {
 template <Kind kind, bool centroid_to_sample, class T>
 __attribute__((noinline)) RowSums sum_row(const Row<T>& row, int64_t n, double scale, T shift, const Ahead& ahead) {
   RowSums sums{};
-  if (is_near(kind)) sums.norm = 0.5 * double(n);  // sigma = (1 + excess) / 2
+  if (is_near(kind)) {
+    sums.norm = 0.5 * double(n);  // sigma = (1 + excess) / 2
+    sums.all = (centroid_to_sample ? -1.0 : -0.5) * row.reference_sum;
+  }
   const T s = argument_scale<kind, T>(scale);
   const int64_t whole = n / kLanes<T> * kLanes<T>;
   for (int64_t first = 0; first < n; first += kBlock) {

@@ -87,13 +87,8 @@ NCMI_DEVICE void each_activation(const RowStats& stats, const T (&x)[width], con
     const T s = argument_scale<kind, T>(scale);
 #pragma unroll
     for (int v = 0; v < width; ++v) {
-      if constexpr (is_near(kind)) {
-        const NearActivation a = near<kind>(x[v] * s);
-        f(v, 0.5 + 0.5 * double(a.excess), T(a.log));
-      } else {
-        const Activation<T> a = activate<kind, fast>(x[v], s, shift);
-        f(v, double(a.value), a.log);
-      }
+      const Activation<T> a = activate<kind, fast>(x[v], s, shift);
+      f(v, wide_value<kind>(a, x[v], s), a.log);
     }
   });
 }
@@ -184,8 +179,9 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
       const T xi = load_any<T>(args.logits, c * args.logits.row_stride + column * args.logits.column_stride);
       const double inverse_norm = ::exp(-q.of[c].log_norm);
       with_kind<T>(kind_of(q.of[c].kind), [&]<Kind kind>() NCMI_INLINED {
-        const Activation<T> a = activate<kind, false>(xi, argument_scale<kind, T>(1.0), T(q.of[c].shift));
-        args.own[at] = T(p_sum - own_sum * (double(a.value) * inverse_norm));
+        const T s = argument_scale<kind, T>(1.0);
+        const Activation<T> a = activate<kind, false>(xi, s, T(q.of[c].shift));
+        args.own[at] = T(p_sum - own_sum * (wide_value<kind>(a, xi, s) * inverse_norm));
         if constexpr (centroid_to_sample) args.own_separation[at] = T(log_sum - other_sum * double(a.log));
       });
     }

@@ -164,12 +164,13 @@ template <class T>
 NCMI_DEVICE void finish_constants(const CentroidStatsArgs<T>& args, Group& group) {
   const T* compared = args.reference;
   const T* q_mean = compared + args.columns;
-  double sums[3] = {};  // weights, what was lost, log_norm
+  double sums[4] = {};  // weights, what was lost, log_norm, `reference`
   if (args.centroid_to_sample) {
     for (int64_t k = threadIdx.x; k < args.columns; k += blockDim.x) {
       sums[0] += double(q_mean[k]);
       sums[1] += double(q_mean[k]) * args.lost[k];
       sums[2] += args.lost[args.columns + k];
+      sums[3] += double(q_mean[k]) * double(compared[k]);
     }
   } else {
     double largest = -kLargest<double>;
@@ -179,16 +180,18 @@ NCMI_DEVICE void finish_constants(const CentroidStatsArgs<T>& args, Group& group
       const double w = ::exp(double(compared[k]) - largest);
       sums[0] += w;
       sums[1] += w * args.lost[k];
+      sums[3] += double(compared[k]);
     }
     for (int64_t c = threadIdx.x; c < args.classes; c += blockDim.x) sums[2] += args.of[c].prior * args.of[c].log_norm;
   }
 #pragma unroll
-  for (int j = 0; j < 3; ++j) sums[j] = warp_sum(sums[j]);
+  for (int j = 0; j < 4; ++j) sums[j] = warp_sum(sums[j]);
   group.sum_warps(sums);
   if (group.first()) {
     *reinterpret_cast<AllStats*>(args.of + args.classes) = {
         args.centroid_to_sample ? sums[0] : 1.0,
         args.centroid_to_sample ? sums[2] - sums[1] : sums[2] - sums[1] / sums[0],
+        sums[3],
         {}};
   }
 }

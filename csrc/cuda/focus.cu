@@ -25,20 +25,19 @@ __global__ void __launch_bounds__(kRowThreads, 1) focus_table_kernel(const Focus
   const int64_t c = row_of_thread();
   if (c >= q.classes) return;
   Group group = group_of_thread(shared_storage<GroupStorage>());
-  const double log_norm = q.of[c].log_norm;
-  const T above_mean = T(log_norm - q.all().weighted_log_norm), inverse_norm = T(::exp(-log_norm));
+  const double log_norm = q.of[c].log_norm, above_mean = log_norm - q.all().weighted_log_norm;
+  const double inverse_norm = ::exp(-log_norm);
   double sum = 0;
   for (int64_t k = group.thread; k < q.columns; k += group.threads) {
     const int64_t at = c * q.columns + k;
-    const T relative = (q.log_activation[at] - q.reference[k]) - above_mean;
-    args.relative[at] = relative;
+    const double relative = (double(q.log_activation[at]) - double(q.reference[k])) - above_mean;
+    args.relative[at] = T(relative);
+    double share = 1;
     if (q.centroid_to_sample) {
-      const T share = q.activation[at] * inverse_norm;
-      args.distribution[at] = share;
-      sum += double(share) * double(relative);
-    } else {
-      sum += double(relative);
+      share = double(q.activation[at]) * inverse_norm;
+      args.distribution[at] = T(share - double(q.reference[q.columns + k]));
     }
+    sum += share * relative;  // not of what is rounded: columns that are equal round alike
   }
   sum = group.sum(sum);
   if (group.first()) {
@@ -133,7 +132,8 @@ __global__ void __launch_bounds__(kRowThreads, 1) focus_nearest_kernel(const Foc
     return;
   }
   const RowStats stats = of.stats[i];
-  const Divergence divergence = divergence_of(stats, relative_log_norm(*of.all, stats), of.centroid_to_sample);
+  const double log_norm = relative_log_norm(*of.all, stats);
+  const Divergence divergence = divergence_of(stats, *of.all, log_norm, of.centroid_to_sample);
   const OtherClasses<T> others{of, group, int(class_of(target, of.classes))};
   const T nearest = nearest_of<false>(others, divergence, of.values + i * of.centroids, group);
   if (group.first()) args.nearest[i] = double(nearest);
@@ -161,7 +161,8 @@ __global__ void __launch_bounds__(kRowThreads, 1) focus_weights_kernel(const Foc
   const OtherClasses<T> others{of, group, y};
   const RowStats stats = of.stats[i];
   const double log_norm = relative_log_norm(*of.all, stats);
-  T nearest = nearest_of<true>(others, divergence_of(stats, log_norm, of.centroid_to_sample), values, group);
+  const Divergence divergence = divergence_of(stats, *of.all, log_norm, of.centroid_to_sample);
+  T nearest = nearest_of<true>(others, divergence, values, group);
   if (args.shared) nearest = T(args.shared[i]);
 
   const double by = args.focus / double(nearest);

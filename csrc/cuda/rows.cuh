@@ -183,12 +183,13 @@ struct Own {
   const T* reference;   // what log a is compared with, for all classes at once
   const T* q_mean;      // mean of q over classes; centroid_to_sample only
   double log_norm;      // of a(xi_y)
+  double reference_sum;  // AllStats
 };
 
 template <bool centroid_to_sample, class T>
 NCMI_DEVICE Own<T> own_of(const Centroids<T>& q, int64_t y) {
   return {q.log_activation + y * q.columns, centroid_to_sample ? q.activation + y * q.columns : nullptr, q.reference,
-          q.reference + q.columns, q.of[y].log_norm};
+          q.reference + q.columns, q.of[y].log_norm, q.all().reference_sum};
 }
 
 template <Kind kind, bool centroid_to_sample, bool fast, class T, class R>
@@ -210,11 +211,12 @@ NCMI_DEVICE RowSums sum_row(R& row, const Own<T>& of, double scale, T shift) {
     T sum_excess = 0, sum_own = 0, sum_all = 0, sum_cross = 0;
 #pragma unroll
     for (int v = 0; v < R::part; ++v) {
-      T weight, log;  // near: twice a
+      T weight, log, t;  // near: twice a, and t = 2 a - 1
       if constexpr (is_near(kind)) {
         const NearActivation a = near<kind>(x[v] * s);
-        sum_excess += a.excess;
-        weight = T(1) + a.excess;
+        t = a.excess;
+        sum_excess += t;
+        weight = T(1) + t;
         log = a.log;
       } else {
         const Activation<T> a = activate<kind, fast>(x[v], s, shift);
@@ -225,13 +227,16 @@ NCMI_DEVICE RowSums sum_row(R& row, const Own<T>& of, double scale, T shift) {
         weight = a.value;
         log = a.log;
       }
-      const T d_own = log - own_log[v], d_all = log - reference[v];
+      const T d_own = log - own_log[v];
+      // A reference of nearly one number in all columns, taken from logarithms of one size, would round alike in all.
+      const T d_all = is_near(kind) ? log : log - reference[v];
       sum_own += weight * d_own;
       if constexpr (centroid_to_sample) {
         sum_all += q_mean[v] * d_all;
         sum_cross += own_activation[v] * d_own;
       } else {
         sum_all += weight * d_all;
+        if constexpr (is_near(kind)) sum_all -= t * reference[v];
       }
     }
     excess.value += sum_excess;
@@ -257,8 +262,8 @@ NCMI_DEVICE RowSums sum_row(R& row, const Own<T>& of, double scale, T shift) {
     for (int j = 0; j < 3; ++j) total[j] = three[j];
   }
   if constexpr (is_near(kind))  // sigma = (1 + excess) / 2
-    return {0.5 * (double(row.columns) + total[0]), 0.5 * total[1], centroid_to_sample ? total[2] : 0.5 * total[2],
-            total[3]};
+    return {0.5 * (double(row.columns) + total[0]), 0.5 * total[1],
+            (centroid_to_sample ? 1.0 : 0.5) * (total[2] - of.reference_sum), total[3]};
   return {total[0], total[1], total[2], total[3]};
 }
 

@@ -17,6 +17,7 @@ from ncmi_kernels._triton.elements import (
     CLASS_WEIGHTS,
     INVERSE_NORM,
     LOG_NORM,
+    NEAR,
     PRIOR,
     RECORD,
     ROW_KIND,
@@ -31,6 +32,7 @@ from ncmi_kernels._triton.elements import (
     load_features,
     load_rows,
     load_vector,
+    near_zero,
     share_of,
 )
 from ncmi_kernels._triton.ops import operator
@@ -76,8 +78,12 @@ def centroid_sums_kernel(
             input, center, row, live, 0, k, inside, unit_stride, column_stride, DTYPE, ALIGN, CONTIGUOUS, False
         )
         x = tl.where(inside[None, :], x, shift[:, None])
-        value, log, _, _ = activate_as(x, scale[:, None], shift[:, None], kind, FAST)
-        value = value.to(tl.float64)
+        if kind == NEAR:
+            excess, log = near_zero(x * (0.5 * scale)[:, None])
+            value = 0.5 + 0.5 * excess.to(tl.float64)  # with the rounding of what is small in it
+        else:
+            value, log, _slope, _value_slope = activate_as(x, scale[:, None], shift[:, None], kind, FAST)
+            value = value.to(tl.float64)
         if own_sums is not None:
             own_sum += (own * inverse_norm)[:, None] * value
         if all_sums is not None:

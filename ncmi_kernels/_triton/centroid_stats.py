@@ -17,6 +17,7 @@ from ncmi_kernels._triton.elements import (
     PRIOR,
     RECORD,
     RECORD_BLOCK,
+    REFERENCE_SUM,
     SHIFTED,
     SHIFTED_FROM,
     SOFTMAX,
@@ -157,14 +158,15 @@ def centroid_columns_kernel(
 def centroid_constants_kernel(
     reference, residual, weighted, norms, classes, M, CENTROID_TO_SAMPLE: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """The last record of `norms`: weight_sum, weighted_log_norm less what rounding `reference` lost; one program.
+    """The last record of `norms`, AllStats of csrc, whose weighted_log_norm is less what rounding lost; one program.
 
-    The loss of rounding enters the mean under p; taken under the mean centroid instead it goes into a constant. The two
-    differ where p is far from the centroids, and there the terms are large.
+    The loss of rounding `reference` enters the mean under p; taken under the mean centroid instead it goes into a
+    constant. The two differ where p is far from the centroids, and there the terms are large.
     """
     total = tl.full([COLUMNS], 0.0, tl.float64)
     lost = tl.full([COLUMNS], 0.0, tl.float64)
     constant = tl.full([COLUMNS], 0.0, tl.float64)
+    compared = tl.full([COLUMNS], 0.0, tl.float64)
     if not CENTROID_TO_SAMPLE:
         largest = tl.full([COLUMNS], float("-inf"), tl.float64)
         for start in range(0, M, COLUMNS):
@@ -179,22 +181,25 @@ def centroid_constants_kernel(
     for start in range(0, M, COLUMNS):
         k = start + tl.arange(0, COLUMNS)
         left = tl.load(residual + k, mask=k < M, other=0.0)
+        log = tl.load(reference + k, mask=k < M, other=0.0).to(tl.float64)
         if CENTROID_TO_SAMPLE:
             w = tl.load(reference + M + k, mask=k < M, other=0.0).to(tl.float64)
-            constant += tl.load(weighted + k, mask=k < M, other=0.0)
+            constant += tl.load(weighted + k, mask=k < M, other=0.0) - w * left
+            compared += w * log
         else:
-            w = tl.exp(tl.load(reference + k, mask=k < M, other=float("-inf")).to(tl.float64) - top)
+            w = tl.where(k < M, tl.exp(log - top), 0.0)
+            compared += log
+            lost += w * left
         total += w
-        lost += w * left
     weight_sum = tl.sum(total, axis=0)
-    lost_sum = tl.sum(lost, axis=0)
     constant_sum = tl.sum(constant, axis=0)
     if not CENTROID_TO_SAMPLE:
-        lost_sum = lost_sum / weight_sum
+        constant_sum -= tl.sum(lost, axis=0) / weight_sum
         weight_sum = weight_sum * 0.0 + 1.0
     column = tl.arange(0, RECORD_BLOCK)
-    record = tl.where(column == WEIGHTED_LOG_NORM, constant_sum - lost_sum, 0.0)
+    record = tl.where(column == WEIGHTED_LOG_NORM, constant_sum, 0.0)
     record = tl.where(column == WEIGHT_SUM, weight_sum, record)
+    record = tl.where(column == REFERENCE_SUM, tl.sum(compared, axis=0), record)
     tl.store(norms + classes * RECORD + column, record, mask=column < RECORD)
 
 

@@ -59,6 +59,7 @@ LONE = tl.constexpr(3)  # for the CPU; the rows that it tells are read here like
 PRIOR = tl.constexpr(8)
 WEIGHT_SUM = tl.constexpr(0)
 WEIGHTED_LOG_NORM = tl.constexpr(1)
+REFERENCE_SUM = tl.constexpr(2)
 
 CLASS_WEIGHTS = tl.constexpr(2)  # columns of `class_weights`, csrc/layout.h ClassWeights: other, base
 
@@ -152,16 +153,17 @@ def _fast_log2(u):
 def near_zero(y):
     """T = 2 sigma - 1 and log 2 sigma at f = 2 y, |f| <= 1.
 
-    T = tanh y and log 2 sigma = y - log cosh y, from minimax polynomials in y^2 with relative errors under 2e-8: both
-    are small with small errors, so the pair is consistent without being made so.
+    T = tanh y and log 2 sigma = y - log cosh y, from minimax polynomials in y^2 with relative errors under 5e-8: both
+    are small with small errors, so the pair is consistent without being made so. Divergences are of the order y^2 of
+    log cosh y, so its 1/2 is exact.
     """
     w = y * y
     t = 0.0172414882 * w - 0.0530454929
     t = t * w + 0.133258789
     t = t * w - 0.333331439
-    c = -0.00566055892 * w + 0.0220276752
-    c = c * w - 0.0833201598
-    c = c * w + 0.499999758
+    c = -0.00580790453 * w + 0.0220917389
+    c = c * w - 0.0833280832
+    c = c * w + 0.5
     return t * (y * w) + y, y - c * w
 
 
@@ -401,8 +403,15 @@ def neighbours(value, VEC: tl.constexpr):
 
 
 @triton.jit
-def terms_of(norm, own, total, own_cross, own_log_norm, own_prior, norms, classes, CENTROID_TO_SAMPLE: tl.constexpr):
-    """A, G, 1 / S and the means under p: KL divergences as differences of logarithms, then of log-normalisers."""
+def terms_of(
+    kind, norm, own, total, own_cross, own_log_norm, own_prior, norms, classes, CENTROID_TO_SAMPLE: tl.constexpr
+):  # fmt: skip
+    """A, G, 1 / S and the means under p: KL divergences as differences of logarithms, then of log-normalisers.
+
+    `total` of rows of NEAR is without the sum of the reference.
+    """
+    reference_sum = tl.load(norms + classes * RECORD + REFERENCE_SUM)
+    total -= tl.where(kind == NEAR, reference_sum if CENTROID_TO_SAMPLE else 0.5 * reference_sum, 0.0)
     log_norm = tl.log(norm)
     inverse_norm = 1.0 / norm
     own_mean = own * inverse_norm

@@ -40,6 +40,7 @@ from ncmi_kernels._triton.elements import (
     SHIFTED,
     SOFTMAX,
     STATS,
+    WEIGHT_SUM,
     WEIGHTED_LOG_NORM,
     activate,
     checked,
@@ -78,22 +79,24 @@ def focus_table_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < classes
     log_norm = tl.load(norms + row * RECORD + LOG_NORM, mask=live, other=0.0)
-    above_mean = (log_norm - tl.load(norms + classes * RECORD + WEIGHTED_LOG_NORM)).to(dtype)
-    inverse_norm = tl.exp(-log_norm).to(dtype)
+    above_mean = log_norm - tl.load(norms + classes * RECORD + WEIGHTED_LOG_NORM)
+    inverse_norm = tl.exp(-log_norm)
     level = tl.full([ROWS], 0.0, tl.float64)
     for start in range(0, M, COLUMNS):
         k = start + tl.arange(0, COLUMNS)
         mask = live[:, None] & (k < M)[None, :]
         at = (row * M)[:, None] + k[None, :]
-        log = tl.load(log_activation + at, mask=mask, other=0.0)
-        value = (log - load_vector(reference, k, k < M, ROWS, False)) - above_mean[:, None]
-        tl.store(relative + at, value, mask=mask)
-        summand = value.to(tl.float64)
+        log = tl.load(log_activation + at, mask=mask, other=0.0).to(tl.float64)
+        compared = load_vector(reference, k, k < M, ROWS, False).to(tl.float64)
+        value = (log - compared) - above_mean[:, None]
+        tl.store(relative + at, value.to(dtype), mask=mask)
         if CENTROID_TO_SAMPLE:
-            q = tl.load(activation + at, mask=mask, other=0.0) * inverse_norm[:, None]
-            tl.store(distribution + at, q, mask=mask)
-            summand *= q.to(tl.float64)
-        level += tl.sum(tl.where(mask, summand, 0.0), axis=1)
+            q = tl.load(activation + at, mask=mask, other=0.0).to(tl.float64) * inverse_norm[:, None]
+            q_mean = load_vector(reference + M, k, k < M, ROWS, False).to(tl.float64)
+            tl.store(distribution + at, (q - q_mean).to(dtype), mask=mask)
+            value *= q
+        # Not of what is rounded: columns that are equal round alike.
+        level += tl.sum(tl.where(mask, value, 0.0), axis=1)
     tl.store(class_level + row, level, mask=live)
     prior = tl.load(norms + row * RECORD + PRIOR, mask=live, other=0.0)
     tl.store(class_level + classes + row, prior, mask=live)
@@ -254,7 +257,7 @@ def _divergences(
     values = load_rows(product, at, v, v < classes, False)
     levels = load_vector(class_level, v, v < classes, at.shape[0], False)
     if CENTROID_TO_SAMPLE:
-        d = (levels - values.to(tl.float64)).to(values.dtype)
+        d = (level[:, None] + (levels - values.to(tl.float64))).to(values.dtype)
     else:
         d = level[:, None] - (base[:, None] * levels + share[:, None] * values.to(tl.float64))
         d = d.to(values.dtype)
@@ -268,14 +271,19 @@ def _divergences(
 @triton.jit
 def _level(rows, row, live, norms, classes, CENTROID_TO_SAMPLE: tl.constexpr):
     """What the divergences of rows have beside their products: level, base times share, share."""
-    level = tl.full([row.shape[0]], 0.0, tl.float64)
-    share = level
-    base = level
-    if not CENTROID_TO_SAMPLE:
+    of_row = rows + row * STATS
+    level = tl.load(of_row + ALL_MEAN, mask=live, other=0.0)
+    log_norm = _relative_log_norm(rows, row, live, norms, classes)
+    if CENTROID_TO_SAMPLE:
+        # Of the row and the mean q; all_mean is by the sum of a.
+        inverse_norm = tl.load(of_row + INVERSE_NORM, mask=live, other=1.0)
+        level = log_norm * tl.load(norms + classes * RECORD + WEIGHT_SUM) - level / inverse_norm
+        share = level
+        base = level
+    else:
         share, base = _in_product(rows, row, live)
         base *= share
-        level = tl.load(rows + row * STATS + ALL_MEAN, mask=live, other=0.0)
-        level -= _relative_log_norm(rows, row, live, norms, classes)
+        level -= log_norm
     return level, base, share
 
 

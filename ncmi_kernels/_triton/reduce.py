@@ -19,6 +19,7 @@ from ncmi_kernels._triton.elements import (
     PARTIAL,
     PRIOR,
     RECORD,
+    ROW_KIND,
     STATS,
     WHOLE,
     checked,
@@ -58,12 +59,13 @@ def _terms_tile(
         all_mean = tl.load(rows + row * STATS + ALL_MEAN, mask=live, other=0.0)
         own_prior = tl.load(rows + row * STATS + OWN_PRIOR, mask=live, other=0.0)
     else:
+        kind = tl.load(rows + row * STATS + ROW_KIND, mask=live, other=0.0)
         total = tl.load(terms + 2 * B.to(tl.int64) + row, mask=live, other=0.0)
         own_cross = tl.load(terms + 3 * B.to(tl.int64) + row, mask=live, other=0.0) if CENTROID_TO_SAMPLE else second
         own_log_norm = tl.load(norms + y * RECORD + LOG_NORM)
         own_prior = tl.load(norms + y * RECORD + PRIOR, mask=live, other=0.0)
         concentration, separation, inverse_norm, own_mean, all_mean = terms_of(
-            first, second, total, own_cross, own_log_norm, own_prior, norms, classes, CENTROID_TO_SAMPLE
+            kind, first, second, total, own_cross, own_log_norm, own_prior, norms, classes, CENTROID_TO_SAMPLE
         )
         inverse_norm = tl.where(live, inverse_norm, 0.0)
         own_mean = tl.where(live, own_mean, 0.0)

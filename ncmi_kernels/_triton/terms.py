@@ -79,12 +79,16 @@ def _add_stretch(
 ):  # fmt: skip
     """Adds a stretch of rows, element by element: of NEAR twice a, and of `norm` 2 a - 1, small with a small rounding.
 
+    `total` of NEAR is without the sum of the reference: terms_of subtracts it.
+
     Past the last column f = 0 and the centroids' numbers are 0; log 2 sigma(0) is 0 as well.
     """
     if KIND == NEAR:
         excess, log = near_zero(x * (0.5 * scale)[:, None])
         weight = 1.0 + excess
         norm += excess
+        # A reference of nearly one number in all columns, taken from logarithms of one size, would round alike in all.
+        d_all = log
     else:
         if not EVEN:
             x = tl.where(inside[None, :], x, shift[:, None])
@@ -92,14 +96,14 @@ def _add_stretch(
         if not EVEN:
             weight = tl.where(inside[None, :], weight, 0.0)
         norm += neighbours(weight, VEC)
+        d_all = log - reference
     d_own = log - own_log
-    d_all = log - reference
     own += weight * d_own
     if CENTROID_TO_SAMPLE:
         total += q_mean * d_all
         own_cross += own_activation * d_own
     else:
-        total += weight * d_all
+        total += weight * d_all - excess * reference if KIND == NEAR else weight * d_all
     return norm, own, total, own_cross
 
 
@@ -327,7 +331,7 @@ def terms_kernel(
         own_log_norm = tl.load(norms + y * RECORD + LOG_NORM)
         own_prior = tl.load(norms + y * RECORD + PRIOR)
         concentration, separation, inverse_norm, own_mean, all_mean = terms_of(
-            norm, own, total, own_cross, own_log_norm, own_prior, norms, classes, CENTROID_TO_SAMPLE
+            kind, norm, own, total, own_cross, own_log_norm, own_prior, norms, classes, CENTROID_TO_SAMPLE
         )
         factor = tl.load(weight + y).to(tl.float64) if weight is not None else zero + 1.0
         if NORMALIZED:
