@@ -1,5 +1,6 @@
 """ncmi_kernels.testing finds what is wrong, and pairs meet."""
 
+import doctest
 import itertools
 from functools import partial
 
@@ -88,6 +89,11 @@ def no_half(z, *args, **options):
 )
 def test_what_is_wrong_is_found(loss, expected):
     assert failures(loss) == expected
+
+
+def test_examples_run():
+    failed, attempted = doctest.testmod(testing)
+    assert (failed, attempted > 5) == (0, True)
 
 
 def test_what_a_loss_raises_is_a_note():
