@@ -128,7 +128,7 @@ def pairwise(**factors: Sequence[Any]) -> list[dict[str, Any]]:
     Example:
         >>> from ncmi_kernels.testing import pairwise
         >>> len(pairwise(a="xy", b="xy", c="xy", d="xy"))  # of 16
-        5
+        6
     """
     Choice = tuple[str, int]
 
@@ -214,10 +214,10 @@ def errors(problem: Problem, options: Options, backend: str | Loss, **others: An
     """Relative errors of the :data:`QUANTITIES` against the literal definition in float64, of the same numbers.
 
     Args:
-        problem: as in :func:`evaluate`, and so are the others.
+        problem: as in :func:`evaluate`.
         options: of the loss.
         backend: a name or a function.
-        others: `upstream` and `class_prior`.
+        others: `upstream` and `class_prior` of :func:`evaluate`.
 
     Returns:
         The :func:`relative_error` of the loss and of the gradients of input and centroid_logits.
@@ -244,7 +244,7 @@ def device_of(backend: str) -> str:
 HALF = (torch.bfloat16, torch.float16)
 FACTORS: dict[str, Sequence[Any]] = {
     "dtype": (torch.float32, torch.float64, *HALF),
-    "ratio": (
+    "ratio": (  # and reduction
         *(("batch", "mean"), ("sample", "mean"), ("sample", "sum"), ("sample", "none")),
         *(("soft_margin", "mean"), ("soft_margin", "none")),
     ),
@@ -303,9 +303,9 @@ def check(
 
     Random problems have dtypes, shapes and options by :func:`pairwise`. In float64 errors are at most 1e-10, in float32
     and half precisions `single`; a gradient in half precision may also be off by what storing the exact one would cost.
-    Saturated values (:data:`EXTREMES`) are float32; there a result below 1e-30 need not be exact where the exact one is
-    below 1e-30 too. torch.autograd.gradcheck has the options in pairs once more, but those whose weights are not
-    differentiated.
+    Saturated values (:data:`EXTREMES`) are float32, and may be off by three times `single`; there a result below 1e-30 need not be exact where the exact one is
+    below 1e-30 too. torch.autograd.gradcheck takes the options in pairs again, without `separation_focus` and
+    `centroids_per_class`, whose weights are not differentiated.
 
     Args:
         backend: a name; or a function with the arguments of :func:`ncmi_kernels.ncmi_loss` but `backend`.
@@ -326,9 +326,9 @@ def check(
         True
     """
     device = device or (device_of(backend) if isinstance(backend, str) else "cpu")
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=()), warnings.catch_warnings():
         warnings.simplefilter("ignore", DegenerateMinimumWarning)
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would set those of GPUs too
         return [
             *_random(backend, device, single),
             *_extreme(backend, device, single),
@@ -340,8 +340,9 @@ def _draw(factors: dict[str, Any], device: str, **more: Any) -> tuple[Problem, O
     """The problem and the options of a combination of FACTORS, and its class priors; drawn on the CPU."""
     (rows, classes, columns), (ratio, reduction) = factors["shape"], factors["ratio"]
     shown = {name: factors[name] for name in ("ignore", "center", "weight", "centroids_per_class")}
-    problem = random_problem(rows, classes, columns, **shown, **more)
-    prior = torch.rand(classes, dtype=torch.float64) + 0.1
+    with torch.device("cpu"):
+        problem = random_problem(rows, classes, columns, spread=1.0, **shown, **more)
+        prior = torch.rand(classes, dtype=torch.float64) + 0.1
     options = {name: value for name, value in factors.items() if name in OPTION_NAMES and name != "ratio"}
     on_device = tuple(each if each is None else each.to(device) for each in problem)
     chosen = (prior / prior.sum()).to(device) if factors["class_prior"] else None
@@ -368,13 +369,16 @@ def _compared(
     expected = evaluate(problem, options, "float64", literal=True, **others)
     try:
         actual = evaluate(problem, options, backend, **others)
-        found = tuple(map(relative_error, actual, expected))
     except Exception as error:
         return Result(what, name, case, note=f"{type(error).__name__}: {error}")
+    wanted = (tuple(expected[0].shape), torch.promote_types(dtype, torch.float32))
+    if (got := (tuple(actual[0].shape), actual[0].dtype)) != wanted:
+        return Result(what, name, case, note=f"loss: got shape and dtype {got}, expected {wanted}")
     limits = [DOUBLE if dtype is torch.float64 else single] * len(QUANTITIES)
     if dtype in HALF:
         for index in (1, 2):
             limits[index] += 1.05 * relative_error(expected[index].to(dtype), expected[index])
+    found = tuple(map(relative_error, actual, expected))
     if what == "extreme":
         nothing = [max(a.abs().max(), e.abs().max()) < 1e-30 for a, e in zip(actual, expected, strict=True)]
         found = tuple(0.0 if none else error for error, none in zip(found, nothing, strict=True))
@@ -393,10 +397,14 @@ def _extreme(backend: str | Loss, device: str, single: float) -> list[Result]:
     results = []
     factors = {"name": list(EXTREMES), "separation": SEPARATIONS, "ratio": ("batch", "sample"), "focus": (0.0, 2.0)}
     for case in pairwise(**factors):
-        z, xi = (each.to(device) for each in EXTREMES[case["name"]]())
+        with torch.device("cpu"):
+            drawn = EXTREMES[case["name"]]()
+        z, xi = (each.to(device) for each in drawn)
         target = torch.arange(len(z), device=device) % len(xi)
         options = Options(separation=case["separation"], ratio=case["ratio"], separation_focus=case["focus"])
-        results.append(_compared("extreme", _described(case), (z, target, xi, None, None), options, backend, single))
+        results.append(
+            _compared("extreme", _described(case), (z, target, xi, None, None), options, backend, 3 * single)
+        )
     return results
 
 
@@ -406,7 +414,7 @@ def _gradcheck(backend: str | Loss, device: str, fast: bool) -> list[Result]:
     factors = {**FACTORS, "shape": [(5, 3, 6)], "separation_focus": [0.0], "centroids_per_class": [1]}
     del factors["dtype"]
     for case in pairwise(**factors):
-        problem, options, prior = _draw(case, device, spread=1.0)
+        problem, options, prior = _draw(case, device)
         z, target, xi, center, weight = problem
 
         def loss(a: Tensor, b: Tensor, fixed: Any = (target, center, weight, options, backend, prior)) -> Tensor:

@@ -96,6 +96,18 @@ def test_examples_run():
     assert (failed, attempted > 5) == (0, True)
 
 
+def of_low_precision(z, *args, **options):
+    return reference(z, *args, **options).to(z.dtype)
+
+
+def test_a_loss_of_another_dtype_or_shape_is_found():
+    results = testing.check(of_low_precision, seed=1, single=1e-4, fast=True)
+    wrong = {(r.what, r.dtype) for r in results if not r.passed}
+    assert wrong == {("random", "bfloat16"), ("random", "float16")}
+    results = testing.check(lambda *args, **options: reference(*args, **options)[None], seed=1, fast=True)
+    assert all("loss: got shape and dtype" in r.note for r in results if r.what != "gradcheck")
+
+
 def test_what_a_loss_raises_is_a_note():
     notes = {result.note for result in testing.check(no_half, seed=1, fast=True)}
     assert notes == {"", "RuntimeError: bfloat16: not today"}
