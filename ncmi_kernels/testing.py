@@ -299,13 +299,16 @@ class Result:
 def check(
     backend: str | Loss, *, seed: int, single: float = 1e-5, device: str | None = None, fast: bool = False
 ) -> list[Result]:
-    """Hold a loss against the definition in float64: random problems, extreme values, gradcheck.
+    """Hold a loss against the definition in float64.
 
-    Random problems have dtypes, shapes and options by :func:`pairwise`. In float64 errors are at most 1e-10, in float32
-    and half precisions `single`; a gradient in half precision may also be off by what storing the exact one would cost.
-    Saturated values (:data:`EXTREMES`) are float32, and may be off by three times `single`; there a result below 1e-30 need not be exact where the exact one is
-    below 1e-30 too. torch.autograd.gradcheck takes the options in pairs again, without `separation_focus` and
-    `centroids_per_class`, whose weights are not differentiated.
+    - Random problems, with dtypes, shapes and options by :func:`pairwise`. Errors are at most 1e-10 in float64, `single` in
+      float32 and half precisions. A gradient in half precision may be off by what storing the exact one costs, too.
+    - Saturated values (:data:`EXTREMES`) in float32: at most 3 `single`. A result below 1e-30 is right where the exact
+      one is below it too.
+    - torch.autograd.gradcheck with the options in pairs again, without `separation_focus` and `centroids_per_class`:
+      their weights are not differentiated.
+
+    The loss has to have the shape that its reduction gives, and be float64 for float64, float32 for other dtypes.
 
     Args:
         backend: a name; or a function with the arguments of :func:`ncmi_kernels.ncmi_loss` but `backend`.
