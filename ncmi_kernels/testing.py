@@ -301,8 +301,8 @@ def check(
 ) -> list[Result]:
     """Hold a loss against the definition in float64.
 
-    - Random problems, with dtypes, shapes and options by :func:`pairwise`. Errors are at most 1e-10 in float64, `single` in
-      float32 and half precisions. A gradient in half precision may be off by what storing the exact one costs, too.
+    - Random problems, with dtypes, shapes and options by :func:`pairwise`. Errors are at most 1e-10 in float64, and
+      `single` in float32 and half precisions, to which a half gradient may add what storing the exact one costs.
     - Saturated values (:data:`EXTREMES`) in float32: at most 3 `single`. A result below 1e-30 is right where the exact
       one is below it too.
     - torch.autograd.gradcheck with the options in pairs again, without `separation_focus` and `centroids_per_class`:
