@@ -51,7 +51,7 @@ wheel: $(VENV)/.dependencies  ## an abi3 wheel in dist/, tried in a second virtu
 	grep -E '^(torch|numpy)==' requirements-dev.txt > dist/requirements.txt
 	$(VENV)-wheel/bin/python -m pip install --quiet -r dist/requirements.txt
 	$(VENV)-wheel/bin/python -m pip install --quiet --no-deps dist/ncmi_kernels-*.whl
-	cd dist && ../$(VENV)-wheel/bin/python ../tests/smoke.py
+	cd dist && ../$(VENV)-wheel/bin/python ../tests/smoke.py && ../$(VENV)-wheel/bin/python -m ncmi_kernels check
 
 test-torch: $(VENV)-torch-$(TORCH)/.dependencies  ## the package built and tested with another torch (TORCH=2.12.1)
 	rm -rf build

@@ -16,15 +16,14 @@ import torch
 from arguments import output, positive
 from devices import describe_machine
 from records import MACHINE, write_lines
-from torch import Tensor
 from tqdm import tqdm
 
-from ncmi_kernels import available_backends, ncmi_loss
+from ncmi_kernels import available_backends
+from ncmi_kernels.testing import QUANTITIES, Options, evaluate, relative_error
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "accuracy.csv"
 ROWS, CLASSES, FEATURES = 128, 100, 512
 SIZES = {"B": ROWS, "C": CLASSES, "M": FEATURES}
-QUANTITIES = ("loss", "input gradient", "centroid gradient")
 
 
 class Case(NamedTuple):
@@ -42,23 +41,14 @@ CASES = [
 ]
 
 
-def evaluate(z: Tensor, target: Tensor, xi: Tensor, center: Tensor, case: Case, backend: str) -> tuple[Tensor, ...]:
-    """The loss and its gradients by the features and by the centroids."""
-    z, xi = z.clone().requires_grad_(), xi.clone().requires_grad_()
-    loss = ncmi_loss(z, target, xi, center=center, l2_normalize=True, backend=backend, **case._asdict())
-    return loss.detach(), *torch.autograd.grad(loss, (z, xi))
-
-
 def errors(case: Case, seed: int, device: str, backend: str) -> list[float]:
     """Relative errors of the three quantities."""
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(ROWS, FEATURES, generator=generator).to(device)
     target = torch.randint(CLASSES, (ROWS,), generator=generator).to(device)
     xi = 10 * torch.eye(CLASSES, FEATURES, device=device)
-    center = z.mean(dim=0)
-    found = evaluate(z, target, xi, center, case, backend)
-    exact = evaluate(z.double(), target, xi.double(), center.double(), case, "reference")
-    return [((a - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
+    problem, settings = (z, target, xi, z.mean(dim=0), None), Options(l2_normalize=True, **case._asdict())
+    return [*map(relative_error, evaluate(problem, settings, backend), evaluate(problem, settings, "float64"))]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -7,10 +7,10 @@
 - centroids: a step of the centroids, by CentroidSGD and by what it replaces;
 - small: the small shapes by wall time, replayed from a CUDA graph, and in launches, whose kernels are printed.
 
-A time is that of the device alone, cold: CUDA events around one step (devices.Cuda.time). What the host costs is the
-wall time of `small`. Each mode of each implementation takes part in the rounds (runner.py); from the sixth on those
-that have used more than a twentieth of the time sit out. What torch.compile makes is left out once it has taken a third
-of the time. `peak_extra_bytes` is of a later step.
+A time is that of the device alone, cold: CUDA events around one step (Cuda.time of ncmi_kernels/_timing.py). What the
+host costs is the wall time of `small`. Each mode of each implementation takes part in the rounds (run_rounds there);
+from the sixth on those that have used more than a twentieth of the time sit out. What torch.compile makes is left out
+once it has taken a third of the time. `peak_extra_bytes` is of a later step.
 
 A step in training mode moves the running centre, in no-grad forwards too; "no centre" leaves that out. Gradients are
 asked for with torch.autograd.grad and an upstream gradient that is there already. GB/s are of the bytes that a step
@@ -45,12 +45,13 @@ from cases import (
     batch,
     kernels,
 )
-from devices import Device, describe_gpu, describe_machine, free_bytes
-from records import MACHINE, TIMES, Row, spread
-from runner import Step, arguments_of, device_of, entry_of, failures, left, measure_all, reason_of, run_rounds, timed
+from devices import describe_gpu, describe_machine, free_bytes
+from records import MACHINE, TIMES, Row
+from runner import Step, arguments_of, device_of, entry_of, failures, left, measure_all, row_of, timed
 from torch import Tensor
 
 from ncmi_kernels import available_backends
+from ncmi_kernels._timing import Device, reason_of, run_rounds, spread
 
 MODES = (FORWARD, NO_GRAD, BACKWARD, FULL)
 # Of a full step too, but not the time on the device: of an eager call, and of a step replayed from a CUDA graph.
@@ -130,7 +131,7 @@ class Bench:
         run_rounds(running, left(start, seconds), least=LEAST_ROUNDS, most=MOST_ROUNDS, each=LEAST_ROUNDS)
         rows = [] if self.centroids or self.copy_gb_per_s else [self.copy()]
         for each, mode, entry in entries:
-            row = entry.row(mode, **shape._asdict(), dtype=name_of(dtype))
+            row = row_of(entry, mode, **shape._asdict(), dtype=name_of(dtype))
             row.peak_extra_bytes = entry.peaks[1] if mode in (FULL, CENTROID_STEP) else None
             moved = each.traffic.model_bytes(shape, dtype.itemsize, mode, self.device.cache_bytes)
             if row.median_us and moved:

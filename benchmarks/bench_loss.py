@@ -23,7 +23,6 @@ of what was there before it: gradients, what the graph keeps, temporaries, and w
 `later_peak_extra_bytes` is the same for its second step.
 """
 
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -47,50 +46,18 @@ from cases import (
     batch,
 )
 from devices import CPU, describe_machine, memory_worker
-from records import MACHINE, TIMES, Row, pivot, show
-from runner import Entry, arguments_of, cpu_peaks, entry_of, failures, left, measure_all, run_rounds
-from torch import Tensor, nn
+from records import MACHINE, TIMES, Row, pivot
+from runner import arguments_of, cpu_peaks, entry_of, failures, left, measure_all, row_of
+from steps import FAULTS, no_grad_step, train_step
+
+from ncmi_kernels._tables import show
+from ncmi_kernels._timing import Entry, run_rounds
 
 MODES = (FORWARD, FULL, NO_GRAD)
-FAULTS = "page faults, "
 RATIOS = ("ratio_to_cross_entropy", "ratio_to_head")
 MEMORY = ("peak_extra_bytes", "later_peak_extra_bytes", "minor_faults_per_step")
 COLUMNS = (*MACHINE, "B", "C", "M", "dtype", "threads", "implementation", "mode", *TIMES, *RATIOS, *MEMORY, "note")
 LEAST_ROUNDS, MOST_ROUNDS, WARM_UP_ROUNDS, PRICE_ROUNDS = 20, 2000, 3, 3
-
-
-def train_step(criterion: nn.Module, z: Tensor, y: Tensor) -> dict[str, float]:
-    """A forward and backward step; gives both training modes."""
-    _forget_gradients(criterion, z)
-    before, start = _faults(), time.perf_counter_ns()
-    loss = criterion(z, y)
-    forward = time.perf_counter_ns() - start
-    middle, start = _faults(), time.perf_counter_ns()
-    loss.backward()
-    del loss
-    backward = time.perf_counter_ns() - start
-    times = {FORWARD: forward / 1e3, FULL: (forward + backward) / 1e3}
-    return {**times, FAULTS + FORWARD: middle - before, FAULTS + FULL: _faults() - before}
-
-
-def no_grad_step(criterion: nn.Module, z: Tensor, y: Tensor) -> dict[str, float]:
-    """A forward step without a graph."""
-    _forget_gradients(criterion, z)
-    with torch.no_grad():
-        before, start = _faults(), time.perf_counter_ns()
-        loss = criterion(z, y)
-        del loss
-        forward = time.perf_counter_ns() - start
-    return {NO_GRAD: forward / 1e3, FAULTS + NO_GRAD: _faults() - before}
-
-
-def _forget_gradients(criterion: nn.Module, z: Tensor) -> None:
-    z.grad = None
-    criterion.zero_grad(set_to_none=True)
-
-
-def _faults() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def measure(
@@ -121,7 +88,7 @@ def measure(
     entries = [found[each.name][mode] for each in implementations for mode in (FULL, NO_GRAD)]
     run_rounds(entries, left(start, seconds), least=LEAST_ROUNDS, most=MOST_ROUNDS, warm_up=WARM_UP_ROUNDS)
     rows = [
-        entry.row(mode, **shape._asdict(), threads=threads)
+        row_of(entry, mode, **shape._asdict(), threads=threads)
         for by_mode in found.values()
         for mode, entry in by_mode.items()
     ]

@@ -38,11 +38,10 @@ from cases import (
     backend_of,
     batch,
 )
-from devices import Device, describe_machine, free_bytes, memory_worker
-from records import MACHINE, TIMES, pivot, show
+from devices import describe_machine, free_bytes, memory_worker
+from records import MACHINE, TIMES, pivot
 from records import Row as Row
 from runner import (
-    Entry,
     Step,
     arguments_of,
     cpu_peaks,
@@ -51,9 +50,12 @@ from runner import (
     failures,
     left,
     measure_all,
-    run_rounds,
+    row_of,
     timed,
 )
+
+from ncmi_kernels._tables import show
+from ncmi_kernels._timing import Device, Entry, run_rounds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -136,7 +138,7 @@ class Scaling:
         rows = []
         for each, entry in entries:
             first, later = entry.peaks
-            row = entry.row(mode_of(each), axis=point.axis, **point.shape._asdict())
+            row = row_of(entry, mode_of(each), axis=point.axis, **point.shape._asdict())
             row.peak_extra_bytes = first if later is None else later  # a heavy one keeps nothing for a later step
             rows.append(row)
             self.last[point.axis, each.name] = row

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from arguments import at_least, positive
 from devices import describe_machine
-from records import MACHINE, Row, pivot, show
+from records import MACHINE, Row, pivot
 from runner import arguments_of, measure_all
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -38,6 +38,7 @@ from torch.multiprocessing.spawn import spawn
 
 from ncmi_kernels import ShardedNCMILoss
 from ncmi_kernels._group import Group
+from ncmi_kernels._tables import show
 
 CLASSES = (1_000, 10_000, 100_000, 1_000_000)
 STEPS = 3

@@ -2,7 +2,7 @@
 
     python benchmarks/bench_step.py [--csv FILE] [--png FILE] [--threads 1 2] [--seconds 90]
 
-Float32; what a table compares takes turns (runner.py).
+Float32; what a table compares takes turns (ncmi_kernels/_timing.py).
 
 Steps. The demo's convolutional network, on noise of the size of its images: what they show changes no time. Its last
 layer is the linear head, to C logits for cross-entropy and to M features for NCMI, and counts as the network's. A step
@@ -41,12 +41,14 @@ from cases import (
 from demo import CENTROID_LR, convolutional
 from devices import describe_machine
 from matplotlib.figure import Figure
-from records import MACHINE, TIMES, pivot, show
+from records import MACHINE, TIMES, pivot
 from records import Row as Row
-from runner import Entry, arguments_of, failures, measure_all, run_rounds
+from runner import arguments_of, failures, measure_all, row_of
 from torch import nn
 
 from ncmi_kernels import CentroidSGD, NCMILoss
+from ncmi_kernels._tables import show
+from ncmi_kernels._timing import Entry, run_rounds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -178,7 +180,7 @@ def rows_of(entries: Sequence[Entry], case: Task | Shape) -> list[Row]:
     for entry in entries:
         for phase in (*PHASES, "step"):
             if entry.samples(phase) or (phase == "step" and entry.note):
-                rows.append(entry.row(phase, **task, method=entry.name, phase=phase))
+                rows.append(row_of(entry, phase, **task, method=entry.name, phase=phase))
         if shares := entry.samples("share"):
             rows[-1].share = median(shares)
         elif not isinstance(case, Task):

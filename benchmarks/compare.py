@@ -40,10 +40,9 @@ from typing import Any, NamedTuple
 
 import torch
 from arguments import positive, seconds
-from bench_loss import no_grad_step, train_step
 from cases import FULL, KERNELS, NO_GRAD, SHAPES, TINY, Shape, batch, ncmi
-from records import show
 from scipy.stats import binom
+from steps import no_grad_step, train_step
 from tqdm import tqdm
 
 import ncmi_kernels
@@ -404,6 +403,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         f"head: {head}\nbase: {options.base or tree}\n{options.threads} thread(s), torch {torch.__version__}; medians"
     )
+    from ncmi_kernels._tables import show  # here, as a worker's ncmi_kernels is the base's, which may lack it
+
     show(HEADER, [line_of(result, options.threshold) for result in results])
     for result in results:
         if result.obstacle:

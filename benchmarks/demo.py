@@ -17,18 +17,18 @@ from pathlib import Path
 import data
 import torch
 from arguments import output, positive
-from bench_loss import train_step
 from cases import FULL
 from data import CLASSES, Dataset
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from runner import Entry, run_rounds
+from steps import train_step
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ncmi_kernels import NCMILoss
+from ncmi_kernels._timing import Entry, run_rounds
 from ncmi_kernels.metrics import NCMIMetric
 
 FEATURES = 32

@@ -1,4 +1,4 @@
-"""What the benchmarks run on: how time and memory are measured there, and what is written down of it.
+"""What the benchmarks run on: how memory is measured there, and what is written down of it.
 
 On a CPU the memory of a step is found in a process of its own (`memory_worker`). glibc is asked, so blocks of ATen and
 the malloc of any library count alike: malloc maps every block of 16 KiB or more separately there and keeps the
@@ -15,7 +15,6 @@ import platform
 import re
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
@@ -29,72 +28,10 @@ import ncmi_kernels
 
 CPU = torch.device("cpu")
 
-FLUSH_BYTES = 2**28
-# The clock that torch.cuda._sleep counts is at most about 2 GHz.
-CYCLES_PER_US = 2000
-
 LIBC = ctypes.CDLL(None)
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # malloc.h
 MAPPED_FROM = 16 * 1024
 MAX_CHUNKS = 20_000
-
-
-class Device:
-    """Where the steps run, and how they are measured there: the CPU, by wall time."""
-
-    torch_device, cache_bytes = CPU, 0
-
-    def time(self, run: Callable[[], object], lead_us: float) -> float:
-        """Microseconds that the device needs for `run`, which the host queues in less than `lead_us`."""
-        start = time.perf_counter_ns()
-        run()
-        return (time.perf_counter_ns() - start) / 1e3
-
-    def peak(self, run: Callable[[], object]) -> int | None:
-        """Bytes that `run` allocates at once, at most; None here, where `peak_of` finds it in a process of its own."""
-        run()
-        return None
-
-    def synchronize(self) -> None:
-        """Wait for all that was queued."""
-
-
-class Cuda(Device):
-    """The current CUDA device."""
-
-    def __init__(self) -> None:
-        self.torch_device = torch.device("cuda", torch.cuda.current_device())
-        self.cache_bytes = torch.cuda.get_device_properties(self.torch_device).L2_cache_size
-        self._flush = torch.empty(max(FLUSH_BYTES, 2 * self.cache_bytes), dtype=torch.int8, device=self.torch_device)
-        self._start, self._stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def time(self, run: Callable[[], object], lead_us: float) -> float:
-        """Cold, and the device's alone.
-
-        A buffer larger than the L2 cache is overwritten, as triton's do_bench does; then a kernel that only waits keeps
-        the device busy until the host has queued what is timed, between two events.
-        """
-        self._flush.zero_()
-        torch.cuda._sleep(int(lead_us * CYCLES_PER_US))
-        self._start.record()
-        run()
-        self._stop.record()
-        self._stop.synchronize()
-        return 1e3 * self._start.elapsed_time(self._stop)
-
-    def peak(self, run: Callable[[], object]) -> int | None:
-        """By torch's caching allocator, which counts in blocks of 512 bytes."""
-        gc.collect()
-        self.synchronize()
-        torch.cuda.reset_peak_memory_stats(self.torch_device)
-        before = torch.cuda.memory_allocated(self.torch_device)
-        run()
-        self.synchronize()
-        return torch.cuda.max_memory_allocated(self.torch_device) - before
-
-    def synchronize(self) -> None:
-        """Wait for all that was queued."""
-        torch.cuda.synchronize(self.torch_device)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -23,12 +23,13 @@ from data import CLASSES, Dataset
 from devices import describe_machine
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
-from records import show, write_lines
+from records import write_lines
 from scipy.stats import spearmanr
 from torch import nn
 from tqdm import tqdm
 
 from ncmi_kernels import NCMILoss
+from ncmi_kernels._tables import show
 from ncmi_kernels.metrics import NCMIMetric
 
 RESULTS = Path(__file__).parent / "results" / "cpu"

@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any, TypeVar
 
 Record = TypeVar("Record")  # a dataclass; its fields are the columns
@@ -110,14 +109,6 @@ def _parse(kind: Any, text: str) -> Any:
     return None if text == "" and name != "str" else _PARSERS[name](text)
 
 
-def spread(microseconds: Sequence[float]) -> dict[str, Any]:
-    """The columns that summarise the repetitions, TIMES; nothing of none."""
-    if not microseconds:
-        return {}
-    p20, _, _, p80 = quantiles([*microseconds] * (1 + (len(microseconds) == 1)), n=5, method="inclusive")
-    return {"repetitions": len(microseconds), "median_us": median(microseconds), "p20_us": p20, "p80_us": p80}
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Tables
 # ------------------------------------------------------------------------------------------------------------
@@ -134,13 +125,6 @@ def pivot(
         found.setdefault(key(row), {})[getattr(row, across)] = cell(row)
     names = list(dict.fromkeys(name for line in found.values() for name in line))
     return names, [[*map(str, key), *(line.get(name, "") for name in names)] for key, line in found.items()]
-
-
-def show(header: Sequence[str], lines: Lines) -> None:
-    """Print a table for a terminal."""
-    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-    for line in (header, *lines):
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:

@@ -1,143 +1,24 @@
-"""How everything is timed: in interleaved rounds, with ratios within them; and the command line of a benchmark.
-
-A round is one step of each in random order, so that none always inherits the caches and the heap of the same neighbour,
-and a machine whose speed drifts slows all of them alike. README.md has the method.
-"""
+"""Steps of the implementations, for the rounds of ncmi_kernels/_timing.py; and the command line of a benchmark."""
 
 import argparse
-import gc
-import random
 import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
-from statistics import median
 from typing import Any, TypeVar
 
 import cases
 import torch
 from arguments import output, seconds
 from cases import BACKWARD, CENTROID_STEP, FORWARD, NO_GRAD, CentroidStep, Implementation, Shape, batch
-from devices import Cuda, Device, peak_of
-from records import Row, spread, write_rows
+from devices import peak_of
+from records import Row, write_rows
 from torch import Tensor, nn
+
+from ncmi_kernels._timing import Cuda, Device, Entry, spread
 
 MAX_LEAD_US = 5000.0
 Case = TypeVar("Case")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Rounds
-# ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Entry:
-    """What takes part in rounds, and what was measured of it.
-
-    Attributes:
-        name: of the implementation.
-        take: takes a step; it gives microseconds by mode. None for what cannot be measured.
-        share: of the time; it sits out rounds while it has used more. 1 never sits out.
-        group: those of one group have a share, and all rounds, in common. "": alone.
-        heavy: a step may take seconds. What it uses is put on top of the time for the others.
-        note: why there are no numbers.
-        peaks: bytes that the first and a later step allocate at most.
-        spent: seconds so far.
-        rounds: what `take` gave, by the number of the round; those below 0 warm up.
-    """
-
-    name: str
-    take: Callable[[], dict[str, float]] | None = None
-    share: float = 1.0
-    group: str = ""
-    heavy: bool = False
-    note: str = ""
-    peaks: tuple[int | None, int | None] = (None, None)
-    spent: float = 0.0
-    rounds: dict[int, dict[str, float]] = field(default_factory=dict)
-
-    def fail(self, error: BaseException) -> None:
-        """Go on without it."""
-        self.note, self.take = reason_of(error), None
-
-    def samples(self, mode: str) -> list[float]:
-        """Of one mode, over the rounds."""
-        return [laps[mode] for number, laps in self.rounds.items() if number >= 0 and mode in laps]
-
-    def ratio(self, to: "Entry", mode: str, before: int = 0) -> float | None:
-        """Median over the rounds of the quotient with another one's step.
-
-        Args:
-            to: the other one.
-            mode: of the steps.
-            before: not the step of the same round, but the median of so many rounds before.
-        """
-        quotients = []
-        for number, laps in self.rounds.items():
-            numbers = range(number - before, number) if before and to.name != self.name else [number]
-            prices = [to.rounds[each][mode] for each in numbers if mode in to.rounds.get(each, ())]
-            if number >= 0 and mode in laps and prices:
-                quotients.append(laps[mode] / median(prices))
-        return median(quotients) if quotients else None
-
-    def row(self, mode: str, **columns: Any) -> Row:
-        """A row of the CSV file."""
-        return Row(
-            **{"implementation": self.name, "mode": mode, "note": self.note, **columns}, **spread(self.samples(mode))
-        )
-
-
-def reason_of(error: BaseException) -> str:
-    """One line, for the column `note`."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]
-
-
-def run_rounds(
-    entries: Sequence[Entry], seconds: float, *, least: int, most: int = 2000, each: int = 0, warm_up: int = 0
-) -> None:
-    """Rounds for so many seconds, without the garbage collector.
-
-    Args:
-        entries: of which the slow ones sit out rounds. Where all would, those that are not heavy take part.
-        seconds: to aim for; the heavy ones' come on top, and are not part of what the others have a share of.
-        least: rounds, however long they take.
-        most: rounds.
-        each: the first rounds, which nothing sits out.
-        warm_up: rounds before these, for what never sits out.
-    """
-    order = random.Random(0)
-    began = time.perf_counter()
-
-    def is_due(entry: Entry, number: int, elapsed: float) -> bool:
-        if entry.share == 1 or number < 0:
-            return entry.share == 1
-        group = [other for other in entries if other is entry or (entry.group and other.group == entry.group)]
-        return number < each or sum(other.spent for other in group) <= entry.share * elapsed
-
-    gc.collect()
-    gc.disable()
-    try:
-        for number in range(-warm_up, most):
-            running = [entry for entry in entries if entry.take is not None]
-            elapsed = time.perf_counter() - began - sum(entry.spent for entry in entries if entry.heavy)
-            if not running or (number >= least and elapsed > seconds):
-                break
-            due = [entry for entry in running if is_due(entry, number, elapsed)]
-            due = due or [entry for entry in running if not entry.heavy]
-            order.shuffle(due)
-            for entry in due:
-                start = time.perf_counter()
-                try:
-                    entry.rounds[number] = entry.take() if entry.take else {}
-                except Exception as error:
-                    entry.fail(error)
-                entry.spent += time.perf_counter() - start
-    finally:
-        gc.enable()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -192,6 +73,12 @@ def entry_of(implementation: Implementation, **more: Any) -> Entry:
     """An entry of an implementation that has no step yet."""
     own = {name: getattr(implementation, name) for name in ("name", "share", "group", "heavy")}
     return Entry(**{**own, **more})
+
+
+def row_of(entry: Entry, mode: str, **columns: Any) -> Row:
+    """A row of the CSV file."""
+    columns = {"implementation": entry.name, "mode": mode, "note": entry.note, **columns}
+    return Row(**columns, **spread(entry.samples(mode)))
 
 
 def timed(entry: Entry, step: Step, device: Device) -> None:

@@ -1,4 +1,4 @@
-"""What a report of a problem has to say about the machine: `python -m ncmi_kernels.env` prints it as Markdown.
+"""What a report of a problem has to say about the machine: `python -m ncmi_kernels env` prints it as Markdown.
 
 Whatever is missing (the compiled library, triton, a GPU, a compiler) is named in the report and fails nothing.
 """

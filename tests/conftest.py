@@ -1,4 +1,4 @@
-"""Fixtures, the backends, and the comparison with float64 that all tests of numbers share."""
+"""Fixtures, and the backends."""
 
 import os
 from collections.abc import Iterator
@@ -12,6 +12,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from ncmi_kernels import _backends
+from ncmi_kernels.testing import device_of
+from ncmi_kernels.testing import relative_error as relative
+
+__all__ = ["KERNELS", "REQUIRED", "device_of", "relative"]
 
 if _backends.triton_interprets() and _backends.load_triton() is None:
     from triton.runtime.interpreter import InterpretedFunction
@@ -35,11 +39,6 @@ KERNELS = [
 
 # Backends whose tests fail where they cannot run, and are not skipped.
 REQUIRED = [name for name in os.environ.get("NCMI_REQUIRE_BACKENDS", "").split(",") if name]
-
-
-def device_of(backend: str) -> str:
-    """Where the tests put tensors for a backend."""
-    return "cuda" if backend == "cuda" or (backend == "triton" and torch.cuda.is_available()) else "cpu"
 
 
 def pytest_configure() -> None:
@@ -80,10 +79,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _seed(request: pytest.FixtureRequest) -> None:
     """Fresh numbers for each test, the same ones each run."""
     torch.manual_seed(sum(map(ord, request.node.nodeid)))
-
-
-def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """||actual - expected|| / ||expected||, in float64."""
-    actual, expected = actual.detach().double(), expected.detach().double()
-    scale = expected.norm()
-    return ((actual - expected).norm() / torch.where(scale == 0, 1.0, scale)).item()

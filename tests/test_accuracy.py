@@ -30,6 +30,7 @@ from torch import Tensor
 
 import ncmi_kernels
 from ncmi_kernels import ncmi_loss, ncmi_terms
+from ncmi_kernels.testing import EXTREMES
 
 # With the focus center, weight and ignored rows come together or not at all.
 VARIANTS = [
@@ -269,27 +270,13 @@ def test_odd_sizes(focus, size, separation, backend, interpreted):
         check_against_float64(problem, options, backend, bounds, literal=rows * classes < 10000)
 
 
-def level(value, rows, columns=30):
-    return value + torch.linspace(-3, 3, columns).expand(rows, columns)
-
-
-SATURATED = {  # input and centroid_logits; at -200 the sum of the sigmoids underflows in float32
-    "rows at -200": lambda: (level(-200, 4), torch.randn(3, 30)),
-    "rows at 200": lambda: (level(200, 4), torch.randn(3, 30)),
-    "centroids": lambda: (torch.randn(6, 30), torch.cat((level(-200, 1), level(60, 1), level(0, 1) + torch.randn(30)))),
-    "all below": lambda: (2 * torch.randn(8, 12) - 95, 2 * torch.randn(5, 12) - 60),
-    "spread 30": lambda: (30 * torch.randn(11, 40), 30 * torch.randn(6, 40)),
-    "spread 300": lambda: (300 * torch.randn(11, 40), 300 * torch.randn(6, 40)),
-}
-
-
 @every_backend
 @every_separation
-@pytest.mark.parametrize("name", SATURATED)
+@pytest.mark.parametrize("name", EXTREMES)
 @pytest.mark.parametrize(("focus", "ratio"), [(0.0, "batch"), (10.0, "sample")])
 def test_saturated(focus, ratio, name, separation, backend):
     """The distribution and its gradient are right, or what is nothing in float64 is next to nothing."""
-    z, xi = SATURATED[name]()
+    z, xi = EXTREMES[name]()
     problem = z, torch.arange(len(z)) % len(xi), xi, None, None
     for activation in ACTIVATIONS if name == "centroids" else ("nsf",):
         options = Options(activation=activation, separation=separation, ratio=ratio, separation_focus=focus / 5)

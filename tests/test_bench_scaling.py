@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ncmi_kernels import available_backends
+from ncmi_kernels import _timing, available_backends
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -97,7 +97,7 @@ def test_a_step_that_fails_is_a_note_and_stops_the_axis(monkeypatch):
     def fail(self):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    scaling = bench_scaling.Scaling(devices.Device(), None, 5.0)
+    scaling = bench_scaling.Scaling(_timing.Device(), None, 5.0)
     monkeypatch.setattr(bench_scaling, "IMPLEMENTATIONS", (NCMI_LEARNT,))
     monkeypatch.setattr(runner.Step, "run", fail)
     (row,) = scaling.measure(Point("C", TINY), 0.0)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from conftest import relative
 
 from ncmi_kernels import available_backends
+from ncmi_kernels._timing import Entry
 
 if importlib.util.find_spec("matplotlib") is None or importlib.util.find_spec("sklearn") is None:
     pytest.skip("the benchmarks need matplotlib and scikit-learn", allow_module_level=True)
@@ -22,7 +23,6 @@ import bench_sharded
 import bench_step
 import records
 from cases import TINY, Shape, batch
-from runner import Entry
 
 pytestmark = pytest.mark.skipif(available_backends()["cpu"] is not None, reason="no C++ kernels")
 

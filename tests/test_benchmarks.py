@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from conftest import relative
 
-from ncmi_kernels import NCMILoss, available_backends, reference
+from ncmi_kernels import NCMILoss, _timing, available_backends, reference
+from ncmi_kernels._timing import Entry
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -48,7 +49,6 @@ from cases import (
     Shape,
 )
 from devices import CPU
-from runner import Entry
 
 pytestmark = pytest.mark.skipif(
     available_backends()["cpu"] is not None, reason=f"no C++ kernels: {available_backends()['cpu']}"
@@ -156,12 +156,12 @@ def test_plain_pytorch_computes_log_q_once(monkeypatch):
 
 def test_quantiles():
     values = [random.Random(0).random() for _ in range(24)]
-    found = records.spread(values)
+    found = _timing.spread(values)
     expected = [np.median(values), *np.quantile(values, (0.2, 0.8))]
     assert [found[name] for name in ("median_us", "p20_us", "p80_us")] == pytest.approx(expected)
     assert found["repetitions"] == 24
-    assert set(records.spread([7.0]).values()) == {1, 7.0}
-    assert records.spread([]) == {}
+    assert set(_timing.spread([7.0]).values()) == {1, 7.0}
+    assert _timing.spread([]) == {}
 
 
 def test_rows_survive_the_file(tmp_path):
@@ -195,7 +195,7 @@ def test_ratios_are_of_rounds_next_to_each_other():
     cross_entropy, ours = entries_of(*[(2.0 * speed, 3.0 * speed) for speed in (1, 1, 1, 1, 1, 1, 4, 4, 4, 4, 4, 4, 4)])
     assert ours.ratio(cross_entropy, FULL, before=3) == ours.ratio(cross_entropy, FULL) == 1.5
     assert cross_entropy.ratio(cross_entropy, FULL, before=3) == 1
-    row = ours.row(FULL)
+    row = runner.row_of(ours, FULL)
     assert (row.median_us, row.repetitions) == (12, 10)  # without those that warm up
 
 
@@ -255,14 +255,14 @@ def test_bench_loss(tmp_path, capsys, monkeypatch):
 def rounds_of(monkeypatch, steps, seconds, **how):
     """Which rounds each entry takes part in, whose steps take so many seconds; and the time in all."""
     now = [0.0]
-    monkeypatch.setattr(runner.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(_timing.time, "perf_counter", lambda: now[0])
 
     def step(seconds):
         now[0] += seconds
         return {FULL: 1e6 * seconds}
 
     entries = [Entry(name, lambda s=s: step(s), **more) for name, (s, more) in steps.items()]
-    runner.run_rounds(entries, seconds, **{"least": 20, **how})
+    _timing.run_rounds(entries, seconds, **{"least": 20, **how})
     return {entry.name: list(entry.rounds) for entry in entries}, now[0]
 
 
@@ -311,7 +311,7 @@ def test_a_step_that_fails_late_is_left_out():
         return {FULL: 1.0}
 
     entries = [Entry("late", late), Entry("other", lambda: {FULL: 2.0})]
-    runner.run_rounds(entries, 0.0, least=20)
+    _timing.run_rounds(entries, 0.0, least=20)
     assert (entries[0].note, len(entries[0].rounds)) == ("RuntimeError: CUDA error: something", 6)
     assert (entries[1].note, len(entries[1].rounds)) == ("", 20)
     entries[0].fail(torch.OutOfMemoryError("CUDA out of memory.\nmany bytes"))

@@ -37,8 +37,7 @@ def priors(classes=CLASSES, none=False):
 
 
 def problem(own, classes=CLASSES, **options):
-    z, target, _, *rest = make(ROWS, classes, COLUMNS, **options)
-    return z, target, make(0, classes * own, COLUMNS)[2], *rest
+    return make(ROWS, classes, COLUMNS, centroids_per_class=own, **options)
 
 
 def nsf(x):

@@ -5,6 +5,7 @@ import itertools
 import math
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ import ncmi_kernels
 from ncmi_kernels import _focus, _loss, _ops, _schema, ncmi_loss, ncmi_terms, reference
 from ncmi_kernels._options import Options
 from ncmi_kernels._problem import problem_of
+from ncmi_kernels.testing import evaluate, random_problem
 
 ROOT = Path(__file__).parent.parent
 EMULATION = Path(__file__).parent / "cuda_emulation"
@@ -91,33 +93,17 @@ def launches(library):
     return count
 
 
-def make(rows, classes, columns, *, ignore=False, center=False, weight=False, spread=2.0, dtype=torch.float32):
-    target = torch.randint(classes, (rows,))
-    if ignore:
-        target[::3] = -100
-    return (
-        (spread * torch.randn(rows, columns)).to(dtype),
-        target,
-        (spread * torch.randn(classes, columns)).to(dtype),
-        torch.randn(columns).to(dtype) if center else None,
-        (torch.rand(classes) + 0.1).to(dtype) if weight else None,
-    )
+make = partial(random_problem, dtype=torch.float32)
 
 
 def kernels(problem, upstream=1.0, **options):
     """Loss and gradients of input and centroid_logits."""
-    z, target, xi, center, weight = problem
-    z, xi = z.clone().requires_grad_(), xi.clone().requires_grad_()
-    loss = ncmi_loss(z, target, xi, center=center, weight=weight, backend="cpu", **options)
-    return loss.detach(), *torch.autograd.grad(loss, (z, xi), torch.full_like(loss, upstream))
+    return evaluate(problem, Options(**options), "cpu", upstream=upstream)
 
 
 def exactly(problem, upstream=1.0, **options):
     """The same in float64, by the literal definition."""
-    z, target, xi, center, weight = (t if t is None or t.dtype is torch.int64 else t.double() for t in problem)
-    z, xi = z.clone().requires_grad_(), xi.clone().requires_grad_()
-    loss = reference.loss(z, target, xi, center, weight, Options(**options), literal=True)
-    return loss.detach(), *torch.autograd.grad(loss, (z, xi), torch.full_like(loss, upstream))
+    return evaluate(problem, Options(**options), "float64", literal=True, upstream=upstream)
 
 
 def check(problem, bounds, upstream=1.0, **options):

@@ -13,6 +13,7 @@ from urllib.parse import unquote
 import pytest
 
 import ncmi_kernels
+from ncmi_kernels import testing
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -115,6 +116,7 @@ def test_everything_public_is_in_the_reference(site):
         for name, value in vars(cls).items()
         if not name.startswith("_") and (callable(value) or isinstance(value, property)) and value.__doc__
     ]
+    names += [f"ncmi_kernels.testing.{name}" for name in testing.__all__]
     missing = {*names, *methods} - anchors
     assert not missing
 

@@ -9,7 +9,7 @@ import torch
 from conftest import KERNELS, relative
 from torch import Tensor
 
-from ncmi_kernels import _ops, ncmi_loss, ncmi_terms, reference
+from ncmi_kernels import _ops, ncmi_loss, ncmi_terms, reference, testing
 from ncmi_kernels._options import Options
 
 SEPARATIONS = ("sample_to_centroid", "centroid_to_sample")
@@ -21,18 +21,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::ncmi_kernels.DegenerateMinimumW
 
 def errors(z: Tensor, target: Tensor, xi: Tensor, backend: str, **options) -> dict[str, float]:
     """Relative errors of the terms, the loss and its gradients, against the literal definition in float64."""
-    found = []
-    for dtype in (torch.float32, torch.float64):
-        x, q = (t.to(dtype).requires_grad_() for t in (z.detach(), xi.detach()))
-        if dtype == torch.float32:
-            terms = ncmi_terms(x, target, q, backend=backend, **options)
-            loss = ncmi_loss(x, target, q, backend=backend, **options)
-        else:
-            terms = reference.terms(x, target, q, None, Options(**options), literal=True)
-            loss = reference.loss(x, target, q, None, None, Options(**options), literal=True)
-        found.append((*terms, loss, *torch.autograd.grad(loss, (x, q))))
-    names = ("concentration", "separation", "loss", "input", "centroids")
-    return {name: relative(a, e) for name, a, e in zip(names, *found, strict=True)}
+    terms = ncmi_terms(z, target, xi, backend=backend, **options)
+    exact = reference.terms(z.double(), target, xi.double(), None, Options(**options), literal=True)
+    found = [*map(relative, terms, exact), *testing.errors((z, target, xi, None, None), Options(**options), backend)]
+    return dict(zip(("concentration", "separation", "loss", "input", "centroids"), found, strict=True))
 
 
 def check(errors: dict[str, float], **bounds: float) -> None:

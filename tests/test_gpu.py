@@ -15,12 +15,11 @@ import torch
 from conftest import REQUIRED, relative
 from torch import nn
 
-from ncmi_kernels import CentroidSGD, NCMILoss, _plain, available_backends, ncmi_loss, reference
+from ncmi_kernels import CentroidSGD, NCMILoss, _plain, _timing, available_backends, ncmi_loss, reference
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import bench_gpu
-import devices
 from cases import LITERAL, MEMORY_SHAPE, SMALL_SHAPES, Shape
 
 pytestmark = [
@@ -329,7 +328,7 @@ def test_launches(backend, shape, ratio, dtype):
 @pytest.mark.parametrize("learn", [False, True])
 def test_peak_memory_is_a_hundredth_of_the_literal_forms(backend, ratio, learn):
     shape = MEMORY_SHAPE
-    device = devices.Cuda()
+    device = _timing.Cuda()
     obstacle = LITERAL.obstacle(shape, device.torch_device)
     if obstacle:
         pytest.skip(obstacle)

@@ -14,7 +14,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import bench_gpu
-import devices
 import gpu_report
 import sanitize_cases
 from bench_gpu import WALL, Bench
@@ -23,7 +22,7 @@ from gpu_report import ROOT, Part
 from records import Row, read_rows, write_rows
 from runner import Step
 
-from ncmi_kernels import available_backends
+from ncmi_kernels import _timing, available_backends
 
 needs_cpu_kernels = pytest.mark.skipif(available_backends()["cpu"] is not None, reason="no C++ kernels")
 
@@ -79,7 +78,7 @@ def cross_entropy(name="cross_entropy", **settings):
 
 
 def make_bench(*implementations, part="times", seconds=60.0):
-    bench = Bench(part, devices.Device(), (), seconds)
+    bench = Bench(part, _timing.Device(), (), seconds)
     bench.implementations = implementations
     return bench
 
@@ -87,7 +86,7 @@ def make_bench(*implementations, part="times", seconds=60.0):
 def test_times(monkeypatch):
     """What cannot be measured leaves the others; GB/s are of the model's bytes, and a share of the copy's."""
     monkeypatch.setattr(bench_gpu, "COPY_BYTES", 3000)
-    monkeypatch.setattr(devices.Device, "time", lambda self, run, lead_us: (run(), 10.0)[1])
+    monkeypatch.setattr(_timing.Device, "time", lambda self, run, lead_us: (run(), 10.0)[1])
 
     def explode(shape):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmany bytes")
@@ -153,7 +152,7 @@ def test_the_cuda_timer(monkeypatch):
     calls = mock.Mock()
     calls.stop.synchronize.return_value = None
     calls.start.elapsed_time.return_value = 0.25
-    device = devices.Cuda.__new__(devices.Cuda)
+    device = _timing.Cuda.__new__(_timing.Cuda)
     device._flush, device._start, device._stop = calls.flush, calls.start, calls.stop
     monkeypatch.setattr(torch.cuda, "_sleep", calls.sleep)
     assert device.time(calls.run, 30.0) == 250.0

@@ -70,7 +70,12 @@ def test_without_a_compiler(source, variables):
     site = source / "site"
     assert "Tag: py3-none-any\n" in next(site.glob("*.dist-info/WHEEL")).read_text()
     assert next(site.glob("*.dist-info/licenses/LICENSE")).read_text() == (ROOT / "LICENSE").read_text()
-    subprocess.run([sys.executable, "-c", USE], cwd=site, env={**os.environ, "PYTHONPATH": str(site)}, check=True)
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    subprocess.run([sys.executable, "-c", USE], cwd=site, env=environment, check=True)
+    check = [sys.executable, "-m", "ncmi_kernels", "check"]
+    done = subprocess.run(check, cwd=site, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "cpu cannot run here: ncmi_kernels was installed without its C++ kernels" in done.stdout
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler")
