@@ -89,6 +89,8 @@ def _add_stretch(
         norm += excess
         # A reference of nearly one number in all columns, taken from logarithms of one size, would round alike in all.
         d_all = log
+        if not CENTROID_TO_SAMPLE:
+            total -= excess * reference
     else:
         if not EVEN:
             x = tl.where(inside[None, :], x, shift[:, None])
@@ -103,7 +105,7 @@ def _add_stretch(
         total += q_mean * d_all
         own_cross += own_activation * d_own
     else:
-        total += weight * d_all - excess * reference if KIND == NEAR else weight * d_all
+        total += weight * d_all
     return norm, own, total, own_cross
 
 
