@@ -127,7 +127,9 @@ def bench(shapes: Sequence[Shape], device: str, backend: str | None, seconds: fl
     for row in rows:
         shape = ", ".join(str(row[size]) for size in "BCM")
         numbers = (
-            [f"{row['median_us']:.0f}", *(f"{row[name]:.2f}" for name in COLUMNS[-3:-1])] if not row["note"] else []
+            [f"{row['median_us']:.0f}", *("" if row[name] is None else f"{row[name]:.2f}" for name in COLUMNS[-3:-1])]
+            if not row["note"]
+            else []
         )
         lines.append([shape, row["mode"], row["implementation"], *(numbers or [row["note"], "", ""])])
     show(["B, C, M", "mode", "", "us", "/ cross_entropy", "/ with head"], lines)

@@ -91,36 +91,47 @@ class Predictor(nn.Module):
 
         Args:
             features: as of `scores`, of all samples at once.
-            target: as of `forward`; samples of `ignore_index` are skipped.
+            target: class indices as of `forward`; samples of `ignore_index` are skipped, and with `class_means` those
+                of a class without a mean, which has no part in the probabilities.
             class_means: as of `scores`.
 
         Returns:
             The temperature, a scalar.
 
         Raises:
-            ValueError: no sample counts.
+            ValueError: no sample counts, or a feature is not finite.
+            RuntimeError: the criterion's dtype cannot hold the temperature, as float16 where there are many features.
             TypeError, ValueError, IndexError, RuntimeError: as of `scores` and :func:`ncmi_loss`.
         """
         _problem.check_batch(features, target, self.centroid_logits)
         rows, classes = _problem.flatten(features, target)
         _problem.check_range(classes, self.num_classes, self.options.ignore_index)
         kept = classes != self.options.ignore_index
-        if not kept.any():
+        scores, classes = self._relative_scores(rows[kept], class_means)[0].double(), classes[kept]
+        present = ~scores.isneginf().all(dim=0)  # nowhere but for classes without a mean
+        counted = present[classes]
+        if not counted.any():
             raise ValueError("target: got no sample that counts, expected one at least")
-        scores = self._relative_scores(rows[kept], class_means)[0].double()
-        missing = scores.isneginf()
-        scores = scores.masked_fill(missing, scores.masked_fill(missing, torch.inf).min())
-        spread = scores.std(dim=1).mean().clamp(min=torch.finfo(torch.float32).tiny)
-        scores = (scores - scores.amax(dim=1, keepdim=True)) / spread
-        own = scores.gather(1, classes[kept, None])
+        own, scores = scores.gather(1, classes[:, None])[counted], scores[counted][:, present]
+        if not scores.isfinite().all():
+            raise ValueError("features: got a number that is not finite, or too large, expected finite ones")
+        spread = scores.std(dim=1, correction=0).mean().clamp(min=torch.finfo(torch.float32).tiny)
+        highest = scores.amax(dim=1, keepdim=True)
+        scores, own = (scores - highest) / spread, (own - highest) / spread
         # The likelihood is concave in 1 / temperature: bisection of its slope finds the only maximum.
         low, high = spread.new_tensor(-7.0), spread.new_tensor(7.0)
         for _ in range(50):
             middle = (low + high) / 2
-            slope = ((middle.exp() * scores).softmax(dim=1) * scores - own / self.num_classes).sum()
+            slope = ((middle.exp() * scores).softmax(dim=1) * scores - own / scores.shape[1]).sum()
             low, high = torch.where(slope < 0, middle, low), torch.where(slope < 0, high, middle)
-        self.scores_temperature[int(class_means)] = spread / high.exp()
-        return self.scores_temperature[int(class_means)].clone()
+        temperature = spread / high.exp()
+        stored = temperature.to(self.scores_temperature.dtype)
+        if not (stored - temperature).abs() <= 0.01 * temperature:
+            raise RuntimeError(
+                f"temperature: got {temperature:.3g}, which {stored.dtype} cannot hold; expected float32"
+            )
+        self.scores_temperature[int(class_means)] = stored
+        return stored
 
     def _relative_scores(self, features: Tensor, class_means: bool) -> tuple[Tensor, Tensor]:
         """Scores [B, C] less what all classes of a sample share, and that [B].
@@ -150,7 +161,8 @@ class Predictor(nn.Module):
         Streams: state of O(C M), one batch at a time. Part of the state_dict from then on.
 
         Args:
-            batches: pairs of features and targets, as `forward` takes them; targets of `ignore_index` are skipped.
+            batches: pairs of features and class indices, as `forward` takes them; those of `ignore_index` are skipped.
+                A temperature of earlier class means is forgotten.
 
         Returns:
             [C, M]; a class without samples has a row of zeros.
@@ -167,9 +179,15 @@ class Predictor(nn.Module):
                 total.index_add_(0, classes, p)
                 count.index_add_(0, classes, kept.double())
             self.class_means = (total / count.clamp(min=1)[:, None]).to(self.centroid_logits.dtype)
+            self._forget_temperature()
         return self.class_means
 
     # --------------------------------------------------------------------------------------------------------
+
+    def _forget_temperature(self) -> None:
+        """That of class means that are no more."""
+        with torch.no_grad():
+            self.scores_temperature[1] = 0
 
     def _counted_probabilities(self, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """For a fit: p [N, M] float64 and classes [N] of its rows, both 0 where ignored; and which are not [N]."""
@@ -234,8 +252,11 @@ class Predictor(nn.Module):
                     f"centroids_per_class: got {saved} in the state_dict, {tuple(logits.shape)} centroid_logits for "
                     f"{self.num_classes} classes, expected {self.options.centroids_per_class}"
                 )
-        if logits is not None:  # those saved earlier have no temperature
-            state_dict.setdefault(prefix + "scores_temperature", torch.zeros_like(self.scores_temperature))
+        if logits is not None:  # those saved earlier have none of these
+            for name in ("class_means", "scores_temperature"):
+                unfitted = getattr(self, name)
+                device = logits.device if unfitted.is_meta else None
+                state_dict.setdefault(prefix + name, torch.zeros_like(unfitted, device=device))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -169,7 +169,7 @@ def check_target(target: Tensor) -> None:
     """Raise TypeError or RuntimeError unless `target` is a dense tensor of class indices."""
     _check_tensor("target", target)
     if target.dtype is not torch.int64 and target.dtype is not torch.uint8:
-        hint = "; class probabilities are not supported" if target.dtype.is_floating_point else ""
+        hint = "; class probabilities are for NCMILoss, [B, C]" if target.dtype.is_floating_point else ""
         raise RuntimeError(
             f"target: got dtype {target.dtype}, expected torch.int64 (or torch.uint8) class indices{hint}"
         )
@@ -207,6 +207,8 @@ def mixed(input: Tensor, target: Tensor, classes: int, columns: int) -> tuple[Te
     shares, indices = probabilities.topk(2, dim=1)
     tolerance = max(1e-4, 4 * torch.finfo(target.dtype).eps)
     rest = probabilities.double().abs().sum(dim=1) - shares.double().sum(dim=1)
+    # A share of 0 is of any class: of the other, so that means of terms are not of a third.
+    indices = torch.where(shares == 0, indices[:, :1], indices)
     wrong = _unwrapped(~((rest <= tolerance) & ((shares.double().sum(dim=1) - 1).abs() <= tolerance)))
     wanted = "expected at most two classes in a row, of sum 1, as mixup and cutmix make without label smoothing"
     if wrong.device.type != "cpu" or not concrete(wrong):

@@ -85,8 +85,8 @@ class NCMILoss(Centering):
         last_terms: CMI and Gamma of the last batch. In training mode, but for compiled calls, a `DivergenceWarning`
             comes once if the loss of a batch is not finite or Gamma falls under 10 `eps`.
         class_means: buffer [C, M], the mean distribution of each class; zeros until `fit_class_means` is called.
-        scores_temperature: buffer [2], of the scores by centroids and by class means; zeros until `fit_temperature` is
-            called for either.
+        scores_temperature: buffer [2], the temperatures of the scores by centroids and by class means; 0 until
+            `fit_temperature` is called.
 
     Note:
         Accumulating gradients: with ratio "sample" the mean of the losses of k micro-batches is the loss of the
@@ -97,7 +97,8 @@ class NCMILoss(Centering):
         torch.utils.checkpoint around the criterion: use_reentrant=True, which disables gradients first, moves the
         centre in the backward pass. So the gradient is right, but the loss is that at the centre before the batch.
         use_reentrant=False needs no care, but with backend "reference" nothing may move the centre between a forward
-        pass and its backward pass.
+        pass and its backward pass. With torch.compile, compile what has the checkpoint in it: within an eager
+        checkpoint a compiled criterion moves the centre twice.
 
         Transforms of torch.func need `eval()` (or center_momentum=None) and raise a RuntimeError otherwise.
 
@@ -118,10 +119,9 @@ class NCMILoss(Centering):
         does, they are those of one process with all rows. `DistributedDataParallel(criterion)` does it for learnt
         centroids. With reduction "none" only the centre is shared: the losses and their gradients are those of the
         process's own rows, not multiplied. In eval mode nothing is communicated, as in SyncBatchNorm. Gradients are
-        enabled on all processes or on none. A process that
-        fails or hangs is torch.distributed's error in the others, after its timeout. Double backward, forward mode and
-        torch.func are refused. Deep copies share the group; a state_dict does not contain it; pickling raises
-        RuntimeError.
+        enabled on all processes or on none. A process that fails or hangs is torch.distributed's error in the others,
+        after its timeout. Double backward, forward mode and torch.func are refused. Deep copies share the group; a
+        state_dict does not contain it; pickling raises RuntimeError.
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as :func:`ncmi_loss`. Of `process_group`: TypeError where it
@@ -269,8 +269,8 @@ class NCMILoss(Centering):
             ValueError: these are missing or do not fit. Nothing has changed then.
         """
         try:
-            center = checkpoint["center_dict"]["Center"].flatten()
-            means = checkpoint["centroid"]["centroids"]
+            center, means = checkpoint["center_dict"]["Center"], checkpoint["centroid"]["centroids"]
+            center, means = center.to(self.center).flatten(), means.to(self.class_means)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 "checkpoint: got none of the authors' code, expected one with ['center_dict']['Center'] and "
@@ -284,6 +284,7 @@ class NCMILoss(Centering):
         self.center.copy_(center)
         self.num_batches_tracked.fill_(1)
         self.class_means.copy_(means)
+        self._forget_temperature()
 
     def reset_parameters(self) -> None:
         """Set the centroids and the centre to their initial values and forget what was fitted."""
@@ -346,7 +347,7 @@ class NCMILoss(Centering):
                 "criterion.parameters() in an optimiser, or fixed centroids"
             )
         rows, classes, shares = _problem.mixed(input, target, self.num_classes, self.feature_dim)
-        return torch.cat([rows, rows]), classes, shares
+        return rows.repeat(2, 1), classes, shares
 
     def _by_shares(self, losses: Tensor, classes: Tensor, shares: Tensor, shape: torch.Size) -> Tensor:
         """The loss of mixed features of a shape, reduced, from those [2 N] of either class."""
@@ -373,7 +374,9 @@ class NCMILoss(Centering):
         means = found.means
         if means is None or transforming() or forward_mode() or jit_tracing():
             return  # the tensors would outlive the transform
-        if self._keeps_rows and self.training and not torch.compiler.is_exporting():
+        # Where gradients are disabled it may be of a validation set; the centre stays there as well.
+        learns = self._keeps_rows and self.training and torch.is_grad_enabled()
+        if learns and not torch.compiler.is_exporting():
             self._last_batch = input.detach(), target
         if not concrete(means):
             if not torch.compiler.is_exporting():
@@ -444,7 +447,7 @@ class NCMILoss(Centering):
 
         Args:
             features: as `input` of `forward`.
-            target: as in `forward`.
+            target: class indices, as in `forward`.
 
         Returns:
             [C K, M], in the dtype of `centroid_logits`.

@@ -150,7 +150,7 @@ class CentroidSGD(torch.optim.Optimizer):
     @torch.no_grad()
     def step(  # type: ignore[override]
         self,
-        features: Tensor | None = None,
+        features: Tensor | Callable[[], Any] | None = None,
         target: Tensor | None = None,
         *,
         closure: Callable[[], Any] | None = None,
@@ -163,7 +163,7 @@ class CentroidSGD(torch.optim.Optimizer):
         Args:
             features: [B, M], [M] or [B, M, d1, ...], as given to the criterion; their graph is not used.
             target: [B], [] or [B, d1, ...], class indices.
-            closure: called first, with gradients enabled, as that of any optimiser.
+            closure: called first, with gradients enabled, as that of any optimiser; may be the only argument.
 
         Returns:
             What the closure returned, or None.
@@ -180,6 +180,8 @@ class CentroidSGD(torch.optim.Optimizer):
             raise RuntimeError("criterion: its centroid_logits is another parameter now, expected a new CentroidSGD")
         self.criterion._check_one_loss()
         result = None
+        if callable(features):
+            features, closure = None, features
         if closure is not None:
             with torch.enable_grad():
                 result = closure()

@@ -1,6 +1,6 @@
 """NCMI for very many classes: each process holds a part of the centroids, and [C, M] exists on none."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -199,6 +199,15 @@ class ShardedNCMILoss(NCMILoss):
     def _relative_scores(self, features: Tensor, class_means: bool) -> tuple[Tensor, Tensor]:
         """Refused, and with it `scores`, `probabilities` and `fit_temperature`: [B, C] is what the sharding avoids."""
         raise RuntimeError("scores: got centroids on several processes, expected predict(features) in its place")
+
+    def probabilities(self, features: Tensor, *, class_means: bool = False) -> Tensor:
+        """Refused, before a temperature is asked for that cannot be fitted."""
+        self._relative_scores(features, class_means)
+        raise AssertionError
+
+    def load_authors_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Refused: their class means are on one process."""
+        raise RuntimeError("checkpoint: got it for centroids on several processes, expected NCMILoss")
 
     @torch.no_grad()
     def predict(self, features: Tensor, *, class_means: bool = False) -> Tensor:

@@ -318,7 +318,7 @@ def check(
         fast: gradcheck in random directions only.
 
     Returns:
-        A result for each problem. What the loss raises is the `note` of one; no exception leaves this function.
+        A result for each problem. What the loss raises is the `note` of one.
 
     Example:
         >>> from functools import partial

@@ -91,7 +91,8 @@ def test_bench(capsys, tmp_path):
     assert printed.count("6, 4, 10") == printed.count("5, 3, 8") == 2 * len(names)
 
 
-def test_what_cannot_be_measured_is_said(capsys, monkeypatch):
+@pytest.mark.parametrize("failing", ["ncmi focus", "cross_entropy with head"])
+def test_what_cannot_be_measured_is_said(capsys, monkeypatch, failing):
     def fails(z, y):
         raise torch.OutOfMemoryError("CUDA out of memory.\nmany bytes")
 
@@ -99,7 +100,7 @@ def test_what_cannot_be_measured_is_said(capsys, monkeypatch):
 
     def steps_of(*args):
         steps = every(*args)
-        steps["ncmi focus"].criterion = fails
+        steps[failing].criterion = fails
         return steps
 
     monkeypatch.setattr(_bench, "steps_of", steps_of)

@@ -29,6 +29,32 @@ def criterion_of(way, **options):
     return NCMILoss(C, M, **defaults | WAYS[way] | options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_autocast(dtype):
+    criterion = criterion_of("fixed", dtype=torch.float32)
+    input, target, _ = mixture(dtype=torch.float32)
+    input = input.to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = criterion.eval()(input, target)
+    exactly(loss, criterion(input, target))
+
+
+def test_double_backward():
+    criterion = criterion_of("other separation").eval()
+    input, target, _ = mixture()
+    torch.autograd.gradgradcheck(lambda input: criterion(input, target), input.requires_grad_())
+
+
+def test_terms_of_one_hot_rows_are_those_of_the_indices():
+    """The other class of such a row has no share, and may be any."""
+    criterion = criterion_of("cpu").eval()
+    input, target = batch(0, dtype=torch.float64)
+    criterion(input, target)
+    expected = criterion.last_terms
+    criterion(input, F.one_hot(target, C).double())
+    torch.testing.assert_close(criterion.last_terms, expected)
+
+
 def mixture(seed=0, dtype=torch.float64):
     """Features, class probabilities of two classes a row (of one where they agree), and these classes with shares."""
     input, first = batch(seed, dtype=dtype)

@@ -408,6 +408,9 @@ def test_a_step_without_a_batch_takes_that_of_the_last_forward_pass(setting, com
         forward(features * weight, target).backward()
         criterion.eval()(features + 1, target.flip(0))  # a validation between is not what it learns from
         criterion.train()
+        if not compiled:
+            with torch.no_grad():
+                criterion(features + 1, target.flip(0))  # nor one that forgot eval()
         assert optimizer.step() is None
         other(features, target)
         of_other.step(features, target)
@@ -441,7 +444,7 @@ def test_a_closure_is_called_with_gradients_enabled_before_the_step():
         loss.backward()
         return loss
 
-    loss = optimizer.step(closure=closure)
+    loss = optimizer.step(closure)
     assert torch.equal(loss, other(features, target))
     CentroidSGD(other, 30.0).step(features, target)
     assert torch.equal(criterion.centroid_logits, other.centroid_logits)

@@ -207,6 +207,58 @@ def test_probabilities_of_any_shape_and_of_a_class_without_a_mean():
     torch.testing.assert_close(criterion.probabilities(features[0], class_means=True), p[0])
 
 
+def test_a_class_without_a_mean_has_no_part_in_the_temperature():
+    classes = 40
+    few, all_of = NCMILoss(4, M, dtype=torch.float64), NCMILoss(classes, M, dtype=torch.float64)
+    features, target = batch(1, 200, dtype=torch.float64)
+    few.fit_class_means([(features, target)])
+    all_of.fit_class_means([(features, target)])
+    others = torch.cat([features, features[:9]]), torch.cat([target, torch.full((9,), classes - 1)])
+    expected = few.fit_temperature(features, target, class_means=True)
+    torch.testing.assert_close(all_of.fit_temperature(*others, class_means=True), expected)
+    with pytest.raises(ValueError, match="target: got no sample that counts"):
+        all_of.fit_temperature(features[:1], torch.tensor([9]), class_means=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_temperature_of_several_centroids_a_class(dtype):
+    criterion = NCMILoss(C, M, centroids_per_class=2, dtype=dtype)
+    features, target = batch(3, 200, dtype=dtype)
+    temperature = criterion.fit_temperature(features, target).float()
+    p = criterion.probabilities(features).float()
+    torch.testing.assert_close(p.sum(dim=1), torch.ones(200), rtol=0, atol=0.02 if dtype == torch.bfloat16 else 1e-6)
+    exactly(p.argmax(dim=1), criterion.predict(features))
+    assert temperature > 0
+
+
+def test_temperatures_that_are_not_kept():
+    criterion = NCMILoss(C, M)
+    features, target = batch(1, 24)
+    criterion.fit_class_means([(features, target)])
+    criterion.fit_temperature(features, target, class_means=True)
+    criterion.fit_class_means([(2 * features, target)])
+    with pytest.raises(RuntimeError, match="temperature: not fitted yet"):
+        criterion.probabilities(features, class_means=True)
+    with pytest.raises(ValueError, match="features: got a number that is not finite"):
+        criterion.fit_temperature(features.fill_(torch.inf), target)
+    half = NCMILoss(C, 20000, dtype=torch.float16)
+    with pytest.raises(RuntimeError, match=r"temperature: got .*, which torch.float16 cannot hold"):
+        half.fit_temperature(5 * torch.eye(C, 20000, dtype=torch.float16), torch.arange(C))  # the lowest there is
+
+
+def test_a_state_dict_of_before_there_were_fitted_buffers():
+    criterion = NCMILoss(C, M)
+    old = {
+        name: value
+        for name, value in criterion.state_dict().items()
+        if name not in ("class_means", "scores_temperature")
+    }
+    fresh = NCMILoss(C, M, device="meta")
+    fresh.load_state_dict(old, assign=True)
+    assert not fresh.scores_temperature.is_meta
+    exactly(fresh.class_means, torch.zeros(C, M))
+
+
 def test_temperatures_at_the_ends():
     criterion = NCMILoss(C, M)
     features = 5 * torch.eye(M)[:C]

@@ -52,7 +52,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=positive, help="how long (default: by data set)")
     parser.add_argument("--jobs", type=positive, default=1, help="networks at a time, each on one thread (default: 1)")
     parser.add_argument("--device", default="cpu", help="that trains, as cuda (default: %(default)s)")
-    parser.add_argument("--precision", choices=PRECISIONS, help="of the network (default: by setting)")
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help="of the network (default: by setting); not in the rows, so name an --output",
+    )
     parser.add_argument("--budget", nargs="+", help="of search and final: 10000-images, short, long (default: all)")
     parser.add_argument(
         "--trials", type=positive, default=plans.TRIALS, help="of search and final, for each arm (default: %(default)s)"

@@ -324,11 +324,14 @@ def trials(dataset: str, count: int = TRIALS) -> dict[str, Setting]:
     }
 
 
-def _budgets(dataset: str, names: Iterable[str] | None) -> list[Budget]:
+def _budgets(dataset: str, names: Iterable[str] | None, epochs: int | None) -> list[Budget]:
     budgets = TASKS[dataset].budgets
     if unknown := [name for name in names or () if name not in budgets]:
         raise ValueError(f"--budget: got {unknown[0]!r}, expected of {', '.join(budgets)} for {dataset}")
-    return [budgets[name] for name in names or budgets]
+    found = [budgets[name] for name in names or budgets]
+    if epochs is not None and len(found) > 1:
+        raise ValueError(f"--epochs: got {epochs} with {len(found)} budgets, which differ by it; expected one --budget")
+    return found
 
 
 def search(
@@ -337,11 +340,11 @@ def search(
     """The trials at each budget, by the validation part of the data set.
 
     Raises:
-        ValueError: a data set has no budget of such a name.
+        ValueError: a data set has no budget of such a name, or `epochs` are for several.
     """
     runs: list[Run] = []
     for dataset in datasets:
-        for budget in _budgets(dataset, budgets):
+        for budget in _budgets(dataset, budgets, epochs):
             settings, name = trials(dataset, count), budget.dataset(dataset)
             found = _runs("search", [dataset], seeds, epochs or budget.epochs, lambda _, found=settings: found)  # type: ignore[misc]
             runs += [dataclasses.replace(run, dataset=name) for run in found]
@@ -389,7 +392,7 @@ def final(
     """
     rows, runs = list(rows), []
     for dataset in datasets:
-        for budget in _budgets(dataset, budgets):
+        for budget in _budgets(dataset, budgets, epochs):
             settings = {f"{arm}: chosen": s for arm, (_, s) in chosen(rows, dataset, budget, count).items()}
             settings["NCMI, focus: recipe"] = TASKS[dataset].settings["NCMI, focus"]
             for length in (epochs,) if epochs else budget.final or (budget.epochs,):
