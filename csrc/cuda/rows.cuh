@@ -183,13 +183,13 @@ struct Own {
   const T* reference;   // what log a is compared with, for all classes at once
   const T* q_mean;      // mean of q over classes; centroid_to_sample only
   double log_norm;      // of a(xi_y)
-  double reference_sum;  // AllStats
+  const AllStats* all;
 };
 
 template <bool centroid_to_sample, class T>
 NCMI_DEVICE Own<T> own_of(const Centroids<T>& q, int64_t y) {
   return {q.log_activation + y * q.columns, centroid_to_sample ? q.activation + y * q.columns : nullptr, q.reference,
-          q.reference + q.columns, q.of[y].log_norm, q.all().reference_sum};
+          q.reference + q.columns, q.of[y].log_norm, &q.all()};
 }
 
 template <Kind kind, bool centroid_to_sample, bool fast, class T, class R>
@@ -263,7 +263,7 @@ NCMI_DEVICE RowSums sum_row(R& row, const Own<T>& of, double scale, T shift) {
   }
   if constexpr (is_near(kind))  // sigma = (1 + excess) / 2
     return {0.5 * (double(row.columns) + total[0]), 0.5 * total[1],
-            (centroid_to_sample ? 1.0 : 0.5) * (total[2] - of.reference_sum), total[3]};
+            (centroid_to_sample ? 1.0 : 0.5) * (total[2] - of.all->reference_sum), total[3]};
   return {total[0], total[1], total[2], total[3]};
 }
 

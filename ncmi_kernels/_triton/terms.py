@@ -85,12 +85,12 @@ def _add_stretch(
     """
     if KIND == NEAR:
         excess, log = near_zero(x * (0.5 * scale)[:, None])
-        weight = 1.0 + excess
-        norm += excess
-        # A reference of nearly one number in all columns, taken from logarithms of one size, would round alike in all.
-        d_all = log
         if not CENTROID_TO_SAMPLE:
             total -= excess * reference
+        norm += excess
+        weight = 1.0 + excess
+        # A reference of nearly one number in all columns, taken from logarithms of one size, would round alike in all.
+        d_all = log
     else:
         if not EVEN:
             x = tl.where(inside[None, :], x, shift[:, None])
