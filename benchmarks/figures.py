@@ -102,6 +102,19 @@ def _beside_the_head(measured: list[Row], names: tuple[str, ...]) -> str:
     return f"{command} ({machine(measured)}):\n\n" + markdown(head, lines)
 
 
+def focus_parts() -> str:
+    """Where these times go, microseconds, on one thread."""
+    measured = [row for row in rows("cpu/bench_parts.csv") if row["threads"] == "1"]
+    phases = unique(row["phase"] for row in measured)
+    lines = []
+    for (*shape, name), group in report.grouped(measured, "B", "C", "M", "implementation").items():
+        cells = {row["phase"]: row for row in group}
+        times = (f"{float(cells[p]['median_us']):.0f} ({100 * float(cells[p]['share']):.0f}%)" for p in phases[1:])
+        lines.append([", ".join(shape), name, f"{float(cells[phases[0]]['median_us']):.0f}", *times])
+    command = "`python benchmarks/bench_parts.py --csv FILE`"
+    return f"{command} ({machine(measured)}):\n\n" + markdown(("B, C, M", "", *phases), lines)
+
+
 def focus_ratios() -> str:
     """The same in short, on two threads: the ratio to the head."""
     shapes = report.grouped((row for row in _speeds("cpu/bench_focus.csv") if row["threads"] == "2"), "B", "C", "M")
@@ -266,6 +279,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed-ratios": speed_ratios,
     "loss-speed": loss_speed,
     "focus-speed": focus_speed,
+    "focus-parts": focus_parts,
     "focus-ratios": focus_ratios,
     "centroids-speed": centroids_speed,
     "training-step": training_step,

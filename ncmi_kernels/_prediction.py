@@ -252,11 +252,9 @@ class Predictor(nn.Module):
                     f"centroids_per_class: got {saved} in the state_dict, {tuple(logits.shape)} centroid_logits for "
                     f"{self.num_classes} classes, expected {self.options.centroids_per_class}"
                 )
-        if logits is not None:  # those saved earlier have none of these
-            for name in ("class_means", "scores_temperature"):
-                unfitted = getattr(self, name)
-                device = logits.device if unfitted.is_meta else None
-                state_dict.setdefault(prefix + name, torch.zeros_like(unfitted, device=device))
+        if logits is not None:  # those saved earlier have no temperature
+            unfitted = torch.zeros_like(self.scores_temperature, device=logits.device)
+            state_dict.setdefault(prefix + "scores_temperature", unfitted)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

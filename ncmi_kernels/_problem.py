@@ -169,7 +169,7 @@ def check_target(target: Tensor) -> None:
     """Raise TypeError or RuntimeError unless `target` is a dense tensor of class indices."""
     _check_tensor("target", target)
     if target.dtype is not torch.int64 and target.dtype is not torch.uint8:
-        hint = "; class probabilities are for NCMILoss, [B, C]" if target.dtype.is_floating_point else ""
+        hint = "; class probabilities are not supported here" if target.dtype.is_floating_point else ""
         raise RuntimeError(
             f"target: got dtype {target.dtype}, expected torch.int64 (or torch.uint8) class indices{hint}"
         )

@@ -19,6 +19,7 @@ if importlib.util.find_spec("matplotlib") is None or importlib.util.find_spec("s
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import bench_parts
 import bench_sharded
 import bench_step
 import records
@@ -82,6 +83,30 @@ def test_every_centroid_step_is_the_same_step():
     assert expected.abs().max() > 0
     for change in moved.values():
         assert relative(change, expected) < 1e-3
+
+
+def test_parts_are_the_whole(tmp_path):
+    path = tmp_path / "parts.csv"
+    threads = torch.get_num_threads()
+    bench_parts.main(["--threads", "1", "--shapes", "6x4x10", "--seconds", "0", "--csv", str(path)])
+    torch.set_num_threads(threads)
+    rows = records.read_rows(path, records.Row)
+    for method in bench_parts.METHODS:
+        times = {row.phase: row.median_us for row in rows if row.implementation == method}
+        assert list(times) == [bench_parts.WHOLE, *bench_parts.PARTS, bench_parts.REST]
+        assert (times["centroids"] > 0) == (method == bench_parts.METHODS[-1])  # learnt
+        assert sum(times.values()) == pytest.approx(2 * times[bench_parts.WHOLE], rel=1e-4)
+
+
+def test_every_operator_of_a_step_belongs_to_a_part():
+    """What is counted as the rest is none of the package's."""
+    of_parts = {name for operators in bench_parts.PARTS.values() for name in operators}
+    for name, step in bench_parts.steps_of((300, 7000, 10), torch.device("cpu"), None).items():
+        if name in bench_parts.METHODS:
+            with torch.profiler.profile() as profiler:
+                step.full()
+            called = {event.key for event in profiler.key_averages()}
+            assert {key for key in called if key.startswith("ncmi_kernels::") or "mm" in key} <= of_parts
 
 
 def test_sharded_command_line(tmp_path):
