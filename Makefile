@@ -65,6 +65,7 @@ clean:
 	rm -rf $(VENV) $(VENV)-* build dist docs/build *.egg-info ncmi_kernels/_C*.so ncmi_kernels/_cuda*.so
 
 $(VENV)/.dependencies: requirements-dev.txt
+	@echo 'Installing requirements-dev.txt into $(VENV), torch among it: minutes; 2.5 GB, more where torch comes with CUDA'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
