@@ -9,8 +9,8 @@ centroids, and those over the rows of the batch. The rest is the whole less thes
 
 import itertools
 import statistics
-import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from arguments import positive
@@ -20,8 +20,9 @@ from records import MACHINE, Row, pivot
 from runner import arguments_of, measure_all
 from torch.profiler import ProfilerActivity, profile
 
-from ncmi_kernels._bench import HEAD, Step, steps_of
+from ncmi_kernels._bench import FULL, HEAD, LEAST_ROUNDS, WARM_UP_ROUNDS, Step, steps_of
 from ncmi_kernels._tables import show
+from ncmi_kernels._timing import Device, Entry, run_rounds
 
 SHAPES = (Shape(128, 100, 512), Shape(256, 1000, 1000), Shape(1024, 1000, 2048))
 METHODS = (HEAD, "ncmi focus", "ncmi focus + centroids")
@@ -29,12 +30,8 @@ PARTS = {
     "products": ("aten::mm", "aten::addmm", "aten::addmm_"),
     "centroids": tuple(f"ncmi_kernels::{name}" for name in ("centroid_stats", "focus_table", "centroid_grad")),
     "rows": (
-        *(
-            "aten::_log_softmax",
-            "aten::_log_softmax_backward_data",
-            "aten::nll_loss_forward",
-            "aten::nll_loss_backward",
-        ),
+        *(f"aten::{name}" for name in ("_log_softmax", "_log_softmax_backward_data")),
+        *(f"aten::{name}" for name in ("nll_loss_forward", "nll_loss_backward")),
         *(f"ncmi_kernels::{name}" for name in ("terms", "focus_rows", "focus_weights_", "focus_sums_", "reduce")),
         *(f"ncmi_kernels::{name}" for name in ("input_grad", "update_center_")),
     ),
@@ -44,18 +41,9 @@ COLUMNS = (*MACHINE, "threads", "B", "C", "M", "implementation", "phase", "repet
 ROUNDS = 40
 
 
-def whole_of(steps: dict[str, Step], seconds: float) -> dict[str, list[float]]:
-    """Microseconds of each step in each round."""
-    found: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        step.full()
-    end = time.perf_counter() + seconds
-    while len(found[HEAD]) < ROUNDS and (len(found[HEAD]) < 3 or time.perf_counter() < end):
-        for name, step in steps.items():
-            start = time.perf_counter_ns()
-            step.full()
-            found[name].append((time.perf_counter_ns() - start) / 1e3)
-    return found
+def full_of(step: Step) -> dict[str, float]:
+    """Microseconds of a step."""
+    return {FULL: Device().time(step.full, 0)}
 
 
 def parts_of(step: Step, repetitions: int) -> dict[str, float]:
@@ -76,8 +64,11 @@ def measure(case: tuple[int, Shape], seconds: float) -> list[Row]:
     threads, (B, C, M) = case
     torch.set_num_threads(threads)
     steps = {name: step for name, step in steps_of((B, C, M), torch.device("cpu"), None).items() if name in METHODS}
+    entries = [Entry(name, partial(full_of, step)) for name, step in steps.items()]
+    run_rounds(entries, seconds, least=LEAST_ROUNDS, most=ROUNDS, warm_up=WARM_UP_ROUNDS)
     rows = []
-    for name, times in whole_of(steps, seconds).items():
+    for entry in entries:
+        name, times = entry.name, entry.samples(FULL)
         whole = statistics.median(times)
         parts = parts_of(steps[name], len(times))
         for phase, value in {WHOLE: whole, **parts, REST: whole - sum(parts.values())}.items():
