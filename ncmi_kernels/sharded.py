@@ -202,8 +202,7 @@ class ShardedNCMILoss(NCMILoss):
 
     def probabilities(self, features: Tensor, *, class_means: bool = False) -> Tensor:
         """Refused, before a temperature is asked for that cannot be fitted."""
-        self._relative_scores(features, class_means)
-        raise AssertionError
+        return self._relative_scores(features, class_means)[0]
 
     def load_authors_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Refused: their class means are on one process."""

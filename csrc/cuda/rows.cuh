@@ -183,7 +183,7 @@ struct Own {
   const T* reference;   // what log a is compared with, for all classes at once
   const T* q_mean;      // mean of q over classes; centroid_to_sample only
   double log_norm;      // of a(xi_y)
-  const AllStats* all;
+  const AllStats* all;  // not a number of it, which would take registers through all the sums
 };
 
 template <bool centroid_to_sample, class T>
